@@ -1,0 +1,279 @@
+"""All state that outlives a step: keys and values in blocks, pruned rows, active sets.
+
+Every layer owns one *slab* on the device: block-sized *slots* for the active prompt
+blocks, then the *tail* (the prompt's last block and every token after it). Layers
+between two boundaries form a *stage* and hold the same blocks. A block that leaves its
+stage's active set goes *home* to pinned CPU memory, once, since prompt KV never changes;
+the hidden states of a block pruned at a boundary wait in *aux*. Copies run on a stream
+of their own in layer order; a layer waits for its own event only (paper, section on
+asynchronous KV management).
+
+Invariants: a stage's slots are always full; a block with KV in a stage is in a slot, at
+home, or both; a block without is in aux of that stage's boundary or of one below it.
+On a CPU the same code runs without streams.
+
+Shapes: S slab rows, B block_len, G KV heads, D head_dim, C dim, W window, H heads.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prune import stage_blocks
+
+TAIL_STEP = 64  # rows a tail grows by: small, so that memory stays what the plan said
+
+
+class Pool:
+    """Equal entries of pinned CPU memory, allocated in pieces because pinning is slow and must be rare."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool, piece_mib: float):
+        self.shape, self.dtype, self.pin = shape, dtype, pin
+        self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
+        self.piece = max(1, int(piece_mib * 2**20) // self.entry_bytes)  # entries a piece
+        self.free: list[Tensor] = []
+        self.used = 0
+
+    def reserve(self, n: int) -> None:
+        """Make n free entries sure, in one piece of at least the usual size."""
+        if (missing := n - len(self.free)) > 0:
+            memory = torch.empty(max(missing, self.piece), *self.shape, dtype=self.dtype, pin_memory=self.pin)
+            self.free.extend(memory.unbind(0))
+
+    def take(self) -> Tensor:
+        self.reserve(1)
+        self.used += 1
+        return self.free.pop()
+
+    def give(self, entry: Tensor) -> None:
+        self.used -= 1
+        self.free.append(entry)
+
+    @property
+    def nbytes(self) -> int:
+        return self.used * self.entry_bytes
+
+
+class CopyLane:
+    """The copy stream of a CUDA device; with overlap off, or on a CPU, the compute stream itself."""
+
+    def __init__(self, device: torch.device, overlap: bool):
+        self.cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.cuda and overlap else None
+        self.non_blocking = self.stream is not None
+
+    def after_compute(self):
+        """Enter the lane: what is copied inside starts after all compute issued so far."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.stream)  # of None: changes nothing
+
+    def event(self):
+        """Mark this point of the lane, to be waited for by compute."""
+        return self.stream.record_event() if self.stream is not None else None
+
+    def keep(self, tensor: Tensor) -> None:
+        """Hold the memory of a compute tensor that the lane still reads when its last name is gone."""
+        if self.stream is not None:
+            tensor.record_stream(self.stream)
+
+
+def wait(event) -> None:
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+@dataclass
+class Stage:
+    """Layers that share one active set; `slots` lists its blocks by slot, the last prompt block (tail) left out."""
+
+    layers: range
+    n_slots: int
+    slots: list[int] = field(default_factory=list)  # slot -> block
+    held: set[int] = field(default_factory=set)  # blocks whose KV this stage has, in a slot or at home
+    home: dict[int, Tensor] = field(default_factory=dict)  # block -> (layers, 2, B, G, D) on the CPU
+    aux: dict[int, Tensor] = field(default_factory=dict)  # block -> (B, C) on the CPU, pruned at this stage's boundary
+    ring: Tensor | None = None  # (W, H, D) newest queries of the boundary layer
+
+
+class KVCache:
+    """KV of one conversation over a model of `n_layers`, pruned by `schedule` {boundary: budget}.
+
+    Raises ValueError from `begin` when a step does not fit what is left of the device.
+    """
+
+    def __init__(self, n_layers, n_kv_heads, head_dim, dim, block_len, dtype, device, overlap=True, pool_mib=64.0):
+        self.n_layers, self.block_len, self.dtype, self.device = n_layers, block_len, dtype, device
+        self.kv_shape, self.dim, self.pool_mib = (n_kv_heads, head_dim), dim, pool_mib
+        self.lane = CopyLane(device, overlap)
+        pin = device.type == "cuda"
+        self.aux_pool = Pool((block_len, dim), dtype, pin, pool_mib)
+        self.home_pools: dict[int, Pool] = {}  # layers of a stage -> pool
+        self.stages: list[Stage] = []
+        self.slabs: list[Tensor] = []  # per layer (2, S, G, D): keys, values
+        self.length = 0  # tokens of the conversation whose KV is complete
+        self.zero_counters()
+
+    def zero_counters(self) -> None:
+        self.swaps = self.revived = self.to_cpu_bytes = self.to_gpu_bytes = 0
+
+    # ---- a new conversation ---------------------------------------------------------
+
+    def reset(self, n_prompt: int, schedule: dict[int, int], reserve: int = 0) -> None:
+        """Drop everything and lay out slabs for a prompt of n_prompt tokens and `reserve` more."""
+        if self.lane.cuda:
+            torch.cuda.synchronize(self.device)  # the lane may still touch the slabs freed here
+        for stage in self.stages:
+            for entry in stage.aux.values():
+                self.aux_pool.give(entry)
+            for entry in stage.home.values():
+                self.home_pool(stage).give(entry)
+        edges = [0, *schedule, self.n_layers]
+        sizes = stage_blocks(n_prompt, schedule, self.block_len)
+        self.stages = [Stage(range(a, b), n - 1) for a, b, n in zip(edges, edges[1:], sizes)]
+        self.stages[0].slots = list(range(sizes[0] - 1))
+        self.tail_start = (sizes[0] - 1) * self.block_len
+        self.length, self.n_prompt = 0, n_prompt
+        self.slabs, self.ready = [], [None] * self.n_layers
+        self.zero_counters()
+        self.tail_rows = n_prompt - self.tail_start + reserve
+        for stage in self.stages:
+            for _ in stage.layers:
+                self.slabs.append(self.new_slab(stage))
+        self.reserve_pools(sizes)
+
+    def new_slab(self, stage: Stage) -> Tensor:
+        # zeros, not empty: a masked key still meets a zero weight, and 0 * NaN is NaN
+        rows = stage.n_slots * self.block_len + self.tail_rows
+        return torch.zeros(2, rows, *self.kv_shape, dtype=self.dtype, device=self.device)
+
+    def reserve_pools(self, sizes: list[int]) -> None:
+        """Allocate what the first step sends to the CPU, so that no copy waits for pinning."""
+        self.aux_pool.reserve(sizes[0] - sizes[-1])
+        for stage in self.stages[1:]:
+            if stage.n_slots < sizes[0] - 1:
+                self.home_pool(stage).reserve(1)
+
+    def home_pool(self, stage: Stage) -> Pool:
+        n = len(stage.layers)
+        shape = (n, 2, self.block_len, *self.kv_shape)
+        return self.home_pools.setdefault(n, Pool(shape, self.dtype, self.lane.cuda, self.pool_mib))
+
+    def grow_tail(self, end: int) -> None:
+        """Make room for the tokens up to position `end` in every layer's tail."""
+        if end - self.tail_start <= self.tail_rows:
+            return
+        self.tail_rows = end - self.tail_start + TAIL_STEP
+        for stage in self.stages:
+            for layer in stage.layers:
+                self.wait(layer)  # the lane may still be filling the slab that is copied here
+                old, self.slabs[layer] = self.slabs[layer], self.new_slab(stage)
+                self.slabs[layer][:, : old.shape[1]] = old
+
+    # ---- keys and values ------------------------------------------------------------
+
+    def append(self, layer: int, dst: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write keys and values (T, G, D) to slab rows dst (T,)."""
+        self.slabs[layer][0].index_copy_(0, dst, k)
+        self.slabs[layer][1].index_copy_(0, dst, v)
+
+    def read(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
+        """Return the first n slab rows of a layer as views (n, G, D): keys, values."""
+        return self.slabs[layer][0, :n], self.slabs[layer][1, :n]
+
+    def block_keys(self, stage: int, layer: int) -> Tensor:
+        """Return the keys of the stage's slots at `layer` as a view (N, B, G, D), in slot order."""
+        n = self.stages[stage].n_slots
+        return self.slabs[layer][0, : n * self.block_len].view(n, self.block_len, *self.kv_shape)
+
+    def wait(self, layer: int) -> None:
+        """Let compute go on only when the lane is done with this layer's slots.
+
+        Hazards: attention must not read a returning block before it has arrived, and a
+        revived row must not be written over a leaving block that has not been read yet.
+        """
+        wait(self.ready[layer])
+        self.ready[layer] = None
+
+    # ---- the active set -------------------------------------------------------------
+
+    def activate(self, stage: Stage, active: set[int]) -> None:
+        """Make `active` the stage's blocks: leaving blocks go home, known blocks return to the freed slots.
+
+        Blocks without KV in this stage only get a slot; their rows write it on the way up.
+        """
+        if not stage.slots:  # first step: rows write every slot
+            stage.slots = sorted(active)
+            stage.held = set(active)
+            return
+        freed = [s for s, block in enumerate(stage.slots) if block not in active]
+        moves = list(zip(freed, sorted(active - set(stage.slots))))  # (slot, block that enters)
+        leaving = [(s, stage.slots[s]) for s, _ in moves if stage.slots[s] not in stage.home]
+        returning = [(s, block) for s, block in moves if block in stage.home]
+        for _, block in leaving:
+            stage.home[block] = self.home_pool(stage).take()
+        for slot, block in moves:
+            stage.slots[slot] = block
+        stage.held |= active
+        self.swaps += len(moves)
+        self.copy_blocks(stage, leaving, returning)
+
+    def copy_blocks(self, stage: Stage, leaving: list, returning: list) -> None:
+        """Issue a stage's copies layer by layer; each layer's event fires when its own are done.
+
+        Compute issued so far holds the last read of every slot overwritten here, and the
+        last write of every block that leaves: the lane starts after it.
+        """
+        b, quiet = self.block_len, self.lane.non_blocking
+        with self.lane.after_compute():
+            for i, layer in enumerate(stage.layers):
+                slab = self.slabs[layer]
+                for slot, block in leaving:
+                    for half in (0, 1):  # keys and values are contiguous each: no staging copy
+                        stage.home[block][i, half].copy_(slab[half, slot * b : slot * b + b], non_blocking=quiet)
+                for slot, block in returning:
+                    for half in (0, 1):
+                        slab[half, slot * b : slot * b + b].copy_(stage.home[block][i, half], non_blocking=quiet)
+                self.ready[layer] = self.lane.event()
+        size = self.home_pool(stage).entry_bytes
+        self.to_cpu_bytes += len(leaving) * size
+        self.to_gpu_bytes += len(returning) * size
+
+    # ---- rows that leave and come back ----------------------------------------------
+
+    def stash(self, stage: Stage, rows: dict[int, Tensor]) -> None:
+        """Keep the hidden states {block: (B, C)} pruned at this stage's boundary."""
+        with self.lane.after_compute():  # the rows are the newest compute
+            for block, x in rows.items():
+                stage.aux[block] = self.aux_pool.take()
+                stage.aux[block].copy_(x, non_blocking=self.lane.non_blocking)
+                self.lane.keep(x)
+        self.to_cpu_bytes += len(rows) * self.aux_pool.entry_bytes
+
+    def fetch(self, stage: Stage, blocks: list[int]) -> Tensor:
+        """Take blocks out of aux: their hidden states (len(blocks) * B, C) on the device, ready to use."""
+        x = torch.empty(len(blocks), self.block_len, self.dim, dtype=self.dtype, device=self.device)
+        with self.lane.after_compute():  # x may reuse memory that compute has not finished with
+            for row, block in zip(x, blocks):
+                entry = stage.aux.pop(block)
+                row.copy_(entry, non_blocking=self.lane.non_blocking)
+                self.aux_pool.give(entry)  # reused by later copies of this same lane only
+            arrived = self.lane.event()
+        wait(arrived)  # the FFN of the boundary layer reads x next
+        self.revived += len(blocks)
+        self.to_gpu_bytes += len(blocks) * self.aux_pool.entry_bytes
+        return x.view(-1, self.dim)
+
+    # ---- places ---------------------------------------------------------------------
+
+    def block_positions(self, blocks: list[int]) -> Tensor:
+        """Return the positions (len(blocks) * B,) that blocks or slots of these numbers cover, on the device."""
+        first = torch.tensor(blocks, dtype=torch.long, device=self.device) * self.block_len
+        return (first[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
+
+    def gpu_bytes(self) -> int:
+        return sum(slab.nbytes for slab in self.slabs)
+
+    def cpu_bytes(self) -> int:
+        return sum(pool.nbytes for pool in self.home_pools.values())

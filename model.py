@@ -1,0 +1,322 @@
+"""The LLaMA model, and the one step that is prefill, decode and follow-up alike.
+
+A step takes new token ids and returns the logits after the last. It goes layer by layer,
+and chunk by chunk inside a layer, because a boundary scores blocks with the queries of
+the *last* token: the usual loop, each chunk through all layers, could not prune. `x`
+holds all rows and is updated in place, so the biggest temporary is one chunk's FFN.
+
+A boundary p stands inside layer p-1, after its attention and before its FFN (SlimInfer,
+arXiv 2508.06447). There rows leave `x` (pruned) and come back (revived). Rows are always
+in ascending position: first the prompt blocks *in flight*, then the rows of the tail.
+The first step has every block in flight; a decoded token is one tail row, no more.
+
+Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab, B block_len.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+import prune
+from kvcache import KVCache, Stage
+
+# Keys of other families or variants that change the numbers, with the value that leaves them unchanged.
+NEUTRAL = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "quantization_config": None, "partial_rotary_factor": 1.0, "rope_interleaved": False,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "logit_scale": 1.0, "clip_qkv": None,
+    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": None,
+    "use_qk_norm": False, "no_rope_layers": None, "num_local_experts": None, "num_experts": None,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape and constants of a checkpoint, from its config.json; anything not understood raises ValueError."""
+
+    model_type: str
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict  # {} or {"rope_type": ..., ...}
+    max_len: int  # trained context
+    tied: bool  # the embedding is the LM head too
+    dtype: torch.dtype
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2"
+
+    @staticmethod
+    def read(path: Path) -> "Config":
+        """Read config.json; raise FileNotFoundError or a ValueError that names the key."""
+        return Config.from_dict(read_json(path), path)
+
+    @staticmethod
+    def from_dict(c: dict, path) -> "Config":
+        def need(key, kind=int):
+            value = c.get(key)
+            if type(value) is not kind and not (kind is float and type(value) is int) or not value > 0:
+                raise ValueError(f"{path}: key {key!r} is {value!r}; a positive {kind.__name__} is needed")
+            return kind(value)
+
+        architecture = (c.get("architectures") or ["(none)"])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        model_type = ARCHITECTURES[architecture]
+        rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}  # older and newer name
+        for key, value in {**c, **rope}.items():
+            if key in NEUTRAL and value not in (NEUTRAL[key], None):
+                raise ValueError(f"{path}: key {key!r} is {value!r}; only {NEUTRAL[key]!r} is supported")
+        if model_type == "llama" and c.get("sliding_window") or set(c.get("layer_types") or []) - {"full_attention"}:
+            raise ValueError(f"{path}: key 'sliding_window' or 'layer_types' asks for sliding-window attention, which is not supported")
+        theta = rope.pop("rope_theta", None) or c.get("rope_theta") or 10000.0  # Llama 2 files may leave it out
+        n_heads = need("num_attention_heads")
+        name = str(c.get("torch_dtype") or c.get("dtype") or "float32").removeprefix("torch.")
+        if name not in DTYPES:
+            raise ValueError(f"{path}: key 'torch_dtype' is {name!r}; supported are {', '.join(DTYPES)}")
+        config = Config(
+            model_type=model_type, dim=need("hidden_size"), n_layers=need("num_hidden_layers"), n_heads=n_heads,
+            n_kv_heads=need("num_key_value_heads") if c.get("num_key_value_heads") else n_heads,
+            head_dim=need("head_dim") if c.get("head_dim") else need("hidden_size") // n_heads,
+            hidden_dim=need("intermediate_size"), vocab_size=need("vocab_size"), norm_eps=need("rms_norm_eps", float),
+            rope_theta=float(theta), rope_scaling=rope, max_len=need("max_position_embeddings"),
+            tied=bool(c.get("tie_word_embeddings", False)), dtype=DTYPES[name],
+        )  # fmt: skip
+        if config.n_heads % config.n_kv_heads or config.head_dim % 2:
+            raise ValueError(f"{path}: {n_heads} heads over {config.n_kv_heads} KV heads of size {config.head_dim} do not divide evenly")
+        inverse_frequencies(config)  # raises for a RoPE type or key that is not understood
+        return config
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; raise FileNotFoundError or ValueError with the path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint is a folder in Hugging Face layout")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+# ---- rotary position embedding ----------------------------------------------------------
+
+
+def inverse_frequencies(config: Config) -> Tensor:
+    """Return RoPE's inverse frequencies (D/2,) in float64, scaled as the checkpoint's rope type asks.
+
+    Types: default, linear (positions divided by factor) and llama3 (long wavelengths
+    divided by factor, short ones kept, a ramp between). Raises ValueError for any other.
+    """
+    r, d = config.rope_scaling, config.head_dim
+    inv = config.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
+    kind = r.get("rope_type") or r.get("type") or "default"
+    try:
+        if kind == "default":
+            return inv
+        if kind == "linear":
+            return inv / r["factor"]
+        if kind == "llama3":
+            low, high, old = r["low_freq_factor"], r["high_freq_factor"], r["original_max_position_embeddings"]
+            turns = old * inv / (2 * math.pi)  # full turns within the old context
+            keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is, 0: divided by factor
+            return inv * keep + inv / r["factor"] * (1 - keep)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"rope_scaling {r} of type {kind!r}: key {error} is missing or no number") from None
+    raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are default, linear, llama3")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE in split-half layout to x (T, heads, D), with cos and sin (T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+# ---- the model --------------------------------------------------------------------------
+
+
+@dataclass
+class Layer:
+    """Weights of one layer; q, k, v are one matrix, so are gate and up."""
+
+    attn_norm: Tensor  # (C,)
+    wqkv: Tensor  # (H*D + 2*G*D, C)
+    bqkv: Tensor | None  # (H*D + 2*G*D,), Qwen2 only
+    wo: Tensor  # (C, H*D)
+    ffn_norm: Tensor  # (C,)
+    w_gate_up: Tensor  # (2*F, C)
+    w_down: Tensor  # (C, F)
+
+
+@dataclass
+class Weights:
+    embed: Tensor  # (V, C)
+    layers: list[Layer]
+    norm: Tensor  # (C,)
+    head: Tensor  # (V, C), the embedding itself when tied
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.embed, self.norm] + [t for layer in self.layers for t in vars(layer).values() if t is not None]
+        return sum(t.nbytes for t in tensors) + (0 if self.head is self.embed else self.head.nbytes)
+
+
+@dataclass
+class Rows:
+    """Where the rows of x stand in the text and in the slabs of one stage."""
+
+    n: int  # T
+    cos: Tensor  # (T, 1, D/2)
+    sin: Tensor
+    dst: Tensor  # (T,) slab rows their keys go to
+    before: int  # slab rows that come before row 0, when rows are the newest keys
+    pos: Tensor  # (T,)
+    revived: int  # leading rows that stand amid their keys
+    key_pos: Tensor | None  # (S,) only if there are such rows: the mask then goes by position
+
+
+class Model:
+    """Weights, KV and the step. `score` is the method; `on_chunk(layer, rows, keys)` is told of progress."""
+
+    def __init__(self, config: Config, weights: Weights, kv: KVCache, unit_len=8, window=4, gamma=0.9, chunk=256, score=prune.block_scores):
+        self.config, self.weights, self.kv = config, weights, kv
+        self.unit_len, self.window, self.gamma, self.chunk, self.score = unit_len, window, gamma, chunk, score
+        self.inv_freq = inverse_frequencies(config).to(kv.device)
+        self.on_chunk = lambda layer, rows, keys: None
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """Run new token ids (T,) after what the KV holds; return the logits (V,) after the last one.
+
+        Prefill when the KV is empty, else decode or follow-up. Mutates the KV.
+        """
+        kv, w, start = self.kv, self.weights, self.kv.length
+        kv.grow_tail(start + len(ids))
+        x = w.embed[ids.to(kv.device)]  # (T, C)
+        flight = [] if start else list(kv.stages[0].slots)  # prompt blocks among the rows, ascending
+        end = start + len(ids)
+        for i, stage in enumerate(kv.stages):
+            rows = self.place(stage, flight, max(start, kv.tail_start), end)
+            above = kv.stages[i + 1] if i + 1 < len(kv.stages) else None
+            for layer in stage.layers:
+                at_boundary = above is not None and layer == stage.layers[-1]
+                self.attention(layer, x, rows, above if at_boundary else None)
+                if at_boundary:
+                    x, flight = self.boundary(i + 1, x, flight)
+                self.ffn(layer, x)
+        kv.length = end
+        last = F.rms_norm(x[-1], (self.config.dim,), w.norm, self.config.norm_eps)
+        logits = F.linear(last, w.head)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def place(self, stage: Stage, flight: list[int], start: int, end: int) -> Rows:
+        """Say where the rows of the blocks in flight and of tail positions start..end-1 belong in a stage."""
+        kv = self.kv
+        tail = torch.arange(start, end, device=kv.device)
+        tail_row = stage.n_slots * kv.block_len  # slab row where the tail begins
+        slot = {block: s for s, block in enumerate(stage.slots)}
+        pos = torch.cat([kv.block_positions(flight), tail])
+        dst = torch.cat([kv.block_positions([slot[b] for b in flight]), tail - kv.tail_start + tail_row])
+        n_flight = len(flight) * kv.block_len
+        revived = n_flight if kv.length else 0  # in the first step rows and keys are the same
+        key_pos = torch.cat([kv.block_positions(stage.slots), torch.arange(kv.tail_start, end, device=kv.device)]) if revived else None
+        wide = torch.promote_types(kv.dtype, torch.float32)
+        angle = pos[:, None, None] * self.inv_freq  # (T, 1, D/2) in float64: exact at any position
+        before = tail_row + start - kv.tail_start - n_flight
+        return Rows(len(pos), angle.cos().to(wide), angle.sin().to(wide), dst, before, pos, revived, key_pos)
+
+    def attention(self, layer: int, x: Tensor, rows: Rows, above: Stage | None) -> None:
+        """Add attention to x (T, C) in place, appending keys and values; feed the ring of a boundary above."""
+        c, w, kv = self.config, self.weights.layers[layer], self.kv
+        h, g, d = c.n_heads, c.n_kv_heads, c.head_dim
+        kv.wait(layer)
+        for a in range(0, rows.n, self.chunk):
+            b = min(a + self.chunk, rows.n)
+            qkv = F.linear(F.rms_norm(x[a:b], (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
+            q, k, v = qkv.view(b - a, -1, d).split([h, g, g], dim=1)  # (t, H, D), (t, G, D), (t, G, D)
+            q, k = rotate(q, rows.cos[a:b], rows.sin[a:b]), rotate(k, rows.cos[a:b], rows.sin[a:b])
+            kv.append(layer, rows.dst[a:b], k, v)
+            out = self.attend(layer, q, rows, a, b)  # (t, H*D)
+            x[a:b].addmm_(out, w.wo.t())
+            if above is not None:
+                self.feed_ring(above, q, rows, a)
+
+    def attend(self, layer: int, q: Tensor, rows: Rows, a: int, b: int) -> Tensor:
+        """Attend rows a..b-1, q (t, H, D), to the keys of their stage at or before their position: (t, H*D)."""
+        if rows.key_pos is None:  # all keys before the rows, then the rows: causal from the lower right corner
+            n = rows.before + b
+            mask = causal_lower_right(b - a, n) if b - a > 1 else None
+        else:
+            n = len(rows.key_pos)
+            mask = rows.key_pos <= rows.pos[a:b, None]  # (t, S)
+        k, v = self.kv.read(layer, n)  # (S, G, D)
+        self.on_chunk(layer, b - a, n)
+        q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # (1, heads, rows, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(b - a, -1)
+
+    def feed_ring(self, above: Stage, q: Tensor, rows: Rows, a: int) -> None:
+        """Push the queries q (t, H, D) of rows a.. into a boundary's ring; revived rows stay out."""
+        fresh = q[max(0, rows.revived - a) :][-self.window :]  # (<=W, H, D)
+        above.ring = torch.cat([fresh[:0] if above.ring is None else above.ring, fresh])[-self.window :]
+
+    def ffn(self, layer: int, x: Tensor) -> None:
+        """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
+        c, w = self.config, self.weights.layers[layer]
+        for part in x.split(self.chunk):
+            gate, up = F.linear(F.rms_norm(part, (c.dim,), w.ffn_norm, c.norm_eps), w.w_gate_up).chunk(2, dim=-1)  # (t, F)
+            part.addmm_(F.silu(gate).mul_(up), w.w_down.t())
+
+    # ---- a boundary ---------------------------------------------------------------------
+
+    def boundary(self, i: int, x: Tensor, flight: list[int]) -> tuple[Tensor, list[int]]:
+        """Choose stage i's blocks, move rows out of and into x (T, C); return the new x and its blocks in flight."""
+        kv, stage, b = self.kv, self.kv.stages[i], self.kv.block_len
+        active = self.choose(i)
+        kept = [block for block in flight if block in active]
+        entering = sorted(active - stage.held - set(flight))  # pruned when the prompt came through, wanted now
+        row = {block: j * b for j, block in enumerate(flight)}
+        kv.stash(stage, {block: x[row[block] : row[block] + b] for block in flight if block not in active})
+        revived = kv.fetch(stage, entering) if entering else None
+        kv.activate(stage, active)
+        if revived is None and len(kept) == len(flight):
+            return x, flight
+        row |= {block: len(x) + j * b for j, block in enumerate(entering)}
+        flight_above = sorted(kept + entering)
+        tail = torch.arange(len(flight) * b, len(x), device=kv.device)
+        first = torch.tensor([row[block] for block in flight_above], dtype=torch.long, device=kv.device)
+        index = torch.cat([(first[:, None] + torch.arange(b, device=kv.device)).flatten(), tail])
+        x = x if revived is None else torch.cat([x, revived])
+        return x[index], flight_above
+
+    def choose(self, i: int) -> set[int]:
+        """Return the blocks to be active in stage i: the selection, or what is active if that overlaps enough."""
+        kv, below, stage = self.kv, self.kv.stages[i - 1], self.kv.stages[i]
+        if len(below.slots) <= stage.n_slots:
+            new = set(below.slots)
+        else:
+            keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
+            blocks = torch.tensor(below.slots, device=kv.device)
+            scores = self.score(stage.ring, keys, blocks, self.unit_len)
+            new = set(prune.select(scores, below.slots, stage.n_slots))
+        last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
+        if kv.length and prune.overlap(new | last, set(stage.slots) | last) >= self.gamma:
+            return set(stage.slots)
+        return new

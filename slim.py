@@ -1,0 +1,652 @@
+"""Load a checkpoint, generate, and the command line of Slim.
+
+    python slim.py --ckpt llama3.1-8b --prompt file.txt
+
+`load` checks everything it can before it allocates anything, so a checkpoint is either
+wholly loaded or refused with one line that says why. Only safetensors and JSON are read.
+An `Engine` holds one conversation: `prefill` starts it, `extend` goes on with it, be it a
+decoded token or a follow-up question, and `generate` is the two in a loop.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import prune
+import tokenizer as tokenizers
+from kvcache import KVCache
+from model import DTYPES, Config, Layer, Model, Weights, read_json
+
+ALIASES = {
+    "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B", "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B", "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B", "llama3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct", "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B", "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set about a run, with its default; validated when built."""
+
+    block_len: int = 64  # tokens a block
+    unit_len: int = 8  # tokens a unit inside a block
+    window: int = 4  # newest queries that score
+    gamma: float = 0.9  # overlap from which the active set is kept
+    chunk: int = 0  # rows computed at a time; 0: 256 on a CPU, 2048 on a GPU
+    overlap: bool = True  # copies on a stream of their own
+    pool_mib: float = 64.0  # CPU memory for pruned blocks is taken in pieces of this size
+
+    def __post_init__(self):
+        for name, least in (("block_len", 1), ("unit_len", 1), ("window", 1), ("chunk", 0)):
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be a whole number of at least {least}")
+        if self.block_len % self.unit_len:
+            raise ValueError(f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}; choose a divisor")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"--gamma {self.gamma} is outside 0..1, the range of an overlap")
+
+
+# ---- finding a checkpoint ---------------------------------------------------------------
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Return the folder of a checkpoint: a path, a name under checkpoints/ or $SLIM_CHECKPOINTS, or in the Hugging Face cache."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ValueError(f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors")
+    repo = ALIASES.get(str(name).lower(), str(name))
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub").expanduser()
+    places = [path, Path("checkpoints") / path]
+    if "SLIM_CHECKPOINTS" in os.environ:
+        places.append(Path(os.environ["SLIM_CHECKPOINTS"]) / path)
+    if repo.count("/") == 1:
+        for repo_id in (repo, repo.replace("/Llama-3", "/Meta-Llama-3")):  # 3 and 3.1 were renamed
+            places.append(newest_snapshot(hub / f"models--{repo_id.replace('/', '--')}"))
+    for place in places:
+        if place.is_dir():
+            return place
+    known = repo if repo.count("/") == 1 else "ORG/NAME"
+    looked = ", ".join(str(place) for place in places)
+    raise FileNotFoundError(f"no checkpoint {str(name)!r} (looked at {looked}); to download one: hf download {known} --local-dir checkpoints/{Path(name).name}")
+
+
+def newest_snapshot(folder: Path) -> Path:
+    """Return the snapshot that a Hugging Face cache folder calls main, or the folder's pattern if there is none."""
+    main = folder / "refs" / "main"
+    return folder / "snapshots" / (main.read_text().strip() if main.is_file() else "*")
+
+
+# ---- weights ----------------------------------------------------------------------------
+
+
+def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor that a checkpoint of this config must have."""
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    shapes = {"model.embed_tokens.weight": (c.vocab_size, c.dim), "model.norm.weight": (c.dim,)}
+    if not c.tied:
+        shapes["lm_head.weight"] = (c.vocab_size, c.dim)
+    for i in range(c.n_layers):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": (c.dim,), p + "post_attention_layernorm.weight": (c.dim,)}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+        if c.qkv_bias:
+            shapes |= {p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+        shapes[p + "self_attn.o_proj.weight"] = (c.dim, q)
+        shapes |= {p + f"mlp.{n}_proj.weight": (c.hidden_dim, c.dim) for n in ("gate", "up")}
+        shapes[p + "mlp.down_proj.weight"] = (c.dim, c.hidden_dim)
+    return shapes
+
+
+def open_shards(folder: Path) -> dict[str, object]:
+    """Open every safetensors file of a folder, memory-mapped; return {tensor name: open file}."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        names = set(read_json(index).get("weight_map", {}).values())
+    tensors = {}
+    for name in sorted(names):
+        path = folder / name
+        if not path.is_file():
+            where = f"named by {index.name}" if index.is_file() else "the only format read"
+            raise FileNotFoundError(f"{path} does not exist ({where}); download the checkpoint again or convert it to safetensors")
+        try:
+            shard = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated or not safetensors ({error}); download it again") from None
+        tensors |= dict.fromkeys(shard.keys(), shard)
+    return tensors
+
+
+def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
+    """Raise ValueError that lists every missing, unexpected, mis-shaped or quantised tensor."""
+    wanted, problems = tensor_shapes(c), []
+    for name, shape in wanted.items():
+        if name not in tensors:
+            problems.append(f"missing {name}")
+        elif (found := tuple(tensors[name].get_slice(name).get_shape())) != shape:
+            problems.append(f"{name} has shape {found}, config.json asks for {shape}")
+        elif (kind := tensors[name].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {kind}, quantised weights are not supported")
+    harmless = ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)  # derived or shared
+    problems += [f"unexpected {name}" for name in sorted(tensors) if name not in wanted and not name.endswith(harmless)]
+    if problems:
+        raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems)}")
+
+
+def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dtype, progress=None) -> Weights:
+    """Copy each tensor from its mapped file straight to its place on the device; QKV and gate/up become one matrix each."""
+    done, total = 0, sum(torch.Size(shape).numel() for shape in tensor_shapes(c).values())
+
+    def fuse(*names: str) -> Tensor:
+        nonlocal done
+        parts = [tensors[name].get_tensor(name) for name in names]  # mapped, not read yet
+        whole = torch.empty(sum(len(p) for p in parts), *parts[0].shape[1:], dtype=dtype, device=device)
+        for part, place in zip(parts, whole.split([len(p) for p in parts])):
+            place.copy_(part)
+        done += whole.numel()
+        if progress:
+            progress(done, total)
+        return whole
+
+    def layer(i: int) -> Layer:
+        p = f"model.layers.{i}."
+        qkv = [p + f"self_attn.{n}_proj" for n in "qkv"]
+        return Layer(
+            attn_norm=fuse(p + "input_layernorm.weight"),
+            wqkv=fuse(*(n + ".weight" for n in qkv)),
+            bqkv=fuse(*(n + ".bias" for n in qkv)) if c.qkv_bias else None,
+            wo=fuse(p + "self_attn.o_proj.weight"),
+            ffn_norm=fuse(p + "post_attention_layernorm.weight"),
+            w_gate_up=fuse(p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight"),
+            w_down=fuse(p + "mlp.down_proj.weight"),
+        )
+
+    embed = fuse("model.embed_tokens.weight")
+    head = embed if c.tied else fuse("lm_head.weight")
+    return Weights(embed, [layer(i) for i in range(c.n_layers)], fuse("model.norm.weight"), head)
+
+
+# ---- memory -----------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device for auto, cpu, cuda or cuda:N; raise ValueError if it is unknown or absent."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if cuda else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isdigit():
+        raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= cuda:
+        raise ValueError(f"--device {name!r}: this machine has {cuda} CUDA devices that torch can use; try --device cpu")
+    return torch.device("cpu" if kind == "cpu" else f"cuda:{index or 0}")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory a device can still give, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes a run needs: weights, KV slabs, and the biggest temporaries at one time."""
+
+    weights: int
+    kv: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.temporary
+
+    def __str__(self) -> str:
+        return f"{size(self.weights)} weights + {size(self.kv)} KV + {size(self.temporary)} temporary = {size(self.total)}"
+
+
+def plan(c: Config, settings: Settings, schedule: dict, dtype: torch.dtype, chunk: int, n_prompt: int, n_new: int = 0) -> Plan:
+    """Return what a prompt of n_prompt tokens and n_new more will take."""
+    sizes, item = prune.stage_blocks(n_prompt, schedule, settings.block_len), dtype.itemsize
+    edges = [0, *schedule, c.n_layers]
+    rows = [(n - sizes[0]) * settings.block_len + n_prompt + n_new for n in sizes]
+    kv = sum((b - a) * r for a, b, r in zip(edges, edges[1:], rows)) * 2 * c.n_kv_heads * c.head_dim * item
+    weights = sum(torch.Size(shape).numel() for shape in tensor_shapes(c).values()) * item
+    chunk = min(chunk, n_prompt)
+    hidden = (n_prompt + rows[min(1, len(rows) - 1)]) * c.dim * item + n_prompt * c.head_dim * 16  # x, its survivors, cos and sin
+    attention = chunk * (3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4 + n_prompt * (1 + item))  # q, k, v, out; the mask
+    return Plan(weights, kv, hidden + max(attention, chunk * 4 * c.hidden_dim * item))
+
+
+def check_memory(c: Config, settings: Settings, schedule: dict, dtype, chunk: int, device, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
+    """Return the plan; raise ValueError naming the flag that would make it fit if it does not. `loaded`: bytes of it in place."""
+    ask = lambda schedule=schedule, dtype=dtype, chunk=chunk: plan(c, settings, schedule, dtype, chunk, n_prompt, n_new)
+    need, free = ask(), free_bytes(device)
+    if need.total - loaded <= free:
+        return need
+    small = default = prune.default_schedule(c.n_layers, c.model_type)
+    small = {layer: max(2 * settings.block_len, 1024 >> i) for i, layer in enumerate(default)} if default else {}
+    ways = {"--chunk 64": ask(chunk=min(64, chunk)), "--schedule auto": ask(default), f"--schedule {format_schedule(small)}": ask(small)}
+    if dtype.itemsize > 2:
+        ways["--dtype bfloat16"] = ask(dtype=torch.bfloat16)
+    fits = [flag for flag, way in ways.items() if way.total - loaded <= free]
+    advice = f"it would fit with {fits[0]}" if fits else "no flag makes it fit: use a shorter prompt, a smaller model" + (" or --device cpu" if device.type == "cuda" else "")
+    raise ValueError(f"not enough memory on {device}: {need} for {n_prompt:,} tokens, but {size(free)} free; {advice}")
+
+
+def size(n: float) -> str:
+    """Write a byte count as B, KiB, MiB or GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            break
+        n /= 1024
+    else:
+        unit = "GiB"
+    return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.2f} {unit}"
+
+
+def format_schedule(schedule: dict[int, int]) -> str:
+    return ",".join(f"{layer}:{budget}" for layer, budget in schedule.items()) or "dense"
+
+
+# ---- the engine -------------------------------------------------------------------------
+
+
+def load(ckpt, device="auto", dtype="auto", schedule="auto", score=prune.block_scores, reserve=(1, 0), progress=None, **settings) -> "Engine":
+    """Load a checkpoint and return an Engine.
+
+    schedule: "auto" (by depth), "dense", {} or {boundary: token budget}; score: a function
+    like prune.block_scores; reserve: (prompt, new) tokens to plan memory for, so that
+    nothing is allocated while the first token is awaited; progress(done, total) follows the
+    weights; settings: fields of Settings. Raises ValueError or FileNotFoundError, in one line,
+    before anything is allocated.
+    """
+    options = Settings(**settings)
+    where, folder = pick_device(device), find_checkpoint(ckpt)
+    config = Config.read(folder / "config.json")
+    kind = pick_dtype(dtype, config, where)
+    budgets = resolve_schedule(schedule, config, options)
+    tensors = open_shards(folder)
+    check_tensors(folder, config, tensors)
+    chunk = options.chunk or (2048 if where.type == "cuda" else 256)
+    check_memory(config, options, budgets, kind, chunk, where, *reserve)
+    kv = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, config.dim, options.block_len, kind, where, options.overlap, options.pool_mib)
+    kv.reserve_pools(prune.stage_blocks(reserve[0], budgets, options.block_len))
+    model = Model(config, load_weights(tensors, config, where, kind, progress), kv, options.unit_len, options.window, options.gamma, chunk, score)
+    return Engine(model, folder, budgets, options, stop_tokens(folder))
+
+
+def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of a run; auto is the checkpoint's own, but float32 for float16 on a CPU."""
+    if name == "auto":
+        slow = device.type == "cpu" and config.dtype == torch.float16
+        return torch.float32 if slow else config.dtype
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    if name == "float64" and device.type == "cuda":
+        raise ValueError("--dtype float64 is for exactness tests on a CPU; use float32, bfloat16 or float16 on CUDA")
+    return DTYPES[name]
+
+
+def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, int]:
+    """Return {boundary: budget} for "auto", "dense", a string or a dict, checked against the model."""
+    if isinstance(schedule, str):
+        schedule = prune.parse_schedule(schedule)
+    if schedule == "auto":
+        schedule = prune.default_schedule(config.n_layers, config.model_type)
+    schedule = {} if schedule in ("dense", None) else dict(schedule)
+    prune.check_schedule(schedule, config.n_layers, settings.block_len)
+    return schedule
+
+
+def stop_tokens(folder: Path) -> set[int]:
+    """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (ids := read_json(folder / name).get("eos_token_id")) is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
+class Engine:
+    """One conversation with a model. Make it with `load`."""
+
+    def __init__(self, model: Model, folder: Path, schedule: dict[int, int], settings: Settings, stop: set[int]):
+        self.model, self.folder, self.schedule, self.settings, self.stop = model, folder, schedule, settings, stop
+        self.config, self.kv = model.config, model.kv
+        self.pending: list[int] = []  # generated, but not yet run through the model
+        self.whole = False  # False while a step runs, and after one that was broken off
+        self.prefill_s = self.decode_s = 0.0
+        self.decode_tokens = 0
+
+    @cached_property
+    def tokenizer(self):
+        """The checkpoint's tokenizer, loaded when first asked for: the engine itself needs ids only."""
+        return tokenizers.load(self.folder)
+
+    def prefill(self, ids, reserve: int = 0, schedule=None) -> Tensor:
+        """Start afresh with a prompt and return the logits (V,) after it, in float32 (float64 for float64).
+
+        reserve: room to leave for new tokens; schedule: one for this conversation instead
+        of the engine's. Raises ValueError for ids outside the vocabulary, or too little memory.
+        """
+        ids = self.check_ids(ids)
+        budgets = self.schedule if schedule is None else resolve_schedule(schedule, self.config, self.settings)
+        kv, m = self.kv, self.model
+        in_place = m.weights.nbytes + kv.gpu_bytes()
+        check_memory(self.config, self.settings, budgets, kv.dtype, m.chunk, kv.device, len(ids), reserve, in_place)
+        self.pending, self.prefill_s, self.decode_s, self.decode_tokens = [], 0.0, 0.0, 0
+        started = time.perf_counter()
+        kv.reset(len(ids), budgets, reserve)
+        logits = self.run(ids)
+        self.prefill_s = time.perf_counter() - started
+        return logits
+
+    def extend(self, ids=()) -> Tensor:
+        """Append ids, one (a decode step) or many (a follow-up), and return the logits (V,) after them.
+
+        Tokens that `generate` has yielded but not run are run first. Raises ValueError
+        before any prefill, after a step that was broken off, or with nothing to run.
+        """
+        ids = self.check_ids([*self.pending, *ids])
+        if not self.whole:
+            raise ValueError("there is no whole conversation to extend; call prefill first")
+        started = time.perf_counter()
+        logits = self.run(ids)
+        self.pending = []
+        self.decode_s += time.perf_counter() - started
+        self.decode_tokens += len(ids)
+        return logits
+
+    def run(self, ids: list[int]) -> Tensor:
+        self.whole = False
+        logits = self.model.step(torch.tensor(ids))
+        if self.kv.lane.cuda:
+            torch.cuda.current_stream().synchronize()  # the seconds in stats are of finished work
+        self.whole = True
+        return logits
+
+    def check_ids(self, ids) -> list[int]:
+        ids = [int(i) for i in ids]
+        if not ids:
+            raise ValueError("there are no token ids to run; give at least one")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            bad = next(i for i in ids if not 0 <= i < self.config.vocab_size)
+            raise ValueError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}, the model's vocabulary; tokenizer and checkpoint do not belong together")
+        return ids
+
+    def generate(self, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, fresh: bool = True) -> Iterator[int]:
+        """Return an iterator of new ids after a prompt, or, with fresh=False, after more text of this conversation.
+
+        temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability.
+        Ends at max_new_tokens or before a stop token, which is not yielded.
+        """
+        if not temperature >= 0 or temperature == float("inf"):
+            raise ValueError(f"--temperature {temperature} must be 0 (greedy) or more")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"--top-p {top_p} is outside 0..1 (0 excluded), the range of a probability")
+        if max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {max_new_tokens} must be at least 1")
+        random = torch.Generator()
+        random.seed() if seed is None else random.manual_seed(seed)
+
+        def stream():
+            logits = self.prefill(ids, reserve=max_new_tokens) if fresh else self.extend(ids)
+            for left in reversed(range(max_new_tokens)):
+                token = sample(logits, temperature, top_p, random)
+                if token in self.stop:
+                    return
+                self.pending = [token]
+                yield token
+                if left:
+                    logits = self.extend()
+
+        return stream()
+
+    @property
+    def stats(self) -> dict:
+        """Counters of the conversation so far; bytes and seconds, `kept` in prompt tokens per stage."""
+        kv, c = self.kv, self.config
+        tail = kv.n_prompt - kv.tail_start
+        return {
+            "prompt_tokens": kv.n_prompt,
+            "tokens": kv.length,
+            "kept": [stage.n_slots * kv.block_len + tail for stage in kv.stages],
+            "swaps": kv.swaps,
+            "revived": kv.revived,
+            "kv_gpu_bytes": kv.gpu_bytes(),
+            "kv_cpu_bytes": kv.cpu_bytes(),
+            "aux_cpu_bytes": kv.aux_pool.nbytes,
+            "kv_dense_bytes": 2 * c.n_layers * kv.length * c.n_kv_heads * c.head_dim * kv.dtype.itemsize,
+            "to_cpu_bytes": kv.to_cpu_bytes,
+            "to_gpu_bytes": kv.to_gpu_bytes,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "decode_tokens": self.decode_tokens,
+        }
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    """Draw a token id from logits (V,); on the CPU, so that a seed means the same on every device."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs = torch.softmax(logits.cpu().double() / temperature, dim=-1)
+    probs, order = probs.sort(descending=True)
+    probs[probs.cumsum(0) - probs >= top_p] = 0  # the likeliest token always stays
+    return int(order[torch.multinomial(probs, 1, generator=random)])
+
+
+# ---- command line -----------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse prints its usage first; one line is enough
+        self.exit(2, f"slim: error: {message}; see python slim.py --help\n")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    d = {f.name: f.default for f in fields(Settings)}
+    p = Parser(prog="slim.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--ckpt", required=True, help="folder, name under checkpoints/, Hugging Face id or alias such as llama3.1-8b")
+    p.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
+    p.add_argument("--ask", metavar="TEXT", help="a question put after the text")
+    p.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
+    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length of the answer at most")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    p.add_argument("--seed", type=int, help="makes sampling repeatable")
+    p.add_argument("--schedule", default="auto", help="boundaries and token budgets as in 10:8192,20:4096,30:2048; auto goes by depth")
+    p.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
+    p.add_argument("--block-len", type=int, default=d["block_len"], help="tokens a block")
+    p.add_argument("--unit-len", type=int, default=d["unit_len"], help="tokens a unit of a block")
+    p.add_argument("--window", type=int, default=d["window"], help="newest queries that score the blocks")
+    p.add_argument("--gamma", type=float, default=d["gamma"], help="overlap from which the active blocks are kept")
+    p.add_argument("--chunk", type=int, default=d["chunk"], help="rows computed at a time; 0 chooses by device")
+    p.add_argument("--no-overlap", action="store_true", help="copy synchronously, on the compute stream")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of the answer")
+    p.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
+    p.add_argument("--quiet", action="store_true", help="print the answer alone")
+    return p.parse_args(argv)
+
+
+def read_prompt(args) -> str:
+    """Return the text of --prompt; raise ValueError or FileNotFoundError if there is none to be read."""
+    name = args.prompt
+    if name is None and args.ask is None:
+        raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
+    if name is None:
+        return ""
+    if name != "-" and not Path(name).exists():
+        raise FileNotFoundError(f"--prompt {name} does not exist; give a text file, or - for standard input")
+    if name != "-" and Path(name).is_dir():
+        raise ValueError(f"--prompt {name} is a directory; give a text file")
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt {name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it first") from None
+    if not text.strip():
+        raise ValueError(f"--prompt {name} is empty; there is nothing to read")
+    return text
+
+
+def build_ids(args, text: str, tokenizer) -> list[int]:
+    """Return the prompt's ids: a chat turn for an instruct model, plain text otherwise or with --raw."""
+    if args.max_prompt_tokens is not None:
+        if args.max_prompt_tokens < 1:
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
+        text = tokenizer.decode(tokenizer.encode(text)[: args.max_prompt_tokens])
+    text = "\n\n".join(part for part in (text, args.ask) if part)
+    if tokenizer.chat_format and not args.raw:
+        return tokenizer.chat(text)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return start + tokenizer.encode(text)
+
+
+class Progress:
+    """One line on a terminal's stderr that overwrites itself; silent anywhere else."""
+
+    def __init__(self, quiet: bool):
+        self.on = sys.stderr.isatty() and not quiet
+        self.shown = 0.0
+
+    def show(self, text: str) -> None:
+        if self.on and time.perf_counter() - self.shown > 0.1:
+            self.shown = time.perf_counter()
+            sys.stderr.write(f"\r\033[K{text}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self.on:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+    def loading(self, done: int, total: int) -> None:
+        self.show(f"loading weights {100 * done // total}%")
+
+    def follow(self, engine: Engine) -> None:
+        """Watch a prefill: layer, tokens alive, and the time left by the work that is left."""
+        c, kv = engine.config, engine.kv
+        started, done = time.perf_counter(), 0
+
+        def cost(rows: int, keys: float) -> float:
+            linear = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.dim * c.hidden_dim
+            return 2 * rows * linear + 4 * rows * keys * c.n_heads * c.head_dim
+
+        def on_chunk(layer: int, rows: int, keys: int) -> None:
+            nonlocal done
+            alive = [stage.n_slots * kv.block_len + kv.n_prompt - kv.tail_start for stage in kv.stages for _ in stage.layers]
+            total = sum(cost(n, n / 2) for n in alive)
+            spent = time.perf_counter() - started
+            left = f"{spent * (total - done) / done:.0f} s left" if done else ""
+            self.show(f"reading the prompt: layer {layer + 1}/{c.n_layers}, {alive[layer]:,} of {kv.n_prompt:,} tokens alive  {left}")
+            done += cost(rows, keys - rows / 2)
+
+        if self.on:
+            engine.model.on_chunk = on_chunk
+
+
+def summary(engine: Engine, ttft: float, rate: float) -> str:
+    s = engine.stats
+    kept = " > ".join(f"{n:,}" for n in s["kept"])
+    return (
+        f"slim: {s['prompt_tokens']:,} prompt tokens, kept per stage {kept}; first token {ttft:.2f} s, then {rate:.1f} tokens/s\n"
+        f"slim: KV {size(s['kv_gpu_bytes'])} on {engine.kv.device} + {size(s['kv_cpu_bytes'])} at home + {size(s['aux_cpu_bytes'])} pruned rows, "
+        f"dense {size(s['kv_dense_bytes'])}; {s['swaps']} blocks swapped, {s['revived']} of them revived"
+    )
+
+
+def main(argv=None) -> int:
+    """Run the command line; return the exit code: 0, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe."""
+    args = parse_args(argv)
+    say = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr))
+    progress = Progress(args.quiet)
+    try:
+        return run(args, say, progress)
+    except (ValueError, FileNotFoundError, PermissionError, torch.cuda.OutOfMemoryError) as error:
+        progress.clear()
+        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        progress.clear()
+        return 130
+
+
+def run(args, say, progress: Progress) -> int:
+    options = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
+    options = replace(options, overlap=not args.no_overlap)
+    folder, device = find_checkpoint(args.ckpt), pick_device(args.device)
+    config = Config.read(folder / "config.json")
+    schedule = resolve_schedule("dense" if args.dense else args.schedule, config, options)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}; they do not belong together")
+    ids = build_ids(args, read_prompt(args), tokenizer)
+    say(f"slim: {folder.name}, {config.n_layers} layers, schedule {format_schedule(schedule)}, {len(ids):,} prompt tokens")
+    if len(ids) + args.max_new_tokens > config.max_len:
+        say(f"slim: warning: {len(ids):,} prompt + {args.max_new_tokens:,} new tokens are beyond the {config.max_len:,} this model was trained for; expect a poor answer")
+    engine = load(folder, args.device, args.dtype, schedule, reserve=(len(ids), args.max_new_tokens),
+                  progress=progress.loading, **{f.name: getattr(options, f.name) for f in fields(Settings)})  # fmt: skip
+    need = plan(config, options, schedule, engine.kv.dtype, engine.model.chunk, len(ids), args.max_new_tokens)
+    say(f"slim: {device}, {str(engine.kv.dtype).removeprefix('torch.')}: {need}, {size(free_bytes(device))} free")
+    return answer(engine, tokenizer, args, ids, say, progress)
+
+
+def answer(engine: Engine, tokenizer, args, ids: list[int], say, progress: Progress) -> int:
+    """Generate and print; the summary comes last, also after Ctrl-C."""
+    out, times, code = [], [time.perf_counter()], 0
+
+    def tokens():
+        for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed):
+            times.append(time.perf_counter())
+            progress.clear()
+            engine.model.on_chunk = lambda *_: None
+            out.append(token)
+            yield token
+
+    progress.follow(engine)
+    pieces = []
+    try:
+        for piece in tokenizer.stream(tokens()):
+            pieces.append(piece)
+            if not args.json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    progress.clear()
+    ttft = times[min(1, len(times) - 1)] - times[0] if out else time.perf_counter() - times[0]
+    rate = (len(out) - 1) / (times[-1] - times[1]) if len(out) > 1 else 0.0
+    if args.json:
+        keys = ("prompt_tokens", "kept", "kv_gpu_bytes", "kv_cpu_bytes", "kv_dense_bytes", "swaps", "revived")
+        print(json.dumps({"text": "".join(pieces), "ids": out, "ttft_s": ttft, "decode_tok_s": rate, **{k: engine.stats[k] for k in keys}}))
+    else:
+        print(flush=True)
+    say(summary(engine, ttft, rate))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
