@@ -132,7 +132,7 @@ class KVCache:
         edges = [0, *schedule, self.n_layers]
         sizes = stage_blocks(n_prompt, schedule, self.block_len)
         self.stages = [Stage(range(a, b), n - 1) for a, b, n in zip(edges, edges[1:], sizes)]
-        self.stages[0].slots = list(range(sizes[0] - 1))
+        self.activate(self.stages[0], set(range(sizes[0] - 1)))
         self.tail_start = (sizes[0] - 1) * self.block_len
         self.length, self.n_prompt = 0, n_prompt
         self.slabs, self.ready = [], [None] * self.n_layers

@@ -1,0 +1,245 @@
+"""Text <-> token ids, and the chat formats.
+
+Three kinds of file, told apart by content: Meta's tiktoken ranks (Llama 3), Hugging Face's byte-level
+BPE `tokenizer.json` (Llama 3, Qwen2.5; turned into tiktoken ranks), sentencepiece (Llama 2).
+A file that asks for anything else is refused: a tokenizer that is almost right gives wrong ids silently.
+Invariants:
+- `encode` adds no BOS and never makes a special token out of text: only `chat` and `bos_id` place those.
+- `decode(encode(text)) == text`, unless the tokenizer itself normalizes (NFC; U+2581 in sentencepiece).
+- `stream` never yields part of a UTF-8 character; its pieces add up to the text of all the ids.
+- Ids the vocabulary lacks (padding rows of the embedding) decode to nothing, like special tokens.
+"""
+
+import base64
+import codecs
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+import tiktoken
+
+FILES = "tokenizer.model", "tokenizer.json", "original/tokenizer.model"
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")  # digits one by one
+LLAMA3_RANKS = 128_000  # the special tokens come right after, so a shorter file would shift them
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
+                  8: "eom_id", 9: "eot_id", 10: "python_tag"}
+CHATS = {  # name: (what its chat template shows, a special token it needs, one turn up to the answer)
+    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", "<|begin_of_text|><|start_header_id|>user"
+               "<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+             "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"),
+    "llama2": (r"\[INST\]", "<s>", "<s>[INST] {} [/INST]"),
+    "zephyr": (r"^(?!.*<\|end\|>).*<\|user\|>", "</s>", "<|user|>\n{}</s>\n<|assistant|>\n"),  # <|end|>: Phi-3
+}
+# The regex engine overflows its stack on a very long run, so it gets text in pieces. All three splits end a
+# match after a letter or digit that one of these follows, whatever surrounds it: a cut there keeps the ids.
+PIECE, RUN = 400_000, 25_000
+SAFE_CUT = re.compile(r".*[^\W_](?=[ \n、。，])", re.DOTALL)
+RUNS = re.compile(rf"\s{{1,{RUN}}}(?=(\s)?)|\S{{1,{RUN}}}(?=(\S)?)")  # a group is set where the run goes on
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as themselves
+BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
+
+
+def load(folder: Path) -> "Tokenizer":
+    """Read the tokenizer of a checkpoint folder. Raises FileNotFoundError, or ValueError for an unusable file."""
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there")
+    config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = _json(config, config.read_bytes()) if config.is_file() else {}
+    tok = _parse(path, path.read_bytes(), add_bos=settings.get("add_bos_token") is not False)
+    template = str(settings.get("chat_template") or "")
+    template += jinja.read_text("utf-8", "replace") if jinja.is_file() else ""
+    fits = (name for name, (mark, token, _) in CHATS.items()
+            if re.search(mark, template, re.DOTALL) and token in tok.special)
+    tok.chat_format = next(fits, "unknown") if template else None
+    return tok
+
+
+class Tokenizer:
+    """`pieces`: the bytes of each id but the special ones. `plain`: text to ids, whatever the kind."""
+
+    def __init__(self, plain, pieces, special, bos_id, dummy_prefix=False):
+        self.plain, self.pieces, self.dummy_prefix = plain, pieces, dummy_prefix
+        self.special: dict[str, int] = special
+        self.bos_id: int | None = bos_id
+        self.chat_format: str | None = None
+        self.vocab_size: int = 1 + max([*pieces, *special.values()])
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of text, without BOS. Lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+        return self.plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids that start a text (for ids that continue one: `stream`)."""
+        text = b"".join(map(self.bytes, ids)).decode("utf-8", "replace")
+        return text[1:] if self.dummy_prefix and text.startswith(" ") else text
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield text as soon as its characters are complete; a leading space stays."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        yield from filter(None, (utf8.decode(self.bytes(token)) for token in ids))
+        yield from filter(None, [utf8.decode(b"", final=True)])
+
+    def chat(self, user_text: str) -> list[int]:
+        """Return the ids of a one-turn prompt, ready for the answer; BOS + text if this is no chat model."""
+        if self.chat_format == "unknown":
+            raise ValueError(f"chat template is none of {', '.join(CHATS)}; give the prompt as it is with --raw")
+        template = CHATS[self.chat_format][2] if self.chat_format else "{}"
+        ids = []
+        # The template is split before the text goes in: "<|eot_id|>" typed by a user stays text.
+        for part in _split(template, self.special):
+            ids += [self.special[part]] if part in self.special else self.encode(part.replace("{}", user_text))
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def bytes(self, token: int) -> bytes:
+        """Return the bytes of one token, b'' for a special one."""
+        return self.pieces.get(token, b"")
+
+
+def _split(text, tokens):
+    """Split text at the tokens, which stay in the result; the longest wins, as in Hugging Face."""
+    return re.split(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})", text) if tokens else [text]
+
+
+ONLY = "only byte-level BPE as in Llama 3 and Qwen2.5 is supported"
+
+
+def _bad(path, what, advice="download the file again"):
+    return ValueError(f"{path}: {what}; {advice}")
+
+
+def _json(path, blob):
+    try:
+        return dict(json.loads(blob))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _bad(path, f"not a JSON object ({error})") from None
+
+
+def _parse(path, blob, add_bos):
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", blob):
+        return _from_tiktoken(path, blob)
+    if blob.lstrip()[:1] == b"{":
+        try:
+            return _from_json(path, _json(path, blob))
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise _bad(path, f"not laid out like a tokenizer.json ({error!r})") from None
+    if blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
+        return _from_sentencepiece(path, blob, add_bos)
+    raise _bad(path, f"starts with {blob[:20]!r}, no known tokenizer format")
+
+
+def _from_sentencepiece(path, blob, add_bos):
+    """No splitting here: sentencepiece takes linear time, even for a run of a megabyte."""
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+        names = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    except (RuntimeError, UnicodeDecodeError):
+        raise _bad(path, "sentencepiece cannot parse it") from None
+    special = {name: i for i, name in enumerate(names) if model.is_control(i) or model.is_unknown(i)}
+    pieces = {i: bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace("\u2581", " ").encode()
+              for i, name in enumerate(names) if name not in special}
+    bos_id = model.bos_id() if add_bos and model.bos_id() >= 0 else None
+    dummy_prefix = "".join(model.encode("a", out_type=str)).startswith("\u2581")
+    return Tokenizer(model.encode, pieces, special, bos_id, dummy_prefix)
+
+
+def _from_tiktoken(path, blob):
+    try:
+        lines = map(bytes.split, blob.splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise _bad(path, "has a line that is not 'base64 rank'") from None
+    if [*ranks.values()] != [*range(LLAMA3_RANKS)]:
+        raise _bad(path, f"has {len(ranks)} ranks, not Llama 3's 0 to {LLAMA3_RANKS - 1} in order")
+    reserved = iter(range(256))
+    names = [LLAMA3_SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
+    special = {f"<|{name}|>": LLAMA3_RANKS + i for i, name in enumerate(names)}
+    return _bpe(path, ranks, LLAMA3_SPLIT, special, bos_id=LLAMA3_RANKS)
+
+
+def _from_json(path, data):
+    """Translate a byte-level BPE; what could change ids in a way not known here is refused."""
+    model, normalizer, special, added = data["model"], data.get("normalizer"), {}, {}
+    odd = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)}
+    if model.get("byte_fallback") or "Metaspace" in str(data.get("pre_tokenizer")):
+        raise _bad(path, "byte_fallback or Metaspace, so sentencepiece in disguise", "put its tokenizer.model there")
+    if model.get("type", "BPE") != "BPE" or odd or normalizer not in (None, {"type": "NFC"}):
+        raise _bad(path, f"model {model.get('type')} {odd or ''} with normalizer {normalizer}", ONLY)
+    match data.get("pre_tokenizer"):
+        case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
+            split = GPT2_SPLIT
+        case {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+              } if split in (LLAMA3_SPLIT, QWEN2_SPLIT):
+            pass
+        case other:
+            raise _bad(path, f"pre_tokenizer {other}", ONLY)
+    for token in data.get("added_tokens") or []:
+        flags = {key for key in ("lstrip", "rstrip", "single_word", "normalized") if token[key]}
+        if not token["special"] and flags - (set() if normalizer else {"normalized"}):
+            raise _bad(path, f"added token {token['content']!r} with {', '.join(flags)}", ONLY)
+        (special if token["special"] else added)[token["content"]] = token["id"]
+    ranks = _ranks(path, model, special.keys() | added)
+    return _bpe(path, ranks, split, special, _bos_id(data.get("post_processor")), normalizer is not None, added)
+
+
+def _ranks(path, model, added):
+    """Return {bytes: id}. Ids can serve as ranks when they rise with the merges, which training sees to."""
+    vocab = model["vocab"]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    if any(len(pair) != 2 for pair in pairs):
+        raise _bad(path, "has a merge that is not a pair")
+    merged = [vocab[left + right] for left, right in pairs]
+    if merged != sorted(merged):
+        raise _bad(path, "ids do not rise in merge order, so they cannot serve as ranks", ONLY)
+    names = vocab.keys() & BYTE_OF | {left + right for left, right in pairs}
+    if alone := {*vocab, *(part for pair in pairs for part in pair)} - names - added:
+        raise _bad(path, f"{len(alone)} vocabulary entries come from no merge, such as {min(alone)!r}", ONLY)
+    return {bytes(BYTE_OF[char] for char in name): vocab[name] for name in names}
+
+
+def _bos_id(post):
+    match post:
+        case {"type": "Sequence", "processors": inner}:
+            return next((bos for bos in map(_bos_id, inner) if bos is not None), None)
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, *_]}:
+            return post["special_tokens"][name]["ids"][0]
+
+
+def _bpe(path, ranks, split, special, bos_id, nfc=False, added=()):
+    if not all(bytes([b]) in ranks for b in range(256)) or len({*ranks.values()}) < len(ranks):
+        raise _bad(path, "vocabulary lacks one of the 256 single bytes, or gives an id twice")
+    bpe = tiktoken.Encoding("bpe", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+
+    def plain(text):
+        ids = []
+        for part in _split(text, added):  # as Hugging Face: added tokens first, then NFC
+            part_nfc = unicodedata.normalize("NFC", part) if nfc else part
+            ids += [added[part]] if part in added else (i for p in _pieces(part_nfc) for i in bpe.encode_ordinary(p))
+        return ids
+
+    pieces = {i: piece for piece, i in ranks.items()} | {added[token]: token.encode() for token in added}
+    return Tokenizer(plain, pieces, special, bos_id)
+
+
+def _pieces(text):
+    """Yield text in pieces the regex engine can take; only runs too long for it are cut where ids may change."""
+    at = 0
+    while at < len(text):
+        piece = text[at:at + PIECE]
+        if at + PIECE < len(text) and (safe := SAFE_CUT.match(piece)):
+            piece = safe[0]
+        start, at = 0, at + len(piece)
+        for run in RUNS.finditer(piece):
+            if run.lastindex:
+                yield piece[start:run.end()]
+                start = run.end()
+        yield piece[start:]
