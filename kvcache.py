@@ -59,29 +59,29 @@ class CopyLane:
     """The copy stream of a CUDA device; with overlap off, or on a CPU, the compute stream itself."""
 
     def __init__(self, device: torch.device, overlap: bool):
-        self.cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.cuda and overlap else None
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and overlap else None
         self.non_blocking = self.stream is not None
 
     def after_compute(self):
         """Enter the lane: what is copied inside starts after all compute issued so far."""
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.stream)  # of None: changes nothing
 
     def event(self):
-        """Mark this point of the lane, to be waited for by compute."""
+        """Mark this point of the lane."""
         return self.stream.record_event() if self.stream is not None else None
+
+    def wait(self, event) -> None:
+        """Let compute issued from now on start after an event of the lane."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def keep(self, tensor: Tensor) -> None:
         """Hold the memory of a compute tensor that the lane still reads when its last name is gone."""
         if self.stream is not None:
             tensor.record_stream(self.stream)
-
-
-def wait(event) -> None:
-    if event is not None:
-        torch.cuda.current_stream().wait_event(event)
 
 
 @dataclass
@@ -91,6 +91,7 @@ class Stage:
     layers: range
     n_slots: int
     slots: list[int] = field(default_factory=list)  # slot -> block
+    blocks: Tensor | None = None  # the same on the device
     held: set[int] = field(default_factory=set)  # blocks whose KV this stage has, in a slot or at home
     home: dict[int, Tensor] = field(default_factory=dict)  # block -> (layers, 2, B, G, D) on the CPU
     aux: dict[int, Tensor] = field(default_factory=dict)  # block -> (B, C) on the CPU, pruned at this stage's boundary
@@ -107,8 +108,8 @@ class KVCache:
         self.n_layers, self.block_len, self.dtype, self.device = n_layers, block_len, dtype, device
         self.kv_shape, self.dim, self.pool_mib = (n_kv_heads, head_dim), dim, pool_mib
         self.lane = CopyLane(device, overlap)
-        pin = device.type == "cuda"
-        self.aux_pool = Pool((block_len, dim), dtype, pin, pool_mib)
+        self.pin = device.type == "cuda"
+        self.aux_pool = Pool((block_len, dim), dtype, self.pin, pool_mib)
         self.home_pools: dict[int, Pool] = {}  # layers of a stage -> pool
         self.stages: list[Stage] = []
         self.slabs: list[Tensor] = []  # per layer (2, S, G, D): keys, values
@@ -122,7 +123,7 @@ class KVCache:
 
     def reset(self, n_prompt: int, schedule: dict[int, int], reserve: int = 0) -> None:
         """Drop everything and lay out slabs for a prompt of n_prompt tokens and `reserve` more."""
-        if self.lane.cuda:
+        if self.pin:
             torch.cuda.synchronize(self.device)  # the lane may still touch the slabs freed here
         for stage in self.stages:
             for entry in stage.aux.values():
@@ -135,12 +136,10 @@ class KVCache:
         self.activate(self.stages[0], set(range(sizes[0] - 1)))
         self.tail_start = (sizes[0] - 1) * self.block_len
         self.length, self.n_prompt = 0, n_prompt
-        self.slabs, self.ready = [], [None] * self.n_layers
-        self.zero_counters()
         self.tail_rows = n_prompt - self.tail_start + reserve
-        for stage in self.stages:
-            for _ in stage.layers:
-                self.slabs.append(self.new_slab(stage))
+        self.slabs, self.ready = [], [None] * self.n_layers
+        self.slabs = [self.new_slab(stage) for stage in self.stages for _ in stage.layers]
+        self.zero_counters()
         self.reserve_pools(sizes)
 
     def new_slab(self, stage: Stage) -> Tensor:
@@ -157,8 +156,9 @@ class KVCache:
 
     def home_pool(self, stage: Stage) -> Pool:
         n = len(stage.layers)
-        shape = (n, 2, self.block_len, *self.kv_shape)
-        return self.home_pools.setdefault(n, Pool(shape, self.dtype, self.lane.cuda, self.pool_mib))
+        if n not in self.home_pools:
+            self.home_pools[n] = Pool((n, 2, self.block_len, *self.kv_shape), self.dtype, self.pin, self.pool_mib)
+        return self.home_pools[n]
 
     def grow_tail(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every layer's tail."""
@@ -193,7 +193,7 @@ class KVCache:
         Hazards: attention must not read a returning block before it has arrived, and a
         revived row must not be written over a leaving block that has not been read yet.
         """
-        wait(self.ready[layer])
+        self.lane.wait(self.ready[layer])
         self.ready[layer] = None
 
     # ---- the active set -------------------------------------------------------------
@@ -203,9 +203,8 @@ class KVCache:
 
         Blocks without KV in this stage only get a slot; their rows write it on the way up.
         """
-        if not stage.slots:  # first step: rows write every slot
-            stage.slots = sorted(active)
-            stage.held = set(active)
+        if stage.blocks is None:  # first step: rows write every slot
+            self.fill(stage, sorted(active))
             return
         freed = [s for s, block in enumerate(stage.slots) if block not in active]
         moves = list(zip(freed, sorted(active - set(stage.slots))))  # (slot, block that enters)
@@ -213,11 +212,14 @@ class KVCache:
         returning = [(s, block) for s, block in moves if block in stage.home]
         for _, block in leaving:
             stage.home[block] = self.home_pool(stage).take()
-        for slot, block in moves:
-            stage.slots[slot] = block
-        stage.held |= active
+        entered = dict(moves)
+        self.fill(stage, [entered.get(s, block) for s, block in enumerate(stage.slots)])
         self.swaps += len(moves)
         self.copy_blocks(stage, leaving, returning)
+
+    def fill(self, stage: Stage, slots: list[int]) -> None:
+        stage.slots, stage.blocks = slots, torch.tensor(slots, dtype=torch.long, device=self.device)
+        stage.held |= set(slots)
 
     def copy_blocks(self, stage: Stage, leaving: list, returning: list) -> None:
         """Issue a stage's copies layer by layer; each layer's event fires when its own are done.
@@ -260,16 +262,16 @@ class KVCache:
                 row.copy_(entry, non_blocking=self.lane.non_blocking)
                 self.aux_pool.give(entry)  # reused by later copies of this same lane only
             arrived = self.lane.event()
-        wait(arrived)  # the FFN of the boundary layer reads x next
+        self.lane.wait(arrived)  # the FFN of the boundary layer reads x next
         self.revived += len(blocks)
         self.to_gpu_bytes += len(blocks) * self.aux_pool.entry_bytes
         return x.view(-1, self.dim)
 
     # ---- places ---------------------------------------------------------------------
 
-    def block_positions(self, blocks: list[int]) -> Tensor:
-        """Return the positions (len(blocks) * B,) that blocks or slots of these numbers cover, on the device."""
-        first = torch.tensor(blocks, dtype=torch.long, device=self.device) * self.block_len
+    def spread(self, first: list[int]) -> Tensor:
+        """Return the block_len places from each first place on, (len(first) * B,), on the device."""
+        first = torch.tensor(first, dtype=torch.long, device=self.device)
         return (first[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
 
     def gpu_bytes(self) -> int:

@@ -230,13 +230,13 @@ class Model:
         """Say where the rows of the blocks in flight and of tail positions start..end-1 belong in a stage."""
         kv = self.kv
         tail = torch.arange(start, end, device=kv.device)
-        tail_row = stage.n_slots * kv.block_len  # slab row where the tail begins
+        b, n_flight, tail_row = kv.block_len, len(flight) * kv.block_len, stage.n_slots * kv.block_len  # tail_row: in the slab
         slot = {block: s for s, block in enumerate(stage.slots)}
-        pos = torch.cat([kv.block_positions(flight), tail])
-        dst = torch.cat([kv.block_positions([slot[b] for b in flight]), tail - kv.tail_start + tail_row])
-        n_flight = len(flight) * kv.block_len
+        pos = torch.cat([kv.spread([block * b for block in flight]), tail])
+        dst = torch.cat([kv.spread([slot[block] * b for block in flight]), tail - kv.tail_start + tail_row])
         revived = n_flight if kv.length else 0  # in the first step rows and keys are the same
-        key_pos = torch.cat([kv.block_positions(stage.slots), torch.arange(kv.tail_start, end, device=kv.device)]) if revived else None
+        tail_pos = torch.arange(kv.tail_start, end, device=kv.device)
+        key_pos = torch.cat([kv.spread([block * b for block in stage.slots]), tail_pos]) if revived else None
         wide = torch.promote_types(kv.dtype, torch.float32)
         angle = pos[:, None, None] * self.inv_freq  # (T, 1, D/2) in float64: exact at any position
         before = tail_row + start - kv.tail_start - n_flight
@@ -301,8 +301,7 @@ class Model:
         row |= {block: len(x) + j * b for j, block in enumerate(entering)}
         flight_above = sorted(kept + entering)
         tail = torch.arange(len(flight) * b, len(x), device=kv.device)
-        first = torch.tensor([row[block] for block in flight_above], dtype=torch.long, device=kv.device)
-        index = torch.cat([(first[:, None] + torch.arange(b, device=kv.device)).flatten(), tail])
+        index = torch.cat([kv.spread([row[block] for block in flight_above]), tail])
         x = x if revived is None else torch.cat([x, revived])
         return x[index], flight_above
 
@@ -313,8 +312,7 @@ class Model:
             new = set(below.slots)
         else:
             keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
-            blocks = torch.tensor(below.slots, device=kv.device)
-            scores = self.score(stage.ring, keys, blocks, self.unit_len)
+            scores = self.score(stage.ring, keys, below.blocks, self.unit_len)
             new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
         if kv.length and prune.overlap(new | last, set(stage.slots) | last) >= self.gamma:

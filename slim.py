@@ -289,7 +289,7 @@ def load(ckpt, device="auto", dtype="auto", schedule="auto", score=prune.block_s
     chunk = options.chunk or (2048 if where.type == "cuda" else 256)
     check_memory(config, options, budgets, kind, chunk, where, *reserve)
     kv = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, config.dim, options.block_len, kind, where, options.overlap, options.pool_mib)
-    kv.reserve_pools(prune.stage_blocks(reserve[0], budgets, options.block_len))
+    kv.reset(reserve[0], budgets, reserve[1])
     model = Model(config, load_weights(tensors, config, where, kind, progress), kv, options.unit_len, options.window, options.gamma, chunk, score)
     return Engine(model, folder, budgets, options, stop_tokens(folder))
 
@@ -378,8 +378,8 @@ class Engine:
     def run(self, ids: list[int]) -> Tensor:
         self.whole = False
         logits = self.model.step(torch.tensor(ids))
-        if self.kv.lane.cuda:
-            torch.cuda.current_stream().synchronize()  # the seconds in stats are of finished work
+        if self.kv.device.type == "cuda":
+            torch.cuda.current_stream(self.kv.device).synchronize()  # the seconds in stats are of finished work
         self.whole = True
         return logits
 

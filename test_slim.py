@@ -368,6 +368,8 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(steps, n_prompt, pool
                 flight = sorted({*flight, *entering} & active)
                 write(i, positions(flight) + new)
             length += grow
+            homes = sum(len(stage.home) for stage in kv.stages)
+            assert homes == sum(pool.used for pool in kv.home_pools.values())  # written once
             for layer, stage in enumerate(kv.stages):
                 assert len(set(stage.slots)) == len(stage.slots) == stage.n_slots  # no slot held twice
                 known = {p // b for p in written[layer] if p < kv.tail_start}
@@ -398,6 +400,14 @@ def test_a_pool_grows_in_pieces_and_reuses_what_is_given_back():
     assert len(pool.free) == 16 and pool.nbytes == 0
 
 
+@pytest.mark.parametrize("prompt, gib", [(8192, 0.80), (16384, 1.11), (24576, 1.42), (32768, 1.73), (65536, 2.98), (131072, 5.48)])
+def test_the_kv_of_llama_3_1_8b_takes_what_the_paper_says(prompt, gib):
+    """The layout alone, on no device: 32 layers, 8 KV heads of 128, bfloat16; dense would be 4.00 at 32k."""
+    kv = KVCache(32, 8, 128, 4096, 64, torch.bfloat16, torch.device("meta"))
+    kv.reset(prompt, prune.default_schedule(32))
+    assert round(kv.gpu_bytes() / 2**30, 2) == pytest.approx(gib, abs=0.0051)
+
+
 def test_the_kv_of_a_slim_prompt_is_a_fraction_of_the_dense(tiny):
     engine = slim.load(tiny, "cpu", schedule={1: 256, 3: 128})
     engine.prefill(draw(4096))
@@ -422,6 +432,7 @@ def test_default_schedules_are_the_papers_and_scale_with_depth():
 def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
     scores = torch.tensor([1.0, 5.0, 5.0, 0.0, 5.0])
     assert prune.select(scores, [7, 4, 2, 0, 3], 3) == [0, 2, 3]
+    assert prune.select(torch.ones(3000), list(range(3000))[::-1], 1000) == list(range(1000))
     with pytest.raises(ValueError, match="scores"):
         prune.select(scores[:3], [0, 1, 2, 3], 2)
     with pytest.raises(ValueError, match="NaN"):
