@@ -288,6 +288,11 @@ def load(ckpt, device="auto", dtype="auto", schedule="auto", score=prune.block_s
     check_tensors(folder, config, tensors)
     chunk = options.chunk or (2048 if where.type == "cuda" else 256)
     check_memory(config, options, budgets, kind, chunk, where, *reserve)
+    return assemble(config, tensors, folder, where, kind, budgets, chunk, options, score, reserve, progress)
+
+
+def assemble(config, tensors, folder, where, kind, budgets, chunk, options, score=prune.block_scores, reserve=(1, 0), progress=None) -> "Engine":
+    """Build an Engine from checked parts; `tensors` maps a name to anything with get_tensor(name)."""
     kv = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, config.dim, options.block_len, kind, where, options.overlap, options.pool_mib)
     kv.reset(reserve[0], budgets, reserve[1])
     model = Model(config, load_weights(tensors, config, where, kind, progress), kv, options.unit_len, options.window, options.gamma, chunk, score)

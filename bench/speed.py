@@ -1,0 +1,253 @@
+"""Time to first token, decode speed and memory: dense, slim and transformers, beside their ceilings.
+
+    python bench/speed.py --shape mini --lengths 4096,8192,16384        # a CPU
+    python bench/speed.py --shape llama3.1-8b --lengths 8192,32768,131072   # one large GPU
+
+All contestants run in one process on the same random weights (transformers gets views of
+ours), same dtype, same device, one warm-up each, then rounds in alternating order; the
+table shows medians and the spread. The ceiling of a prefill is its FLOPs over the matmul
+peak measured here, that of a decode step its bytes (weights, active KV) over the copy peak
+measured here; a ratio's ceiling is the ratio of the FLOPs. Random weights make selections
+jump, so decode is measured without any swap (gamma 0) and with one at every step (gamma 1).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import prune
+import slim
+from model import Config
+
+LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=131072)
+LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SHAPES = {
+    "llama3.1-8b": dict(LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rope_scaling=LLAMA31_ROPE),
+    "llama3.2-1b": dict(LLAMA, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, vocab_size=128256, rope_scaling={**LLAMA31_ROPE, "factor": 32.0}, tie_word_embeddings=True),
+    "mini": dict(LLAMA, hidden_size=256, intermediate_size=896, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096),
+    "tiny": dict(LLAMA, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4, vocab_size=512),
+}  # fmt: skip
+
+
+class RandomTensors(dict):
+    """A checkpoint's tensors by name, drawn when asked for, straight on the device."""
+
+    def __init__(self, config: Config, device, dtype):
+        super().__init__(slim.tensor_shapes(config))
+        self.device, self.dtype, self.generator = device, dtype, torch.Generator(device).manual_seed(0)
+
+    def __getitem__(self, name):
+        return self
+
+    def get_tensor(self, name):
+        shape = self.get(name)
+        if len(shape) == 1:
+            return torch.ones(shape, device=self.device, dtype=self.dtype)
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype).mul_(0.02)
+
+
+def make_transformers(engine: slim.Engine, shape: dict):
+    """Return transformers' model of the same shape, its parameters views of the engine's weights."""
+    import transformers
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    c, w = engine.config, engine.model.weights
+    config = transformers.LlamaConfig(**{k: v for k, v in shape.items() if k != "architectures"}, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    state = {"model.embed_tokens.weight": w.embed, "model.norm.weight": w.norm, "lm_head.weight": w.head}
+    for i, layer in enumerate(w.layers):
+        p = f"model.layers.{i}."
+        parts = dict(zip("qkv", layer.wqkv.split([q, kv, kv]))) | {"o": layer.wo}
+        state |= {f"{p}self_attn.{n}_proj.weight": t for n, t in parts.items()}
+        gate, up = layer.w_gate_up.chunk(2)
+        state |= {p + "mlp.gate_proj.weight": gate, p + "mlp.up_proj.weight": up, p + "mlp.down_proj.weight": layer.w_down}
+        state |= {p + "input_layernorm.weight": layer.attn_norm, p + "post_attention_layernorm.weight": layer.ffn_norm}
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(engine.kv.device)
+    return model.eval()
+
+
+# ---- floors -----------------------------------------------------------------------------
+
+
+def prefill_flops(c: Config, length: int, schedule: dict, block_len: int = 64) -> float:
+    """Return the floating-point operations of a prefill: matrices and causal attention, the head once."""
+    sizes = prune.stage_blocks(length, schedule, block_len)
+    rows = [length - (sizes[0] - n) * block_len for n in sizes]
+    alive = [r for a, b, r in zip([0, *schedule], [*schedule, c.n_layers], rows) for _ in range(a, b)]
+    after = alive[1:] + alive[-1:]  # the FFN below a boundary runs on its survivors
+    projections, ffn = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim, 3 * c.dim * c.hidden_dim
+    attention = sum(2 * n * n * c.n_heads * c.head_dim for n in alive)
+    return 2 * projections * sum(alive) + 2 * ffn * sum(after) + attention + 2 * c.dim * c.vocab_size
+
+
+def decode_bytes(engine: slim.Engine) -> float:
+    """Return the bytes one decode step must read: weights (of an untied embedding one row) and active KV."""
+    w = engine.model.weights
+    return w.nbytes - (0 if w.head is w.embed else w.embed.nbytes) + engine.stats["kv_gpu_bytes"]
+
+
+def sync(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock(device, work) -> float:
+    sync(device)
+    start = time.perf_counter()
+    work()
+    sync(device)
+    return time.perf_counter() - start
+
+
+def peaks(device, dtype) -> tuple[float, float]:
+    """Measure this device's matmul FLOP/s and copy bytes/s (read and written), the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    big = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(big)
+    flops = max(2 * n**3 / clock(device, lambda: a @ b) for _ in range(10))
+    return flops, max(2 * big.numel() / clock(device, lambda: target.copy_(big)) for _ in range(10))
+
+
+# ---- contestants ------------------------------------------------------------------------
+
+
+def run_slim(engine: slim.Engine, ids: list[int], schedule: dict, n_new: int, gamma: float) -> dict:
+    """Prefill and decode n_new tokens; return seconds, counters and the peak of device memory."""
+    device = engine.kv.device
+    engine.model.gamma = gamma
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ttft = clock(device, lambda: engine.prefill(ids, reserve=n_new, schedule=schedule).argmax().item())
+    decode = clock(device, lambda: [engine.extend([i % 100]).argmax().item() for i in range(n_new)])
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    figures = {"ttft_s": ttft, "decode_s": decode / n_new, "total_s": ttft + decode, "peak_bytes": peak, "step_bytes": decode_bytes(engine)}
+    return engine.stats | figures
+
+
+@torch.inference_mode()
+def run_transformers(model, ids: list[int], n_new: int, device) -> dict:
+    state = {}
+
+    def prefill():
+        out = model(torch.tensor([ids], device=device), logits_to_keep=1, use_cache=True)
+        state["past"] = out.past_key_values
+        out.logits.argmax().item()
+
+    def decode():
+        for i in range(n_new):
+            model(torch.tensor([[i % 100]], device=device), past_key_values=state["past"], logits_to_keep=1).logits.argmax().item()
+
+    ttft, seconds = clock(device, prefill), clock(device, decode)
+    return {"ttft_s": ttft, "decode_s": seconds / n_new, "total_s": ttft + seconds}
+
+
+def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: int) -> dict:
+    """Run every contestant `rounds` times in alternating order after one warm-up; return medians and spreads."""
+    ids = torch.randint(engine.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    contestants = {
+        "dense": lambda: run_slim(engine, ids, {}, n_new, 0.0),
+        "slim": lambda: run_slim(engine, ids, schedule, n_new, 0.0),
+        "slim, swaps": lambda: run_slim(engine, ids, schedule, n_new, 1.0),
+    }
+    if reference is not None:
+        contestants["transformers"] = lambda: run_transformers(reference, ids, n_new, engine.kv.device)
+    runs = {name: [] for name in contestants}
+    for r in range(rounds + 1):
+        for name in list(contestants)[:: -1 if r % 2 else 1]:
+            result = contestants[name]()
+            if r:  # the first round warms up
+                runs[name].append(result)
+    out = {}
+    for name, results in runs.items():
+        out[name] = dict(results[-1])
+        for key in ("ttft_s", "decode_s", "total_s"):
+            values = sorted(result[key] for result in results)
+            out[name] |= {key: statistics.median(values), key + "_range": [values[0], values[-1]]}
+    return out
+
+
+# ---- report -----------------------------------------------------------------------------
+
+
+def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: float, copy_peak: float) -> list[str]:
+    """Return the table's lines for one prompt length, the ceiling beside each figure."""
+    flops = {"dense": prefill_flops(c, length, {}), "slim": prefill_flops(c, length, schedule)}
+    dense, lines = result["dense"], []
+    for name, r in result.items():
+        work = flops["slim" if name.startswith("slim") else "dense"]
+        floor = work / flop_peak
+        low, high = r["ttft_s_range"]
+        cells = [f"{length:,}", name, f"{r['ttft_s']:.3f} ({low:.3f}-{high:.3f})", f"{100 * floor / r['ttft_s']:.0f}%"]
+        cells.append(f"{dense['ttft_s'] / r['ttft_s']:.2f} of {flops['dense'] / work:.2f}")
+        other = result.get("transformers")
+        cells.append(f"{other['ttft_s'] / r['ttft_s']:.2f}" if other else "")
+        byte_share = f", {100 * r['step_bytes'] / copy_peak / r['decode_s']:.0f}%" if "step_bytes" in r else ""
+        cells += [f"{1 / r['decode_s']:.1f}{byte_share}", f"{r['total_s']:.2f}"]
+        kv = [slim.size(r[k]) for k in ("kv_gpu_bytes", "kv_cpu_bytes")] if "kv_gpu_bytes" in r else ["", ""]
+        moved = slim.size(r["to_cpu_bytes"] + r["to_gpu_bytes"]) if "to_cpu_bytes" in r else ""
+        lines.append("| " + " | ".join([*cells, *kv, moved, slim.size(r["peak_bytes"]) if r.get("peak_bytes") else ""]) + " |")
+    return lines
+
+
+HEAD = ["prompt", "who", "first token, s", "of matmul peak", "times own dense, of ceiling", "times transformers", "decode tokens/s, of byte peak",
+        "first token + decode, s", "KV device", "KV home", "moved", "peak memory"]  # fmt: skip
+
+
+def hardware(device) -> dict:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    if device.type == "cpu" and Path("/proc/cpuinfo").is_file():
+        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), name)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--shape", default="mini", choices=SHAPES)
+    p.add_argument("--lengths", default="4096,8192,16384")
+    p.add_argument("--schedule", default="auto")
+    p.add_argument("--new", type=int, default=32, help="tokens decoded")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--chunk", type=int, default=0)
+    p.add_argument("--memory-gib", type=float, help="let this process use only so much device memory (CUDA)")
+    p.add_argument("--no-transformers", action="store_true")
+    p.add_argument("--out", help="write the figures as JSON")
+    args = p.parse_args()
+    device, dtype = slim.pick_device(args.device), slim.DTYPES[args.dtype]
+    if args.memory_gib:
+        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device)
+    config, options = Config.from_dict(SHAPES[args.shape], args.shape), slim.Settings(chunk=args.chunk)
+    schedule = slim.resolve_schedule(args.schedule, config, options)
+    chunk = args.chunk or (2048 if device.type == "cuda" else 256)
+    engine = slim.assemble(config, RandomTensors(config, device, dtype), Path("."), device, dtype, schedule, chunk, options)
+    reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
+    flop_peak, copy_peak = peaks(device, dtype)
+    facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": slim.format_schedule(schedule), "new": args.new,
+             "rounds": args.rounds, "matmul_peak": flop_peak, "copy_peak": copy_peak}  # fmt: skip
+    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; {args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}")
+    print(f"matmul peak {flop_peak / 1e12:.2f} TFLOP/s, copy peak {copy_peak / 1e9:.1f} GB/s; medians of {args.rounds} rounds, {args.new} tokens decoded\n")
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|", flush=True)
+    results = {}
+    for length in map(int, args.lengths.split(",")):
+        results[length] = measure(engine, reference, length, schedule, args.new, args.rounds)
+        print("\n".join(report(length, results[length], config, schedule, flop_peak, copy_peak)), flush=True)
+    if args.out:
+        Path(args.out).write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
