@@ -397,7 +397,7 @@ class Engine:
             raise ValueError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}, the model's vocabulary; tokenizer and checkpoint do not belong together")
         return ids
 
-    def generate(self, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, fresh: bool = True) -> Iterator[int]:
+    def generate(self, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, fresh: bool = True, schedule=None) -> Iterator[int]:
         """Return an iterator of new ids after a prompt, or, with fresh=False, after more text of this conversation.
 
         temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability.
@@ -413,7 +413,7 @@ class Engine:
         random.seed() if seed is None else random.manual_seed(seed)
 
         def stream():
-            logits = self.prefill(ids, reserve=max_new_tokens) if fresh else self.extend(ids)
+            logits = self.prefill(ids, max_new_tokens, schedule) if fresh else self.extend(ids)
             for left in reversed(range(max_new_tokens)):
                 token = sample(logits, temperature, top_p, random)
                 if token in self.stop:
@@ -479,6 +479,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, help="makes sampling repeatable")
     p.add_argument("--schedule", default="auto", help="boundaries and token budgets as in 10:8192,20:4096,30:2048; auto goes by depth")
     p.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
+    p.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
     p.add_argument("--block-len", type=int, default=d["block_len"], help="tokens a block")
     p.add_argument("--unit-len", type=int, default=d["unit_len"], help="tokens a unit of a block")
     p.add_argument("--window", type=int, default=d["window"], help="newest queries that score the blocks")
@@ -570,14 +571,24 @@ class Progress:
             engine.model.on_chunk = on_chunk
 
 
-def summary(engine: Engine, ttft: float, rate: float) -> str:
-    s = engine.stats
-    kept = " > ".join(f"{n:,}" for n in s["kept"])
+def summary(r: dict, device) -> str:
+    kept = " > ".join(f"{n:,}" for n in r["kept"])
     return (
-        f"slim: {s['prompt_tokens']:,} prompt tokens, kept per stage {kept}; first token {ttft:.2f} s, then {rate:.1f} tokens/s\n"
-        f"slim: KV {size(s['kv_gpu_bytes'])} on {engine.kv.device} + {size(s['kv_cpu_bytes'])} at home + {size(s['aux_cpu_bytes'])} pruned rows, "
-        f"dense {size(s['kv_dense_bytes'])}; {s['swaps']} blocks swapped, {s['revived']} of them revived"
+        f"slim: {r['prompt_tokens']:,} prompt tokens, kept per stage {kept}; first token {r['ttft_s']:.2f} s, then {r['decode_tok_s']:.1f} tokens/s\n"
+        f"slim: KV {size(r['kv_gpu_bytes'])} on {device} + {size(r['kv_cpu_bytes'])} at home + {size(r['aux_cpu_bytes'])} pruned rows, "
+        f"dense {size(r['kv_dense_bytes'])}; {r['swaps']} blocks swapped, {r['revived']} of them revived"
     )
+
+
+def comparison(dense: dict, pruned: dict) -> str:
+    """Write two results side by side."""
+    rows = [
+        ("first token", f"{dense['ttft_s']:.2f} s", f"{pruned['ttft_s']:.2f} s", f"{dense['ttft_s'] / pruned['ttft_s']:.2f}x sooner"),
+        ("KV on the device", size(dense["kv_gpu_bytes"]), size(pruned["kv_gpu_bytes"]), f"{pruned['kv_gpu_bytes'] / dense['kv_gpu_bytes']:.0%} of dense"),
+        ("prompt tokens kept", f"{dense['prompt_tokens']:,}", " > ".join(f"{n:,}" for n in pruned["kept"]), "per stage"),
+        ("answer", *(" ".join(r["text"].split())[:30] for r in (dense, pruned)), "the same" if dense["ids"] == pruned["ids"] else "not the same"),
+    ]
+    return "\n".join(f"slim: {a:20}{b:>16}{c:>26}   {d}" for a, b, c, d in [("", "dense", "slim", ""), *rows])
 
 
 def main(argv=None) -> int:
@@ -616,15 +627,32 @@ def run(args, say, progress: Progress) -> int:
                   progress=progress.loading, **{f.name: getattr(options, f.name) for f in fields(Settings)})  # fmt: skip
     need = plan(config, options, schedule, engine.kv.dtype, engine.model.chunk, len(ids), args.max_new_tokens)
     say(f"slim: {device}, {str(engine.kv.dtype).removeprefix('torch.')}: {need}, {size(free_bytes(device))} free")
-    return answer(engine, tokenizer, args, ids, say, progress)
+    results = []
+    for budgets in [{}, schedule] if args.compare else [schedule]:
+        results.append(answer(engine, tokenizer, args, ids, budgets, progress))
+        say(summary(results[-1], device))
+        if results[-1]["interrupted"]:
+            break
+    if args.json:
+        names = ["dense", "slim"] if args.compare else []
+        print(json.dumps(dict(zip(names, map(public, results))) or public(results[0])))
+    elif len(results) == 2:
+        say(comparison(*results))
+    return 130 if results[-1]["interrupted"] else 0
 
 
-def answer(engine: Engine, tokenizer, args, ids: list[int], say, progress: Progress) -> int:
-    """Generate and print; the summary comes last, also after Ctrl-C."""
-    out, times, code = [], [time.perf_counter()], 0
+def public(r: dict) -> dict:
+    """Return the part of a result that --json prints."""
+    keys = ("text", "ids", "prompt_tokens", "kept", "ttft_s", "decode_tok_s", "kv_gpu_bytes", "kv_cpu_bytes", "kv_dense_bytes", "swaps", "revived")
+    return {k: r[k] for k in keys}
+
+
+def answer(engine: Engine, tokenizer, args, ids: list[int], schedule: dict, progress: Progress) -> dict:
+    """Generate and, but for --json, print an answer as it comes; return it with what it took, also after Ctrl-C."""
+    out, pieces, times, interrupted = [], [], [time.perf_counter()], False
 
     def tokens():
-        for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed):
+        for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule=schedule):
             times.append(time.perf_counter())
             progress.clear()
             engine.model.on_chunk = lambda *_: None
@@ -632,25 +660,19 @@ def answer(engine: Engine, tokenizer, args, ids: list[int], say, progress: Progr
             yield token
 
     progress.follow(engine)
-    pieces = []
     try:
         for piece in tokenizer.stream(tokens()):
             pieces.append(piece)
             if not args.json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                print(piece, end="", flush=True)
+        if not args.json:
+            print(flush=True)
     except KeyboardInterrupt:
-        code = 130
+        interrupted = True
     progress.clear()
-    ttft = times[min(1, len(times) - 1)] - times[0] if out else time.perf_counter() - times[0]
-    rate = (len(out) - 1) / (times[-1] - times[1]) if len(out) > 1 else 0.0
-    if args.json:
-        keys = ("prompt_tokens", "kept", "kv_gpu_bytes", "kv_cpu_bytes", "kv_dense_bytes", "swaps", "revived")
-        print(json.dumps({"text": "".join(pieces), "ids": out, "ttft_s": ttft, "decode_tok_s": rate, **{k: engine.stats[k] for k in keys}}))
-    else:
-        print(flush=True)
-    say(summary(engine, ttft, rate))
-    return code
+    first = times[1] if out else time.perf_counter()
+    rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
+    return engine.stats | {"text": "".join(pieces), "ids": out, "ttft_s": first - times[0], "decode_tok_s": rate, "interrupted": interrupted}
 
 
 if __name__ == "__main__":
