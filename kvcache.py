@@ -99,10 +99,7 @@ class Stage:
 
 
 class KVCache:
-    """KV of one conversation over a model of `n_layers`, pruned by `schedule` {boundary: budget}.
-
-    Raises ValueError from `begin` when a step does not fit what is left of the device.
-    """
+    """KV of one conversation; `reset` lays it out for a prompt and a schedule {boundary: budget}."""
 
     def __init__(self, n_layers, n_kv_heads, head_dim, dim, block_len, dtype, device, overlap=True, pool_mib=64.0):
         self.n_layers, self.block_len, self.dtype, self.device = n_layers, block_len, dtype, device
@@ -148,17 +145,22 @@ class KVCache:
         return torch.zeros(2, rows, *self.kv_shape, dtype=self.dtype, device=self.device)
 
     def reserve_pools(self, sizes: list[int]) -> None:
-        """Allocate what the first step sends to the CPU, so that no copy waits for pinning."""
+        """Allocate what the first step sends to the CPU, and a home for every active block, so that no copy waits for pinning."""
         self.aux_pool.reserve(sizes[0] - sizes[-1])
         for stage in self.stages[1:]:
             if stage.n_slots < sizes[0] - 1:
-                self.home_pool(stage).reserve(1)
+                self.home_pool(stage).reserve(stage.n_slots)
 
     def home_pool(self, stage: Stage) -> Pool:
         n = len(stage.layers)
         if n not in self.home_pools:
             self.home_pools[n] = Pool((n, 2, self.block_len, *self.kv_shape), self.dtype, self.pin, self.pool_mib)
         return self.home_pools[n]
+
+    def growth_bytes(self, end: int) -> int:
+        """Return the memory that `grow_tail` will ask for: longer tails, and one slab that is there twice."""
+        rows = end - self.tail_start - self.tail_rows + TAIL_STEP
+        return 0 if rows <= TAIL_STEP else self.n_layers * rows * self.slabs[0][:, 0].nbytes + self.slabs[0].nbytes
 
     def grow_tail(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every layer's tail."""
@@ -205,6 +207,7 @@ class KVCache:
         """
         if stage.blocks is None:  # first step: rows write every slot
             self.fill(stage, sorted(active))
+        if active == set(stage.slots):
             return
         freed = [s for s, block in enumerate(stage.slots) if block not in active]
         moves = list(zip(freed, sorted(active - set(stage.slots))))  # (slot, block that enters)
@@ -218,7 +221,7 @@ class KVCache:
         self.copy_blocks(stage, leaving, returning)
 
     def fill(self, stage: Stage, slots: list[int]) -> None:
-        stage.slots, stage.blocks = slots, torch.tensor(slots, dtype=torch.long, device=self.device)
+        stage.slots, stage.blocks = slots, self.upload(slots)
         stage.held |= set(slots)
 
     def copy_blocks(self, stage: Stage, leaving: list, returning: list) -> None:
@@ -227,20 +230,21 @@ class KVCache:
         Compute issued so far holds the last read of every slot overwritten here, and the
         last write of every block that leaves: the lane starts after it.
         """
-        b, quiet = self.block_len, self.lane.non_blocking
         with self.lane.after_compute():
             for i, layer in enumerate(stage.layers):
-                slab = self.slabs[layer]
-                for slot, block in leaving:
-                    for half in (0, 1):  # keys and values are contiguous each: no staging copy
-                        stage.home[block][i, half].copy_(slab[half, slot * b : slot * b + b], non_blocking=quiet)
-                for slot, block in returning:
-                    for half in (0, 1):
-                        slab[half, slot * b : slot * b + b].copy_(stage.home[block][i, half], non_blocking=quiet)
+                self.copy_layer(stage, i, self.slabs[layer], leaving, returning)
                 self.ready[layer] = self.lane.event()
-        size = self.home_pool(stage).entry_bytes
-        self.to_cpu_bytes += len(leaving) * size
-        self.to_gpu_bytes += len(returning) * size
+        self.to_cpu_bytes += len(leaving) * self.home_pool(stage).entry_bytes
+        self.to_gpu_bytes += len(returning) * self.home_pool(stage).entry_bytes
+
+    def copy_layer(self, stage: Stage, i: int, slab: Tensor, leaving: list, returning: list) -> None:
+        """Copy blocks out of and then into the slots of the stage's i-th layer; keys and values are contiguous each."""
+        b, quiet = self.block_len, self.lane.non_blocking
+        for half in (0, 1):
+            for slot, block in leaving:
+                stage.home[block][i, half].copy_(slab[half, slot * b : slot * b + b], non_blocking=quiet)
+            for slot, block in returning:
+                slab[half, slot * b : slot * b + b].copy_(stage.home[block][i, half], non_blocking=quiet)
 
     # ---- rows that leave and come back ----------------------------------------------
 
@@ -271,8 +275,13 @@ class KVCache:
 
     def spread(self, first: list[int]) -> Tensor:
         """Return the block_len places from each first place on, (len(first) * B,), on the device."""
-        first = torch.tensor(first, dtype=torch.long, device=self.device)
-        return (first[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
+        if not first:
+            return torch.empty(0, dtype=torch.long, device=self.device)
+        return (self.upload(first)[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
+
+    def upload(self, numbers: list[int]) -> Tensor:
+        """Return whole numbers (n,) on the device, without waiting for it."""
+        return torch.tensor(numbers, dtype=torch.long, pin_memory=self.pin).to(self.device, non_blocking=True)
 
     def gpu_bytes(self) -> int:
         return sum(slab.nbytes for slab in self.slabs)

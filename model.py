@@ -16,6 +16,7 @@ Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V 
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,44 +64,57 @@ class Config:
 
     @staticmethod
     def read(path: Path) -> "Config":
-        """Read config.json; raise FileNotFoundError or a ValueError that names the key."""
+        """Read config.json; raise FileNotFoundError, or a ValueError that names the key."""
         return Config.from_dict(read_json(path), path)
 
     @staticmethod
     def from_dict(c: dict, path) -> "Config":
-        def need(key, kind=int):
-            value = c.get(key)
-            if type(value) is not kind and not (kind is float and type(value) is int) or not value > 0:
-                raise ValueError(f"{path}: key {key!r} is {value!r}; a positive {kind.__name__} is needed")
-            return kind(value)
+        def want(key, default=None, kind=int, most=2**20):
+            value = default if c.get(key) is None else c[key]
+            return positive(value, f"{path}: key {key!r}", kind, most)
 
-        architecture = (c.get("architectures") or ["(none)"])[0]
+        names = c.get("architectures")
+        architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else str(names)
         if architecture not in ARCHITECTURES:
             raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
         model_type = ARCHITECTURES[architecture]
-        rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}  # older and newer name
+        rope = {}
+        for key in ("rope_scaling", "rope_parameters"):  # older and newer name
+            if not isinstance(c.get(key) or {}, dict):
+                raise ValueError(f"{path}: key {key!r} is {c[key]!r}, not an object")
+            rope |= c.get(key) or {}
         for key, value in {**c, **rope}.items():
             if key in NEUTRAL and value not in (NEUTRAL[key], None):
                 raise ValueError(f"{path}: key {key!r} is {value!r}; only {NEUTRAL[key]!r} is supported")
-        if model_type == "llama" and c.get("sliding_window") or set(c.get("layer_types") or []) - {"full_attention"}:
+        if model_type == "llama" and c.get("sliding_window") or c.get("layer_types", []) != ["full_attention"] * len(c.get("layer_types") or []):
             raise ValueError(f"{path}: key 'sliding_window' or 'layer_types' asks for sliding-window attention, which is not supported")
-        theta = rope.pop("rope_theta", None) or c.get("rope_theta") or 10000.0  # Llama 2 files may leave it out
-        n_heads = need("num_attention_heads")
-        name = str(c.get("torch_dtype") or c.get("dtype") or "float32").removeprefix("torch.")
+        theta = rope.pop("rope_theta", c.get("rope_theta"))
+        name = str(c.get("dtype" if c.get("torch_dtype") is None else "torch_dtype", "float32")).removeprefix("torch.")
         if name not in DTYPES:
             raise ValueError(f"{path}: key 'torch_dtype' is {name!r}; supported are {', '.join(DTYPES)}")
+        if not isinstance(c.get("tie_word_embeddings", False), bool):
+            raise ValueError(f"{path}: key 'tie_word_embeddings' is {c['tie_word_embeddings']!r}; true or false is needed")
+        dim, n_heads = want("hidden_size"), want("num_attention_heads")
         config = Config(
-            model_type=model_type, dim=need("hidden_size"), n_layers=need("num_hidden_layers"), n_heads=n_heads,
-            n_kv_heads=need("num_key_value_heads") if c.get("num_key_value_heads") else n_heads,
-            head_dim=need("head_dim") if c.get("head_dim") else need("hidden_size") // n_heads,
-            hidden_dim=need("intermediate_size"), vocab_size=need("vocab_size"), norm_eps=need("rms_norm_eps", float),
-            rope_theta=float(theta), rope_scaling=rope, max_len=need("max_position_embeddings"),
-            tied=bool(c.get("tie_word_embeddings", False)), dtype=DTYPES[name],
+            model_type=model_type, dim=dim, n_layers=want("num_hidden_layers", most=1000), n_heads=n_heads,
+            n_kv_heads=want("num_key_value_heads", n_heads), head_dim=want("head_dim", max(1, dim // n_heads)),
+            hidden_dim=want("intermediate_size"), vocab_size=want("vocab_size", most=2**24),
+            norm_eps=want("rms_norm_eps", kind=float, most=1), max_len=want("max_position_embeddings", most=2**40),
+            rope_theta=positive(10000.0 if theta is None else theta, f"{path}: key 'rope_theta'", float, 1e12),  # Llama 2 may leave it out
+            rope_scaling=rope, tied=c.get("tie_word_embeddings", False), dtype=DTYPES[name],
         )  # fmt: skip
-        if config.n_heads % config.n_kv_heads or config.head_dim % 2:
+        if n_heads % config.n_kv_heads or config.head_dim % 2:
             raise ValueError(f"{path}: {n_heads} heads over {config.n_kv_heads} KV heads of size {config.head_dim} do not divide evenly")
         inverse_frequencies(config)  # raises for a RoPE type or key that is not understood
         return config
+
+
+def positive(value, what: str, kind: type, most: float):
+    """Return value as `kind`, int or float; raise ValueError unless it is a number within 0..most, 0 excluded."""
+    fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and 0 < value <= most
+    if not fits:  # so also for NaN
+        raise ValueError(f"{what} is {value!r}; a positive {kind.__name__} up to {most:g} is needed")
+    return kind(value)
 
 
 def read_json(path: Path) -> dict:
@@ -109,7 +123,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist; a checkpoint is a folder in Hugging Face layout")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -119,28 +133,33 @@ def read_json(path: Path) -> dict:
 # ---- rotary position embedding ----------------------------------------------------------
 
 
+ROPE_KEYS = {"default": [], "linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+
+
 def inverse_frequencies(config: Config) -> Tensor:
     """Return RoPE's inverse frequencies (D/2,) in float64, scaled as the checkpoint's rope type asks.
 
     Types: default, linear (positions divided by factor) and llama3 (long wavelengths
-    divided by factor, short ones kept, a ramp between). Raises ValueError for any other.
+    divided by factor, short ones kept, a ramp between). Raises ValueError for any other,
+    and for a key that is missing, unknown or out of range.
     """
-    r, d = config.rope_scaling, config.head_dim
-    inv = config.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
-    kind = r.get("rope_type") or r.get("type") or "default"
-    try:
-        if kind == "default":
-            return inv
-        if kind == "linear":
-            return inv / r["factor"]
-        if kind == "llama3":
-            low, high, old = r["low_freq_factor"], r["high_freq_factor"], r["original_max_position_embeddings"]
-            turns = old * inv / (2 * math.pi)  # full turns within the old context
-            keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is, 0: divided by factor
-            return inv * keep + inv / r["factor"] * (1 - keep)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"rope_scaling {r} of type {kind!r}: key {error} is missing or no number") from None
-    raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are default, linear, llama3")
+    r = {k: v for k, v in config.rope_scaling.items() if k not in NEUTRAL}
+    kind = r.pop("rope_type", r.get("type", None if r else "default"))
+    r.pop("type", None)
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+    if unknown := set(r) - {"original_max_position_embeddings", *ROPE_KEYS[kind]}:
+        raise ValueError(f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
+    v = {key: positive(r.get(key), f"rope_scaling key {key!r}", float, 2**40) for key in ROPE_KEYS[kind]}
+    inv = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    if kind != "llama3":
+        return inv / v.get("factor", 1.0)
+    low, high = v["low_freq_factor"], v["high_freq_factor"]
+    if high <= low:
+        raise ValueError(f"rope_scaling key 'high_freq_factor' is {high}; it must be above low_freq_factor, {low}")
+    turns = v["original_max_position_embeddings"] * inv / (2 * math.pi)  # full turns within the old context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is, 0: divided by factor
+    return inv * keep + inv / v["factor"] * (1 - keep)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -168,6 +187,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past, past_weight = flash(q, k[:, :, : s - t], v[:, :, : s - t])
         out = out.lerp(past, torch.sigmoid(past_weight - weight)[..., None].to(out.dtype))
     return out.permute(2, 0, 1, 3).reshape(t, -1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attend q (t, H, D), amid k and v (S, G, D), where mask (t, S) is true; return (t, H*D)."""
+    q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # (1, heads, rows, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out[0].transpose(0, 1).reshape(q.shape[2], -1)
 
 
 # ---- the model --------------------------------------------------------------------------
@@ -203,14 +229,13 @@ class Weights:
 class Rows:
     """Where the rows of x stand in the text and in the slabs of one stage."""
 
-    n: int  # T
     cos: Tensor  # (T, 1, D/2)
     sin: Tensor
     dst: Tensor  # (T,) slab rows their keys go to
-    before: int  # slab rows that come before row 0, when rows are the newest keys
+    before: int  # slab rows before row 0, were all rows the newest keys
     pos: Tensor  # (T,)
-    revived: int  # leading rows that stand amid their keys
-    key_pos: Tensor | None  # (S,) only if there are such rows: the mask then goes by position
+    revived: int  # leading rows that stand amid their keys; the others are the newest keys
+    key_pos: Tensor | None  # (S,) only if there are such rows: their mask goes by position
 
 
 class Model:
@@ -261,40 +286,28 @@ class Model:
         wide = torch.promote_types(kv.dtype, torch.float32)
         angle = pos[:, None, None] * self.inv_freq  # (T, 1, D/2) in float64: exact at any position
         before = tail_row + start - kv.tail_start - n_flight
-        return Rows(len(pos), angle.cos().to(wide), angle.sin().to(wide), dst, before, pos, revived, key_pos)
+        return Rows(angle.cos().to(wide), angle.sin().to(wide), dst, before, pos, revived, key_pos)
 
     def attention(self, layer: int, x: Tensor, rows: Rows, above: Stage | None) -> None:
         """Add attention to x (T, C) in place, appending keys and values; feed the ring of a boundary above."""
         c, w, kv = self.config, self.weights.layers[layer], self.kv
         h, g, d = c.n_heads, c.n_kv_heads, c.head_dim
         kv.wait(layer)
-        for a in range(0, rows.n, self.chunk):
-            b = min(a + self.chunk, rows.n)
+        starts = [*range(0, rows.revived, self.chunk), *range(rows.revived, len(x), self.chunk), len(x)]
+        for a, b in zip(starts, starts[1:]):
+            fresh = a >= rows.revived
             qkv = F.linear(F.rms_norm(x[a:b], (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
             q, k, v = qkv.view(b - a, -1, d).split([h, g, g], dim=1)  # (t, H, D), (t, G, D), (t, G, D)
             q, k = rotate(q, rows.cos[a:b], rows.sin[a:b]), rotate(k, rows.cos[a:b], rows.sin[a:b])
             kv.append(layer, rows.dst[a:b], k, v)
-            out = self.attend(layer, q, rows, a, b)  # (t, H*D)
-            x[a:b].addmm_(out, w.wo.t())
-            if above is not None:
-                self.feed_ring(above, q, rows, a)
-
-    def attend(self, layer: int, q: Tensor, rows: Rows, a: int, b: int) -> Tensor:
-        """Attend rows a..b-1, q (t, H, D), to the keys of their stage at or before their position: (t, H*D)."""
-        n = rows.before + b if rows.key_pos is None else len(rows.key_pos)
-        k, v = self.kv.read(layer, n)  # (S, G, D)
-        self.on_chunk(layer, b - a, n)
-        if rows.key_pos is None:
-            return causal_attention(q, k, v)
-        mask = rows.key_pos <= rows.pos[a:b, None]  # (t, S)
-        q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # (1, heads, rows, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out[0].transpose(0, 1).reshape(b - a, -1)
-
-    def feed_ring(self, above: Stage, q: Tensor, rows: Rows, a: int) -> None:
-        """Push the queries q (t, H, D) of rows a.. into a boundary's ring; revived rows stay out."""
-        fresh = q[max(0, rows.revived - a) :][-self.window :]  # (<=W, H, D)
-        above.ring = torch.cat([fresh[:0] if above.ring is None else above.ring, fresh])[-self.window :]
+            n = rows.before + b if fresh else len(rows.key_pos)
+            self.on_chunk(layer, b - a, n)
+            keys, values = kv.read(layer, n)  # (S, G, D)
+            attend = causal_attention if fresh else partial(masked_attention, mask=rows.key_pos <= rows.pos[a:b, None])  # (t, S)
+            x[a:b].addmm_(attend(q, keys, values), w.wo.t())  # (t, H*D)
+            if above is not None and fresh:  # the ring holds queries of new tokens, never of revived rows
+                newest = q[-self.window :]  # (<=W, H, D)
+                above.ring = torch.cat([newest[:0] if above.ring is None else above.ring, newest])[-self.window :]
 
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""

@@ -104,6 +104,8 @@ def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:
     scores: (N,) of any device; reading them here is the one time a step waits for the device.
     Raises ValueError for scores of another shape or not a number.
     """
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        raise ValueError(f"the scoring function returned {scores!r:.60}; it must return a tensor of floating-point scores")
     scores = scores.cpu()
     if scores.shape != (len(blocks),) or scores.isnan().any():
         raise ValueError(f"the scoring function returned {scores}; it must return ({len(blocks)},) scores, none of them NaN")

@@ -10,9 +10,15 @@ decoded token or a follow-up question, and `generate` is the two in a loop.
 
 import argparse
 import json
+import operator
 import os
+import signal
 import sys
 import time
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends the program and nothing else
+
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -51,13 +57,15 @@ class Settings:
     pool_mib: float = 64.0  # CPU memory for pruned blocks is taken in pieces of this size
 
     def __post_init__(self):
-        for name, least in (("block_len", 1), ("unit_len", 1), ("window", 1), ("chunk", 0)):
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be a whole number of at least {least}")
+        for name, least, most in (("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 1, 2**16), ("chunk", 0, 2**24)):
+            if type(value := getattr(self, name)) is not int or not least <= value <= most:
+                raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be a whole number within {least}..{most}")
         if self.block_len % self.unit_len:
             raise ValueError(f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}; choose a divisor")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"--gamma {self.gamma} is outside 0..1, the range of an overlap")
+        if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
+            raise ValueError(f"--gamma {self.gamma!r} is outside 0..1, the range of an overlap")
+        if type(self.overlap) is not bool or type(self.pool_mib) not in (int, float) or not 0 <= self.pool_mib <= 2**20:
+            raise ValueError(f"overlap {self.overlap!r} must be a bool, pool_mib {self.pool_mib!r} within 0..{2**20}")
 
 
 # ---- finding a checkpoint ---------------------------------------------------------------
@@ -65,7 +73,10 @@ class Settings:
 
 def find_checkpoint(name: str | Path) -> Path:
     """Return the folder of a checkpoint: a path, a name under checkpoints/ or $SLIM_CHECKPOINTS, or in the Hugging Face cache."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except (RuntimeError, TypeError):
+        raise ValueError(f"--ckpt {name!r} is no path and no name of a checkpoint") from None
     if path.is_file():
         raise ValueError(f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors")
     repo = ALIASES.get(str(name).lower(), str(name))
@@ -116,7 +127,10 @@ def open_shards(folder: Path) -> dict[str, object]:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if not (folder / "model.safetensors").is_file() and index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: key 'weight_map' does not map tensor names to file names; download it again")
+        names = set(weight_map.values())
     tensors = {}
     for name in sorted(names):
         path = folder / name
@@ -144,7 +158,8 @@ def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
     harmless = ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)  # derived or shared
     problems += [f"unexpected {name}" for name in sorted(tensors) if name not in wanted and not name.endswith(harmless)]
     if problems:
-        raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems)}")
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
 
 
 def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dtype, progress=None) -> Weights:
@@ -188,7 +203,7 @@ def pick_device(name: str) -> torch.device:
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if cuda else "cpu")
-    kind, _, index = name.partition(":")
+    kind, _, index = str(name).partition(":")
     if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isdigit():
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index or 0) >= cuda:
@@ -197,9 +212,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory a device can still give, in bytes."""
+    """Return the memory a device can still give, in bytes; what torch holds but does not use counts as free."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -223,33 +238,34 @@ class Plan:
         return f"{size(self.weights)} weights + {size(self.kv)} KV + {size(self.temporary)} temporary = {size(self.total)}"
 
 
-def plan(c: Config, settings: Settings, schedule: dict, dtype: torch.dtype, chunk: int, n_prompt: int, n_new: int = 0) -> Plan:
-    """Return what a prompt of n_prompt tokens and n_new more will take."""
-    sizes, item = prune.stage_blocks(n_prompt, schedule, settings.block_len), dtype.itemsize
-    edges = [0, *schedule, c.n_layers]
-    rows = [(n - sizes[0]) * settings.block_len + n_prompt + n_new for n in sizes]
+def plan(ckpt: "Checkpoint", n_prompt: int, n_new: int = 0) -> Plan:
+    """Return what a prompt of n_prompt tokens and n_new more will take on the device."""
+    c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
+    sizes, edges = prune.stage_blocks(n_prompt, ckpt.schedule, block_len), [0, *ckpt.schedule, c.n_layers]
+    rows = [(n - sizes[0]) * block_len + n_prompt + n_new for n in sizes]
     kv = sum((b - a) * r for a, b, r in zip(edges, edges[1:], rows)) * 2 * c.n_kv_heads * c.head_dim * item
     weights = sum(torch.Size(shape).numel() for shape in tensor_shapes(c).values()) * item
-    chunk = min(chunk, n_prompt)
+    chunk = min(ckpt.chunk, n_prompt)
     hidden = (n_prompt + rows[min(1, len(rows) - 1)]) * c.dim * item + n_prompt * c.head_dim * 16  # x, its survivors, cos and sin
-    attention = chunk * (3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4 + n_prompt * (1 + item))  # q, k, v, out; the mask
-    return Plan(weights, kv, hidden + max(attention, chunk * 4 * c.hidden_dim * item))
+    attention = chunk * 3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4  # q, k, v, output
+    pruned = (rows[0] - rows[-1]) * c.dim * item if ckpt.device.type == "cpu" else 0  # aux shares this memory
+    return Plan(weights, kv, hidden + pruned + max(attention, chunk * 4 * c.hidden_dim * item))
 
 
-def check_memory(c: Config, settings: Settings, schedule: dict, dtype, chunk: int, device, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
-    """Return the plan; raise ValueError naming the flag that would make it fit if it does not. `loaded`: bytes of it in place."""
-    ask = lambda schedule=schedule, dtype=dtype, chunk=chunk: plan(c, settings, schedule, dtype, chunk, n_prompt, n_new)
-    need, free = ask(), free_bytes(device)
+def check_memory(ckpt: "Checkpoint", n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
+    """Return the plan; raise ValueError naming the flag that would make it fit if it does not. `loaded`: bytes in place."""
+    need, free = plan(ckpt, n_prompt, n_new), free_bytes(ckpt.device)
     if need.total - loaded <= free:
         return need
-    small = default = prune.default_schedule(c.n_layers, c.model_type)
-    small = {layer: max(2 * settings.block_len, 1024 >> i) for i, layer in enumerate(default)} if default else {}
-    ways = {"--chunk 64": ask(chunk=min(64, chunk)), "--schedule auto": ask(default), f"--schedule {format_schedule(small)}": ask(small)}
-    if dtype.itemsize > 2:
-        ways["--dtype bfloat16"] = ask(dtype=torch.bfloat16)
-    fits = [flag for flag, way in ways.items() if way.total - loaded <= free]
-    advice = f"it would fit with {fits[0]}" if fits else "no flag makes it fit: use a shorter prompt, a smaller model" + (" or --device cpu" if device.type == "cuda" else "")
-    raise ValueError(f"not enough memory on {device}: {need} for {n_prompt:,} tokens, but {size(free)} free; {advice}")
+    default = prune.default_schedule(ckpt.config.n_layers, ckpt.config.model_type)
+    small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
+    ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
+    ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
+    if ckpt.dtype.itemsize > 2:
+        ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
+    fits = [flag for flag, way in ways.items() if plan(way, n_prompt, n_new).total - loaded <= free]
+    advice = f"it would fit with {fits[0]}" if fits else "no flag makes it fit: use a shorter prompt or a smaller model"
+    raise ValueError(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {size(free)} free; {advice}")
 
 
 def size(n: float) -> str:
@@ -270,45 +286,63 @@ def format_schedule(schedule: dict[int, int]) -> str:
 # ---- the engine -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint and how it is to be run: all of it checked, none of it loaded."""
+
+    folder: Path
+    config: Config
+    tensors: dict  # name -> open file
+    stop: set[int]  # ids that end an answer
+    device: torch.device
+    dtype: torch.dtype
+    schedule: dict[int, int]
+    settings: Settings
+
+    @staticmethod
+    def open(ckpt, device="auto", dtype="auto", schedule="auto", **settings) -> "Checkpoint":
+        """Find a checkpoint and check it, its tensors and the settings; see `load`."""
+        options, where, folder = Settings(**settings), pick_device(device), find_checkpoint(ckpt)
+        config = Config.read(folder / "config.json")
+        kind, budgets = pick_dtype(dtype, config, where), resolve_schedule(schedule, config, options)
+        tensors = open_shards(folder)
+        check_tensors(folder, config, tensors)
+        return Checkpoint(folder, config, tensors, stop_tokens(folder), where, kind, budgets, options)
+
+    @property
+    def chunk(self) -> int:
+        return self.settings.chunk or (2048 if self.device.type == "cuda" else 256)
+
+    def engine(self, score=prune.block_scores, reserve=(1, 0), progress=None) -> "Engine":
+        """Load the weights, with pinned memory for a prompt and new tokens of `reserve`, and return the Engine."""
+        c, s = self.config, self.settings
+        check_memory(self, *reserve)
+        kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, self.dtype, self.device, s.overlap, s.pool_mib)
+        kv.reset(reserve[0], self.schedule, reserve[1])
+        weights = load_weights(self.tensors, c, self.device, self.dtype, progress)
+        return Engine(self, Model(c, weights, kv, s.unit_len, s.window, s.gamma, self.chunk, score))
+
+
 def load(ckpt, device="auto", dtype="auto", schedule="auto", score=prune.block_scores, reserve=(1, 0), progress=None, **settings) -> "Engine":
     """Load a checkpoint and return an Engine.
 
     schedule: "auto" (by depth), "dense", {} or {boundary: token budget}; score: a function
-    like prune.block_scores; reserve: (prompt, new) tokens to plan memory for, so that
-    nothing is allocated while the first token is awaited; progress(done, total) follows the
-    weights; settings: fields of Settings. Raises ValueError or FileNotFoundError, in one line,
-    before anything is allocated.
+    like prune.block_scores; reserve: (prompt, new) tokens to plan and pin memory for, so
+    that the first token does not wait for it; progress(done, total) follows the weights;
+    settings: fields of Settings. Raises ValueError or FileNotFoundError, in one line, before
+    anything is allocated.
     """
-    options = Settings(**settings)
-    where, folder = pick_device(device), find_checkpoint(ckpt)
-    config = Config.read(folder / "config.json")
-    kind = pick_dtype(dtype, config, where)
-    budgets = resolve_schedule(schedule, config, options)
-    tensors = open_shards(folder)
-    check_tensors(folder, config, tensors)
-    chunk = options.chunk or (2048 if where.type == "cuda" else 256)
-    check_memory(config, options, budgets, kind, chunk, where, *reserve)
-    return assemble(config, tensors, folder, where, kind, budgets, chunk, options, score, reserve, progress)
-
-
-def assemble(config, tensors, folder, where, kind, budgets, chunk, options, score=prune.block_scores, reserve=(1, 0), progress=None) -> "Engine":
-    """Build an Engine from checked parts; `tensors` maps a name to anything with get_tensor(name)."""
-    kv = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, config.dim, options.block_len, kind, where, options.overlap, options.pool_mib)
-    kv.reset(reserve[0], budgets, reserve[1])
-    model = Model(config, load_weights(tensors, config, where, kind, progress), kv, options.unit_len, options.window, options.gamma, chunk, score)
-    return Engine(model, folder, budgets, options, stop_tokens(folder))
+    return Checkpoint.open(ckpt, device, dtype, schedule, **settings).engine(score, reserve, progress)
 
 
 def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
     """Return the dtype of a run; auto is the checkpoint's own, but float32 for float16 on a CPU."""
-    if name == "auto":
-        slow = device.type == "cpu" and config.dtype == torch.float16
-        return torch.float32 if slow else config.dtype
-    if name not in DTYPES:
+    if name != "auto" and name not in DTYPES:
         raise ValueError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
-    if name == "float64" and device.type == "cuda":
+    dtype = config.dtype if name == "auto" else DTYPES[name]
+    if dtype == torch.float64 and device.type == "cuda":
         raise ValueError("--dtype float64 is for exactness tests on a CPU; use float32, bfloat16 or float16 on CUDA")
-    return DTYPES[name]
+    return torch.float32 if (name, device.type, dtype) == ("auto", "cpu", torch.float16) else dtype
 
 
 def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, int]:
@@ -317,7 +351,9 @@ def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, 
         schedule = prune.parse_schedule(schedule)
     if schedule == "auto":
         schedule = prune.default_schedule(config.n_layers, config.model_type)
-    schedule = {} if schedule in ("dense", None) else dict(schedule)
+    schedule = {} if schedule == "dense" else schedule
+    if not isinstance(schedule, dict):
+        raise ValueError(f"schedule {schedule!r} must be 'auto', 'dense' or a dict of boundary: token budget")
     prune.check_schedule(schedule, config.n_layers, settings.block_len)
     return schedule
 
@@ -325,26 +361,30 @@ def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, 
 def stop_tokens(folder: Path) -> set[int]:
     """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and (ids := read_json(folder / name).get("eos_token_id")) is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
+        ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{folder / name}: key 'eos_token_id' is {ids!r}; a token id or a list of them is needed")
+        if ids:
+            return set(ids)
     return set()
 
 
 class Engine:
     """One conversation with a model. Make it with `load`."""
 
-    def __init__(self, model: Model, folder: Path, schedule: dict[int, int], settings: Settings, stop: set[int]):
-        self.model, self.folder, self.schedule, self.settings, self.stop = model, folder, schedule, settings, stop
-        self.config, self.kv = model.config, model.kv
+    def __init__(self, ckpt: Checkpoint, model: Model):
+        self.ckpt, self.model, self.config, self.kv = ckpt, model, ckpt.config, model.kv
         self.pending: list[int] = []  # generated, but not yet run through the model
         self.whole = False  # False while a step runs, and after one that was broken off
-        self.prefill_s = self.decode_s = 0.0
-        self.decode_tokens = 0
+        self.steps = 0  # of all conversations: tells a generator that it is no longer alone
+        self.prefill_s = self.extend_s = 0.0
+        self.extend_tokens = 0
 
     @cached_property
     def tokenizer(self):
         """The checkpoint's tokenizer, loaded when first asked for: the engine itself needs ids only."""
-        return tokenizers.load(self.folder)
+        return tokenizers.load(self.ckpt.folder)
 
     def prefill(self, ids, reserve: int = 0, schedule=None) -> Tensor:
         """Start afresh with a prompt and return the logits (V,) after it, in float32 (float64 for float64).
@@ -352,14 +392,16 @@ class Engine:
         reserve: room to leave for new tokens; schedule: one for this conversation instead
         of the engine's. Raises ValueError for ids outside the vocabulary, or too little memory.
         """
-        ids = self.check_ids(ids)
-        budgets = self.schedule if schedule is None else resolve_schedule(schedule, self.config, self.settings)
-        kv, m = self.kv, self.model
-        in_place = m.weights.nbytes + kv.gpu_bytes()
-        check_memory(self.config, self.settings, budgets, kv.dtype, m.chunk, kv.device, len(ids), reserve, in_place)
-        self.pending, self.prefill_s, self.decode_s, self.decode_tokens = [], 0.0, 0.0, 0
+        ids, kv, ckpt = self.check_ids(ids), self.kv, self.ckpt
+        if type(reserve) is not int or reserve < 0:
+            raise ValueError(f"reserve is {reserve!r}; it must be a whole number of tokens, 0 or more")
+        if schedule is not None:
+            ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings))
+        check_memory(ckpt, len(ids), reserve, loaded=self.model.weights.nbytes + kv.gpu_bytes())
+        self.pending, self.prefill_s, self.extend_s, self.extend_tokens = [], 0.0, 0.0, 0
         started = time.perf_counter()
-        kv.reset(len(ids), budgets, reserve)
+        self.whole = False
+        kv.reset(len(ids), ckpt.schedule, reserve)
         logits = self.run(ids)
         self.prefill_s = time.perf_counter() - started
         return logits
@@ -368,58 +410,65 @@ class Engine:
         """Append ids, one (a decode step) or many (a follow-up), and return the logits (V,) after them.
 
         Tokens that `generate` has yielded but not run are run first. Raises ValueError
-        before any prefill, after a step that was broken off, or with nothing to run.
+        before any prefill, after a step that was broken off, for wrong ids, or too little memory.
         """
-        ids = self.check_ids([*self.pending, *ids])
+        ids = self.check_ids([*self.pending, *ids] if self.pending else ids)
         if not self.whole:
             raise ValueError("there is no whole conversation to extend; call prefill first")
+        if (need := self.kv.growth_bytes(self.kv.length + len(ids))) > 0 and need > free_bytes(self.kv.device):
+            raise ValueError(f"{len(ids):,} more tokens need {size(need)} on {self.kv.device}, more than is free; ask less, or start afresh with a larger reserve")
         started = time.perf_counter()
         logits = self.run(ids)
         self.pending = []
-        self.decode_s += time.perf_counter() - started
-        self.decode_tokens += len(ids)
+        self.extend_s += time.perf_counter() - started
+        self.extend_tokens += len(ids)
         return logits
 
     def run(self, ids: list[int]) -> Tensor:
         self.whole = False
-        logits = self.model.step(torch.tensor(ids))
-        if self.kv.device.type == "cuda":
-            torch.cuda.current_stream(self.kv.device).synchronize()  # the seconds in stats are of finished work
+        self.steps += 1
+        logits = self.model.step(torch.tensor(ids)).clone()  # of inference mode no more: callers may write to it
+        if logits.isnan().any():  # waits for the device too, so the seconds in stats are of finished work
+            raise ValueError(f"the logits are not numbers: the weights are damaged, or {self.kv.dtype} overflows; try --dtype float32")
         self.whole = True
         return logits
 
     def check_ids(self, ids) -> list[int]:
-        ids = [int(i) for i in ids]
+        try:
+            values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            ids = [operator.index(i) for i in values]
+        except TypeError:
+            values = [True]
+        if any(isinstance(i, bool) for i in values):
+            raise ValueError(f"token ids must be a flat list of whole numbers, not {ids!r:.60}")
         if not ids:
             raise ValueError("there are no token ids to run; give at least one")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            bad = next(i for i in ids if not 0 <= i < self.config.vocab_size)
-            raise ValueError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}, the model's vocabulary; tokenizer and checkpoint do not belong together")
+        if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+            raise ValueError(f"token id {bad[0]} is outside 0..{self.config.vocab_size - 1}, the model's vocabulary; tokenizer and checkpoint do not belong together")
         return ids
 
-    def generate(self, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, fresh: bool = True, schedule=None) -> Iterator[int]:
-        """Return an iterator of new ids after a prompt, or, with fresh=False, after more text of this conversation.
+    def generate(self, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, schedule=None) -> Iterator[int]:
+        """Return an iterator of new ids after a prompt.
 
-        temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability.
-        Ends at max_new_tokens or before a stop token, which is not yielded.
+        temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability;
+        schedule as in `prefill`. Ends at max_new_tokens or before a stop token, which is not
+        yielded. Raises ValueError at once for wrong arguments, and later if the engine was used
+        otherwise in between.
         """
-        if not temperature >= 0 or temperature == float("inf"):
-            raise ValueError(f"--temperature {temperature} must be 0 (greedy) or more")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"--top-p {top_p} is outside 0..1 (0 excluded), the range of a probability")
-        if max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {max_new_tokens} must be at least 1")
+        check_sampling(max_new_tokens, temperature, top_p, seed)
         random = torch.Generator()
         random.seed() if seed is None else random.manual_seed(seed)
 
         def stream():
-            logits = self.prefill(ids, max_new_tokens, schedule) if fresh else self.extend(ids)
+            logits = self.prefill(ids, max_new_tokens, schedule)
             for left in reversed(range(max_new_tokens)):
                 token = sample(logits, temperature, top_p, random)
-                if token in self.stop:
+                if token in self.ckpt.stop:
                     return
-                self.pending = [token]
+                self.pending, steps = [token], self.steps
                 yield token
+                if self.steps != steps:
+                    raise ValueError("the engine was used while it generated; it holds one conversation, so finish the first or load another")
                 if left:
                     logits = self.extend()
 
@@ -443,9 +492,20 @@ class Engine:
             "to_cpu_bytes": kv.to_cpu_bytes,
             "to_gpu_bytes": kv.to_gpu_bytes,
             "prefill_s": self.prefill_s,
-            "decode_s": self.decode_s,
-            "decode_tokens": self.decode_tokens,
+            "extend_s": self.extend_s,
+            "extend_tokens": self.extend_tokens,
         }
+
+
+def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
+    if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**31:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} must be a whole number of at least 1")
+    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise ValueError(f"--temperature {temperature} must be 0 (greedy) or a number from 0.000001 up")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p {top_p} is outside 0..1 (0 excluded), the range of a probability")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed} is outside 0..{2**63 - 1}")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
@@ -468,7 +528,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv=None) -> argparse.Namespace:
     d = {f.name: f.default for f in fields(Settings)}
-    p = Parser(prog="slim.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(prog="slim.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument("--ckpt", required=True, help="folder, name under checkpoints/, Hugging Face id or alias such as llama3.1-8b")
     p.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
     p.add_argument("--ask", metavar="TEXT", help="a question put after the text")
@@ -495,17 +555,20 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def read_prompt(args) -> str:
-    """Return the text of --prompt; raise ValueError or FileNotFoundError if there is none to be read."""
+    """Return the text of --prompt; raise ValueError or OSError if there is none to be read."""
     name = args.prompt
+    if args.ask is not None and not args.ask.strip():
+        raise ValueError("--ask is empty; put a question, or leave it out")
     if name is None and args.ask is None:
         raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
     if name is None:
         return ""
-    if name != "-" and not Path(name).exists():
-        raise FileNotFoundError(f"--prompt {name} does not exist; give a text file, or - for standard input")
     if name != "-" and Path(name).is_dir():
         raise ValueError(f"--prompt {name} is a directory; give a text file")
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except (OSError, AttributeError) as error:  # standard input may be closed
+        raise ValueError(f"--prompt {name} cannot be read ({error}); give a text file, or - for standard input") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -533,18 +596,17 @@ class Progress:
 
     def __init__(self, quiet: bool):
         self.on = sys.stderr.isatty() and not quiet
-        self.shown = 0.0
+        self.up, self.when = False, 0.0  # whether a line stands there now, and since when
 
     def show(self, text: str) -> None:
-        if self.on and time.perf_counter() - self.shown > 0.1:
-            self.shown = time.perf_counter()
-            sys.stderr.write(f"\r\033[K{text}")
-            sys.stderr.flush()
+        if self.on and time.perf_counter() - self.when > 0.1:
+            self.up, self.when = True, time.perf_counter()
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        if self.on:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+        if self.up:
+            self.up = False
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def loading(self, done: int, total: int) -> None:
         self.show(f"loading weights {100 * done // total}%")
@@ -572,6 +634,8 @@ class Progress:
 
 
 def summary(r: dict, device) -> str:
+    if not r["tokens"]:
+        return f"slim: interrupted while reading {r['prompt_tokens']:,} prompt tokens, after {r['ttft_s']:.2f} s"
     kept = " > ".join(f"{n:,}" for n in r["kept"])
     return (
         f"slim: {r['prompt_tokens']:,} prompt tokens, kept per stage {kept}; first token {r['ttft_s']:.2f} s, then {r['decode_tok_s']:.1f} tokens/s\n"
@@ -593,49 +657,56 @@ def comparison(dense: dict, pruned: dict) -> str:
 
 def main(argv=None) -> int:
     """Run the command line; return the exit code: 0, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a character shows another
     args = parse_args(argv)
-    say = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr))
     progress = Progress(args.quiet)
     try:
-        return run(args, say, progress)
-    except (ValueError, FileNotFoundError, PermissionError, torch.cuda.OutOfMemoryError) as error:
-        progress.clear()
-        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return run(args, progress)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+        progress.clear()
+        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         progress.clear()
+        print("slim: interrupted before the first step", file=sys.stderr)
         return 130
 
 
-def run(args, say, progress: Progress) -> int:
-    options = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
-    options = replace(options, overlap=not args.no_overlap)
-    folder, device = find_checkpoint(args.ckpt), pick_device(args.device)
-    config = Config.read(folder / "config.json")
-    schedule = resolve_schedule("dense" if args.dense else args.schedule, config, options)
-    tokenizer = tokenizers.load(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}; they do not belong together")
+def run(args, progress: Progress) -> int:
+    """Check everything, then load, then answer."""
+    say = (lambda text: None) if args.quiet else (lambda text: (progress.clear(), print(text, file=sys.stderr, flush=True)))
+    if args.dense and (args.schedule != "auto" or args.compare):
+        raise ValueError("--dense excludes --schedule and --compare; leave one of them out")
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, "dense" if args.dense else args.schedule, overlap=not args.no_overlap, **settings)
+    c, tokenizer = ckpt.config, tokenizers.load(ckpt.folder)
+    if tokenizer.vocab_size > c.vocab_size:
+        raise ValueError(f"{ckpt.folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {c.vocab_size:,}; they do not belong together")
     ids = build_ids(args, read_prompt(args), tokenizer)
-    say(f"slim: {folder.name}, {config.n_layers} layers, schedule {format_schedule(schedule)}, {len(ids):,} prompt tokens")
-    if len(ids) + args.max_new_tokens > config.max_len:
-        say(f"slim: warning: {len(ids):,} prompt + {args.max_new_tokens:,} new tokens are beyond the {config.max_len:,} this model was trained for; expect a poor answer")
-    engine = load(folder, args.device, args.dtype, schedule, reserve=(len(ids), args.max_new_tokens),
-                  progress=progress.loading, **{f.name: getattr(options, f.name) for f in fields(Settings)})  # fmt: skip
-    need = plan(config, options, schedule, engine.kv.dtype, engine.model.chunk, len(ids), args.max_new_tokens)
-    say(f"slim: {device}, {str(engine.kv.dtype).removeprefix('torch.')}: {need}, {size(free_bytes(device))} free")
+    engine = ckpt.engine(reserve=(len(ids), args.max_new_tokens), progress=progress.loading)
+    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {format_schedule(ckpt.schedule)}, {len(ids):,} prompt tokens")
+    say(f"slim: {ckpt.device}, {str(ckpt.dtype).removeprefix('torch.')}: {plan(ckpt, len(ids), args.max_new_tokens)}, {size(free_bytes(ckpt.device))} more free")
+    if len(ids) + args.max_new_tokens > c.max_len:
+        say(f"slim: warning: {len(ids):,} prompt + {args.max_new_tokens:,} new tokens are beyond the {c.max_len:,} this model was trained for; expect a poor answer")
+    if args.compare:
+        engine.prefill(ids[:256])  # the first kernels of a process are slow: neither side shall pay for them
     results = []
-    for budgets in [{}, schedule] if args.compare else [schedule]:
+    for budgets in [{}, ckpt.schedule] if args.compare else [ckpt.schedule]:
         results.append(answer(engine, tokenizer, args, ids, budgets, progress))
-        say(summary(results[-1], device))
+        say(summary(results[-1], ckpt.device))
         if results[-1]["interrupted"]:
             break
     if args.json:
         names = ["dense", "slim"] if args.compare else []
-        print(json.dumps(dict(zip(names, map(public, results))) or public(results[0])))
+        print(json.dumps(dict(zip(names, map(public, results))) or public(results[0])), flush=True)
     elif len(results) == 2:
         say(comparison(*results))
     return 130 if results[-1]["interrupted"] else 0
@@ -654,8 +725,9 @@ def answer(engine: Engine, tokenizer, args, ids: list[int], schedule: dict, prog
     def tokens():
         for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule=schedule):
             times.append(time.perf_counter())
-            progress.clear()
-            engine.model.on_chunk = lambda *_: None
+            if not out:
+                progress.clear()
+                engine.model.on_chunk = lambda *_: None
             out.append(token)
             yield token
 
@@ -669,7 +741,6 @@ def answer(engine: Engine, tokenizer, args, ids: list[int], schedule: dict, prog
             print(flush=True)
     except KeyboardInterrupt:
         interrupted = True
-    progress.clear()
     first = times[1] if out else time.perf_counter()
     rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
     return engine.stats | {"text": "".join(pieces), "ids": out, "ttft_s": first - times[0], "decode_tok_s": rate, "interrupted": interrupted}

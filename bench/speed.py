@@ -232,8 +232,8 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device)
     config, options = Config.from_dict(SHAPES[args.shape], args.shape), slim.Settings(chunk=args.chunk)
     schedule = slim.resolve_schedule(args.schedule, config, options)
-    chunk = args.chunk or (2048 if device.type == "cuda" else 256)
-    engine = slim.assemble(config, RandomTensors(config, device, dtype), Path("."), device, dtype, schedule, chunk, options)
+    ckpt = slim.Checkpoint(Path(args.shape), config, RandomTensors(config, device, dtype), set(), device, dtype, schedule, options)
+    chunk, engine = ckpt.chunk, ckpt.engine()
     reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
     flop_peak, copy_peak = peaks(device, dtype)
     facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": slim.format_schedule(schedule), "new": args.new,

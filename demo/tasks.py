@@ -1,0 +1,257 @@
+"""Documents that read like an archive, with facts hidden in them and questions at the end.
+
+Everything is grammar-generated from a seed, so a document of any length can be made
+again by anybody. A document is mostly filler ("the old clerk waited near the stone
+wall at dusk."); among it lie facts ("the code of gavoki is 7342."), and a question
+is the beginning of a sentence that the model has to finish. The kinds of question:
+
+  single     one number asked, only a few facts in the document
+  lookalike  one number asked among many facts worded the same way
+  multi      several questions about one document of many mixed facts
+  two_hop    "the code of the owner of X is": two facts, in two places
+  three_hop  the same with one more link
+  latest     a seal that was updated several times: the last value counts
+  mixed      all of the above in one document (this is what training uses)
+"""
+
+import random
+from collections import namedtuple
+
+# fact_spans: [(start, end)] character ranges in the document, in the order they are needed.
+Question = namedtuple("Question", "text answer fact_spans kind")
+Sample = namedtuple("Sample", "document questions")
+
+KINDS = ["single", "lookalike", "multi", "two_hop", "three_hop", "latest"]
+
+# Names are three syllables: with 30 syllables, 27,000 names, and many that differ in
+# one syllable only, so that a name has to be read whole.
+SYLLABLES = [c + v for c in "zvkjbg" for v in "aeiou"]
+ROLES = ["owner", "pilot", "warden"]      # facts whose value is a name
+NUMBERS = ["code", "mark", "lot"]         # facts whose value is a number
+
+SUBJECTS = ["the clerk", "the old boat", "a young guard", "the night watch", "the miller",
+            "the north wind", "a tall man", "the crew", "the sailor", "the postman",
+            "a small child", "the teacher", "the storm", "a stranger", "the doctor"]
+VERBS = ["walked past", "waited near", "looked at", "spoke about", "returned to",
+         "slept near", "painted", "left", "crossed", "wrote about", "sat near", "watched"]
+OBJECTS = ["the harbour", "the stone wall", "the empty hall", "the river", "the mill",
+           "the first house", "the old tower", "the road", "the forest", "the winter market",
+           "the church", "the last train", "the tall trees", "the school", "the small island"]
+TAILS = ["in the morning", "before the rain", "after supper", "without a word", "at dusk",
+         "for a while", "in the snow", "at noon", "with some others", "as on other days",
+         "in the evening", "in the summer", "last winter", "on sunday", "once more"]
+GOODS = ["salt", "oats", "wool", "tin", "corn", "tea", "wood", "sand", "rope", "fish"]
+
+
+def name(rng):
+    return "".join(rng.choice(SYLLABLES) for _ in range(3))
+
+
+def number(rng):
+    return "".join(rng.choice("0123456789") for _ in range(4))
+
+
+def filler(rng):
+    """One sentence that answers nothing."""
+    r = rng.random()
+    if r < 0.55:
+        return f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(TAILS)}."
+    if r < 0.75:
+        return (f"{rng.choice(TAILS)}, {rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)}"
+                f" and {rng.choice(VERBS)} {rng.choice(OBJECTS)}.")
+    if r < 0.88:  # names and numbers outside of facts, so that their mere presence tells nothing
+        return f"{name(rng)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(TAILS)}."
+    return f"{rng.randint(2, 999)} loads of {rng.choice(GOODS)} were counted near {rng.choice(OBJECTS)}."
+
+
+def fact(relation, key, value):
+    return f"the {relation} of {key} is {value}."
+
+
+class World:
+    """The facts of one document. Each fact is (group, sentence); a group is one or more
+    facts made together, and carries the questions that those facts answer."""
+
+    def __init__(self, rng):
+        self.rng, self.facts, self.asks, self.names, self.pairs, self.groups = rng, [], [], [], set(), 0
+
+    def new_name(self):
+        while (n := name(self.rng)) in self.names:
+            pass
+        self.names.append(n)
+        return n
+
+    def free_pair(self, relations):
+        """A (relation, key) that has no value yet; now and then the key is a known name,
+        so that the relation matters too."""
+        while True:
+            r = self.rng.choice(relations)
+            k = self.rng.choice(self.names) if self.names and self.rng.random() < 0.3 else self.new_name()
+            if (r, k) not in self.pairs:
+                self.pairs.add((r, k))
+                return r, k
+
+    def add(self, sentence):
+        self.facts.append((self.groups, sentence))
+        return len(self.facts) - 1
+
+    def add_number(self, kind="lookalike", relations=NUMBERS):
+        r, k = self.free_pair(relations)
+        v = number(self.rng)
+        f = self.add(fact(r, k, v))
+        self.asks.append((kind, f"the {r} of {k} is", v, [f]))
+        self.groups += 1
+
+    def add_chain(self, hops):
+        """hops = 2: the owner of X is B, the code of B is 7342."""
+        rng = self.rng
+        r, k = self.free_pair(ROLES)
+        path, used = f"the {r} of {k}", []
+        for hop in range(hops - 1):
+            b = self.new_name()
+            used = used + [self.add(fact(r, k, b))]
+            if hop == 0:
+                self.asks.append(("lookalike", f"{path} is", b, list(used)))
+            k = b
+            if hop < hops - 2:
+                r = rng.choice(ROLES)
+                self.pairs.add((r, k))
+                path = f"the {r} of {path}"
+        r, v = rng.choice(NUMBERS), number(rng)
+        self.pairs.add((r, k))
+        used = used + [self.add(fact(r, k, v))]
+        kind = {2: "two_hop", 3: "three_hop"}[hops]
+        self.asks.append((kind, f"the {r} of {path} is", v, used))
+        if rng.random() < 0.5:  # a second number for the same name: the relation matters at the last hop
+            r2 = rng.choice([x for x in NUMBERS if x != r])
+            self.pairs.add((r2, k))
+            self.add(fact(r2, k, number(rng)))
+        self.groups += 1
+
+    def add_updates(self):
+        k = self.new_name()
+        for i in range(self.rng.randint(2, 4)):
+            v = number(self.rng)
+            f = self.add(f"update {i + 1}: the seal of {k} is {v}.")
+        self.asks.append(("latest", f"the last seal of {k} is", v, [f]))
+        self.groups += 1
+
+
+def make(kind, n_tokens, seed, tokenizer, n_questions=None, depth=None, n_facts=None, weights=None):
+    """One document of at most (and nearly) n_tokens tokens, and questions about it.
+
+    depth (0..1) is where the fact that answers the first question lies; by default
+    anywhere. tokenizer needs encode(text) -> list of ids. Questions are drawn with
+    replacement: asked once each, a model could guess the last ones by elimination.
+    weights, for kind "mixed": how often each kind is asked, by name."""
+    rng = random.Random(f"{kind}/{n_tokens}/{seed}")
+    cost = lambda text: len(tokenizer.encode(text))
+    if n_questions is None:
+        n_questions = 4 if kind == "multi" else 1
+    if n_facts is None:
+        n_facts = 4 if kind == "single" else max(4, min(64, n_tokens // 24))
+
+    # 1. The facts, as many as fit in 85 % of the document.
+    world = World(rng)
+    relation = rng.choice(NUMBERS)
+    budget = n_tokens - cost(header := f"archive of the harbour, volume {rng.randint(1, 99)}.")
+    spent, keep = 0, 0
+    items = []                                   # [sort key, text, fact number or None]
+    while len(items) < n_facts:
+        asks_before = len(world.asks)
+        r = rng.random()
+        if kind == "single" or kind == "lookalike":
+            world.add_number(kind, [relation] if kind == "lookalike" else NUMBERS)
+        elif kind == "two_hop" or (kind in ("mixed", "multi") and r < 0.3):
+            world.add_chain(2)
+        elif kind == "three_hop" or (kind in ("mixed", "multi") and r < 0.4):
+            world.add_chain(3)
+        elif kind == "latest" or (kind in ("mixed", "multi") and r < 0.55):
+            world.add_updates()
+        else:
+            world.add_number()
+        new = []
+        for i in range(keep, len(world.facts)):
+            text = ("\n" if rng.random() < 0.15 else " ") + world.facts[i][1]
+            new.append([rng.random(), text, i])
+        if "update" in new[0][1]:                # updates stay in order
+            for item, u in zip(new, sorted(item[0] for item in new)):
+                item[0] = u
+        price = sum(cost(text) for _, text, _ in new)
+        if items and spent + price > 0.85 * budget:
+            del world.asks[asks_before:]
+            break
+        spent, keep = spent + price, len(world.facts)
+        items += new
+
+    # 2. The questions.
+    if kind in ("mixed", "multi"):
+        by_kind = {}
+        for a in world.asks:
+            by_kind.setdefault(a[0], []).append(a)
+        weights = weights or {}
+        names = sorted(by_kind)
+        w = [weights.get(k, 1.0) for k in names]
+        if sum(w) == 0:
+            w = [1.0] * len(w)
+        chosen = [rng.choice(by_kind[rng.choices(names, w)[0]]) for _ in range(n_questions)]
+    else:
+        asks = [a for a in world.asks if a[0] == kind]
+        chosen = [rng.choice(asks) for _ in range(n_questions)]
+    if depth is not None:
+        target = chosen[0][3][0]
+        item = next(it for it in items if it[2] == target)
+        if chosen[0][0] == "latest":             # the earlier updates must stay before the last one
+            group = world.facts[target][0]
+            for it in items:
+                if world.facts[it[2]][0] == group:
+                    it[0] *= depth
+        item[0] = depth
+
+    # 3. Filler up to the length, then everything in the order of the sort keys.
+    misses = 0
+    while misses < 4:
+        text = ("\n" if rng.random() < 0.15 else " ") + filler(rng)
+        price = cost(text)
+        if spent + price <= budget:
+            spent += price
+            items.append([rng.random(), text, None])
+        else:
+            misses += 1
+    items.sort(key=lambda it: it[0])
+    document, spans = header, {}
+    for _, text, i in items:
+        if i is not None:
+            spans[i] = (len(document) + 1, len(document) + len(text))
+        document += text
+    return Sample(document, [Question(q, a, [spans[i] for i in used], k) for k, q, a, used in chosen])
+
+
+def prompt(document, question):
+    """What the model is given; it continues with " answer\\n"."""
+    return document + "\nquestion: " + question
+
+
+def build_ids(sample, tokenizer, bos=1):
+    """Token ids of document, questions and answers, and for each question where its
+    answer lies: ids, [(start, end)], the end of line that closes the answer included.
+    (The pieces may be encoded one by one: no piece crosses a space or an end of line.)"""
+    ids, where = [bos] + tokenizer.encode(sample.document + "\n"), []
+    for q in sample.questions:
+        ids += tokenizer.encode("question: " + q.text)
+        start = len(ids)
+        ids += tokenizer.encode(" " + q.answer + "\n")
+        where.append((start, len(ids)))
+    return ids, where
+
+
+if __name__ == "__main__":
+    class Characters:
+        def encode(self, text):
+            return list(text)
+
+    for kind in KINDS:
+        s = make(kind, 600, 0, Characters())
+        print(f"--- {kind}\n{s.document}")
+        for q in s.questions:
+            print("  ?", q.text, q.answer, [s.document[a:b] for a, b in q.fact_spans])
