@@ -44,6 +44,10 @@ ALIASES = {
 }  # fmt: skip
 
 
+HERE = Path(__file__).resolve().parent
+DEMO = dict(ckpt=str(HERE / "demo"), prompt=str(HERE / "demo" / "document.txt"), ask="question: the code of TBD is", schedule="5:2048,6:1024,7:512")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that can be set about a run, with its default; validated when built."""
@@ -529,7 +533,7 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None) -> argparse.Namespace:
     d = {f.name: f.default for f in fields(Settings)}
     p = Parser(prog="slim.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.add_argument("--ckpt", required=True, help="folder, name under checkpoints/, Hugging Face id or alias such as llama3.1-8b")
+    p.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id or alias such as llama3.1-8b; left out: the demo, compared with dense")
     p.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
     p.add_argument("--ask", metavar="TEXT", help="a question put after the text")
     p.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
@@ -551,7 +555,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the answer")
     p.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
     p.add_argument("--quiet", action="store_true", help="print the answer alone")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.ckpt is None:
+        args.ckpt, args.compare = DEMO["ckpt"], not args.dense
+        args.schedule = DEMO["schedule"] if args.schedule == "auto" and not args.dense else args.schedule
+        if args.prompt is None:
+            args.prompt, args.ask = DEMO["prompt"], args.ask or DEMO["ask"]
+    return args
 
 
 def read_prompt(args) -> str:
@@ -584,9 +594,10 @@ def build_ids(args, text: str, tokenizer) -> list[int]:
         if args.max_prompt_tokens < 1:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
         text = tokenizer.decode(tokenizer.encode(text)[: args.max_prompt_tokens])
-    text = "\n\n".join(part for part in (text, args.ask) if part)
+    parts = [part for part in (text, args.ask) if part]
     if tokenizer.chat_format and not args.raw:
-        return tokenizer.chat(text)
+        return tokenizer.chat("\n\n".join(parts))
+    text = "\n".join(parts)  # a plain completion goes on with the line that asks
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return start + tokenizer.encode(text)
 
