@@ -241,7 +241,7 @@ class Rows:
 class Model:
     """Weights, KV and the step. `score` is the method; `on_chunk(layer, rows, keys)` is told of progress."""
 
-    def __init__(self, config: Config, weights: Weights, kv: KVCache, unit_len=8, window=4, gamma=0.9, chunk=256, score=prune.block_scores):
+    def __init__(self, config: Config, weights: Weights, kv: KVCache, unit_len=8, window=4, gamma=0.9, chunk=1024, score=prune.block_scores):
         self.config, self.weights, self.kv = config, weights, kv
         self.unit_len, self.window, self.gamma, self.chunk, self.score = unit_len, window, gamma, chunk, score
         self.inv_freq = inverse_frequencies(config).to(kv.device)

@@ -56,7 +56,7 @@ class Settings:
     unit_len: int = 8  # tokens a unit inside a block
     window: int = 4  # newest queries that score
     gamma: float = 0.9  # overlap from which the active set is kept
-    chunk: int = 0  # rows computed at a time; 0: 256 on a CPU, 2048 on a GPU
+    chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
     pool_mib: float = 64.0  # CPU memory for pruned blocks is taken in pieces of this size
 
@@ -315,7 +315,7 @@ class Checkpoint:
 
     @property
     def chunk(self) -> int:
-        return self.settings.chunk or (2048 if self.device.type == "cuda" else 256)
+        return self.settings.chunk or (2048 if self.device.type == "cuda" else 1024)
 
     def engine(self, score=prune.block_scores, reserve=(1, 0), progress=None) -> "Engine":
         """Load the weights, with pinned memory for a prompt and new tokens of `reserve`, and return the Engine."""

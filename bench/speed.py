@@ -2,6 +2,7 @@
 
     python bench/speed.py --shape mini --lengths 4096,8192,16384        # a CPU
     python bench/speed.py --shape llama3.1-8b --lengths 8192,32768,131072   # one large GPU
+    python bench/speed.py --shape tiny --lengths 8192,16384,32768,65536 --rss   # memory of a CPU prefill
 
 All contestants run in one process on the same random weights (transformers gets views of
 ours), same dtype, same device, one warm-up each, then rounds in alternating order; the
@@ -213,6 +214,28 @@ def hardware(device) -> dict:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 
+def rss_table(args) -> None:
+    """Prefill each length in a process of its own and print the peak of its memory, and the slope between lengths."""
+    lengths, peak = [int(n) for n in args.lengths.split(",")], {}
+    for length in [64, *lengths]:
+        code = (f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
+                f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, {args.chunk}).prefill([7] * {length})\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
+        peak[length] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
+    print(f"| prompt | peak memory | above a prompt of 64 | bytes a token |\n|---|---|---|---|")
+    for length in lengths:
+        above = peak[length] - peak[64]
+        print(f"| {length:,} | {slim.size(peak[length])} | {slim.size(above)} | {above / length:.0f} |")
+
+
+def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int) -> slim.Engine:
+    """Return an engine of a shape with random weights."""
+    device, dtype = slim.pick_device(device), slim.DTYPES[dtype]
+    config, options = Config.from_dict(SHAPES[shape], shape), slim.Settings(chunk=chunk)
+    budgets = slim.resolve_schedule(schedule, config, options)
+    return slim.Checkpoint(Path(shape), config, RandomTensors(config, device, dtype), set(), device, dtype, budgets, options).engine()
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--shape", default="mini", choices=SHAPES)
@@ -226,14 +249,15 @@ def main() -> None:
     p.add_argument("--memory-gib", type=float, help="let this process use only so much device memory (CUDA)")
     p.add_argument("--no-transformers", action="store_true")
     p.add_argument("--out", help="write the figures as JSON")
+    p.add_argument("--rss", action="store_true", help="peak memory of CPU prefills instead")
     args = p.parse_args()
-    device, dtype = slim.pick_device(args.device), slim.DTYPES[args.dtype]
+    if args.rss:
+        return rss_table(args)
+    device = slim.pick_device(args.device)
     if args.memory_gib:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device)
-    config, options = Config.from_dict(SHAPES[args.shape], args.shape), slim.Settings(chunk=args.chunk)
-    schedule = slim.resolve_schedule(args.schedule, config, options)
-    ckpt = slim.Checkpoint(Path(args.shape), config, RandomTensors(config, device, dtype), set(), device, dtype, schedule, options)
-    chunk, engine = ckpt.chunk, ckpt.engine()
+    engine = make_engine(args.shape, args.device, args.dtype, args.schedule, args.chunk)
+    config, schedule, dtype, chunk = engine.config, engine.ckpt.schedule, engine.kv.dtype, engine.ckpt.chunk
     reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
     flop_peak, copy_peak = peaks(device, dtype)
     facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": slim.format_schedule(schedule), "new": args.new,

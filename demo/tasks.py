@@ -8,7 +8,8 @@ is the beginning of a sentence that the model has to finish. The kinds of questi
   single     one number asked, only a few facts in the document
   lookalike  one number asked among many facts worded the same way
   multi      several questions about one document of many mixed facts
-  two_hop    "the code of the owner of X is": two facts, in two places
+  two_hop    "with the code, the owner of X is": the answer goes on from the name found to a
+             second fact in another place ("gavoki is 7342")
   three_hop  the same with one more link
   latest     a seal that was updated several times: the last value counts
   mixed      all of the above in one document (this is what training uses)
@@ -73,12 +74,15 @@ class World:
     facts made together, and carries the questions that those facts answer."""
 
     def __init__(self, rng):
-        self.rng, self.facts, self.asks, self.names, self.pairs, self.groups = rng, [], [], [], set(), 0
+        self.rng, self.facts, self.asks, self.groups = rng, [], [], 0
+        self.names, self.taken, self.pairs = [], set(), set()   # names: those that may get more facts
 
-    def new_name(self):
-        while (n := name(self.rng)) in self.names:
+    def new_name(self, reuse=True):
+        while (n := name(self.rng)) in self.taken:
             pass
-        self.names.append(n)
+        self.taken.add(n)
+        if reuse:
+            self.names.append(n)
         return n
 
     def free_pair(self, relations):
@@ -103,29 +107,26 @@ class World:
         self.groups += 1
 
     def add_chain(self, hops):
-        """hops = 2: the owner of X is B, the code of B is 7342."""
+        """hops = 2: the owner of X is B, the code of B is 7342. The question names X only,
+        so the place of the second fact is not known before the first was read."""
         rng = self.rng
         r, k = self.free_pair(ROLES)
-        path, used = f"the {r} of {k}", []
-        for hop in range(hops - 1):
-            b = self.new_name()
-            used = used + [self.add(fact(r, k, b))]
+        relations, answer, used = [], "", []
+        start = f"the {r} of {k} is"
+        for hop in range(hops):
+            last = hop == hops - 1
+            v = number(rng) if last else self.new_name(reuse=False)
+            used = used + [self.add(fact(r, k, v))]
             if hop == 0:
-                self.asks.append(("lookalike", f"{path} is", b, list(used)))
-            k = b
-            if hop < hops - 2:
-                r = rng.choice(ROLES)
-                self.pairs.add((r, k))
-                path = f"the {r} of {path}"
-        r, v = rng.choice(NUMBERS), number(rng)
-        self.pairs.add((r, k))
-        used = used + [self.add(fact(r, k, v))]
+                self.asks.append(("lookalike", start, v, used))
+                answer = v
+            else:
+                relations.append(f"the {r}")
+                answer += f" is {v}"
+            if not last:
+                k, r = v, rng.choice(NUMBERS if hop == hops - 2 else ROLES)
         kind = {2: "two_hop", 3: "three_hop"}[hops]
-        self.asks.append((kind, f"the {r} of {path} is", v, used))
-        if rng.random() < 0.5:  # a second number for the same name: the relation matters at the last hop
-            r2 = rng.choice([x for x in NUMBERS if x != r])
-            self.pairs.add((r2, k))
-            self.add(fact(r2, k, number(rng)))
+        self.asks.append((kind, f"with {' and '.join(relations)}, {start}", answer, used))
         self.groups += 1
 
     def add_updates(self):
@@ -198,15 +199,6 @@ def make(kind, n_tokens, seed, tokenizer, n_questions=None, depth=None, n_facts=
     else:
         asks = [a for a in world.asks if a[0] == kind]
         chosen = [rng.choice(asks) for _ in range(n_questions)]
-    if depth is not None:
-        target = chosen[0][3][0]
-        item = next(it for it in items if it[2] == target)
-        if chosen[0][0] == "latest":             # the earlier updates must stay before the last one
-            group = world.facts[target][0]
-            for it in items:
-                if world.facts[it[2]][0] == group:
-                    it[0] *= depth
-        item[0] = depth
 
     # 3. Filler up to the length, then everything in the order of the sort keys.
     misses = 0
@@ -219,6 +211,19 @@ def make(kind, n_tokens, seed, tokenizer, n_questions=None, depth=None, n_facts=
         else:
             misses += 1
     items.sort(key=lambda it: it[0])
+    if depth is not None:                        # sort keys become places in the text: 0 .. 1
+        total, so_far = sum(len(text) for _, text, _ in items), 0
+        for it in items:
+            it[0], so_far = so_far / total, so_far + len(it[1])
+        target = chosen[0][3][0]
+        item = next(it for it in items if it[2] == target)
+        if chosen[0][0] == "latest":             # the earlier updates must stay before the last one
+            group = world.facts[target][0]
+            for it in items:
+                if it[2] is not None and world.facts[it[2]][0] == group:
+                    it[0] *= depth
+        item[0] = depth
+        items.sort(key=lambda it: it[0])
     document, spans = header, {}
     for _, text, i in items:
         if i is not None:
