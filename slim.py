@@ -45,7 +45,7 @@ ALIASES = {
 
 
 HERE = Path(__file__).resolve().parent
-DEMO = dict(ckpt=str(HERE / "demo"), prompt=str(HERE / "demo" / "document.txt"), ask="question: the code of TBD is", schedule="5:2048,6:1024,7:512")
+DEMO = dict(ckpt=str(HERE / "demo"), prompt=str(HERE / "demo" / "document.txt"), ask="question: the lot of vekebu is", schedule="5:2048,6:1024,7:512")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,13 @@ def token_attention(queries, keys, blocks, unit_len):
     return logits.flatten(1).softmax(-1).view_as(logits).mean(0).sum(-1)
 
 
+def attention_mass(queries, keys, blocks, unit_len):
+    """Attention that each of the newest queries pays to a block, summed over its tokens, mean over heads and queries."""
+    k = keys.repeat_interleave(queries.shape[1] // keys.shape[2], 2)  # (N, B, H, D)
+    logits = torch.einsum("whd,nbhd->whnb", queries.float(), k.float()) / queries.shape[-1] ** 0.5
+    return logits.flatten(2).softmax(-1).view_as(logits).mean((0, 1)).sum(-1)
+
+
 def average_pooled(queries, keys, blocks, unit_len):
     """The whole block as one unit."""
     return prune.block_scores(queries, keys, blocks, keys.shape[1])
@@ -58,7 +65,7 @@ def max_pooled(queries, keys, blocks, unit_len):
     return prune.block_scores(queries, keys.amax(1, keepdim=True), blocks, 1)
 
 
-METHODS = {"slim": prune.block_scores, "average pool": average_pooled, "max pool": max_pooled, "token attention": token_attention,
+METHODS = {"slim": prune.block_scores, "average pool": average_pooled, "max pool": max_pooled, "attention mass": attention_mass, "token attention": token_attention,
            "recent blocks": recent_blocks, "random blocks": random_blocks}  # fmt: skip
 
 # ---- one question -----------------------------------------------------------------------

@@ -250,13 +250,10 @@ def build_ids(sample, tokenizer, bos=1):
     return ids, where
 
 
-if __name__ == "__main__":
-    class Characters:
-        def encode(self, text):
-            return list(text)
+if __name__ == "__main__":  # python tasks.py > document.txt: the document of the default run
+    from pathlib import Path
 
-    for kind in KINDS:
-        s = make(kind, 600, 0, Characters())
-        print(f"--- {kind}\n{s.document}")
-        for q in s.questions:
-            print("  ?", q.text, q.answer, [s.document[a:b] for a, b in q.fact_spans])
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(Path(__file__).parent / "tokenizer.model"))
+    print(make("lookalike", 8150, 1, pieces, n_facts=12).document)
