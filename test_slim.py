@@ -1095,6 +1095,17 @@ def test_a_tokenizer_json_that_asks_for_something_else_is_refused(tmp_path, word
 # ---- real files -------------------------------------------------------------------------
 
 
+def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
+    """What `python slim.py` shows: the number that stands in the text, found with most of it pruned, and from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    assert slim.main(["--json", "--quiet"]) == 0
+    both = json.loads(capfd.readouterr().out)
+    question = slim.DEMO["ask"].removeprefix("question: ")
+    number = (HERE / "demo" / "document.txt").read_text().replace("\n", " ").split(question + " ")[1][:4]
+    assert both["dense"]["text"].strip() == both["slim"]["text"].strip() == number
+    assert both["slim"]["prompt_tokens"] > 8000 and both["slim"]["kept"][-1] < 512 and both["slim"]["revived"] > 0
+
+
 @needs_data
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_real_model_tells_its_golden_story(device):
