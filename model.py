@@ -33,7 +33,7 @@ NEUTRAL = {
     "quantization_config": None, "partial_rotary_factor": 1.0, "rope_interleaved": False,
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "logit_scale": 1.0, "clip_qkv": None,
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": None,
-    "use_qk_norm": False, "no_rope_layers": None, "num_local_experts": None, "num_experts": None,
+    "use_qk_norm": False, "pretraining_tp": 1, "no_rope_layers": None, "num_local_experts": None, "num_experts": None,
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
@@ -78,33 +78,42 @@ class Config:
         if architecture not in ARCHITECTURES:
             raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
         model_type = ARCHITECTURES[architecture]
-        rope = {}
+        if c.get("model_type") not in (model_type, None):
+            raise ValueError(f"{path}: key 'model_type' is {c['model_type']!r}, but {architecture} is {model_type!r}")
+        rope = {"rope_theta": c["rope_theta"]} if c.get("rope_theta") is not None else {}
         for key in ("rope_scaling", "rope_parameters"):  # older and newer name
-            if not isinstance(c.get(key) or {}, dict):
-                raise ValueError(f"{path}: key {key!r} is {c[key]!r}, not an object")
-            rope |= c.get(key) or {}
+            part = {} if c.get(key) is None else c[key]
+            if not isinstance(part, dict):
+                raise ValueError(f"{path}: key {key!r} is {part!r}, not an object")
+            for name, value in part.items():
+                name = "rope_type" if name == "type" else name
+                if value is not None and rope.setdefault(name, value) != value:
+                    raise ValueError(f"{path}: {name!r} is given twice, as {rope[name]!r} and as {value!r}; leave one")
         for key, value in {**c, **rope}.items():
             if key in NEUTRAL and value not in (NEUTRAL[key], None):
                 raise ValueError(f"{path}: key {key!r} is {value!r}; only {NEUTRAL[key]!r} is supported")
-        if model_type == "llama" and c.get("sliding_window") or c.get("layer_types", []) != ["full_attention"] * len(c.get("layer_types") or []):
-            raise ValueError(f"{path}: key 'sliding_window' or 'layer_types' asks for sliding-window attention, which is not supported")
-        theta = rope.pop("rope_theta", c.get("rope_theta"))
-        name = str(c.get("dtype" if c.get("torch_dtype") is None else "torch_dtype", "float32")).removeprefix("torch.")
+        if model_type == "llama" and c.get("sliding_window") is not None:
+            raise ValueError(f"{path}: key 'sliding_window' is {c['sliding_window']!r}; only full attention is supported")
+        theta = rope.pop("rope_theta", 10000.0)  # Llama 2 files may leave it out
+        given = [c[key] for key in ("torch_dtype", "dtype") if c.get(key) is not None]
+        name = str(given[0]).removeprefix("torch.") if given else "float32"
         if name not in DTYPES:
             raise ValueError(f"{path}: key 'torch_dtype' is {name!r}; supported are {', '.join(DTYPES)}")
-        if not isinstance(c.get("tie_word_embeddings", False), bool):
-            raise ValueError(f"{path}: key 'tie_word_embeddings' is {c['tie_word_embeddings']!r}; true or false is needed")
+        tied = False if c.get("tie_word_embeddings") is None else c["tie_word_embeddings"]
+        if not isinstance(tied, bool):
+            raise ValueError(f"{path}: key 'tie_word_embeddings' is {tied!r}; true or false is needed")
         dim, n_heads = want("hidden_size"), want("num_attention_heads")
         config = Config(
             model_type=model_type, dim=dim, n_layers=want("num_hidden_layers", most=1000), n_heads=n_heads,
             n_kv_heads=want("num_key_value_heads", n_heads), head_dim=want("head_dim", max(1, dim // n_heads)),
             hidden_dim=want("intermediate_size"), vocab_size=want("vocab_size", most=2**24),
             norm_eps=want("rms_norm_eps", kind=float, most=1), max_len=want("max_position_embeddings", most=2**40),
-            rope_theta=positive(10000.0 if theta is None else theta, f"{path}: key 'rope_theta'", float, 1e12),  # Llama 2 may leave it out
-            rope_scaling=rope, tied=c.get("tie_word_embeddings", False), dtype=DTYPES[name],
+            rope_theta=positive(theta, f"{path}: key 'rope_theta'", float, 1e12), rope_scaling=rope, tied=tied, dtype=DTYPES[name],
         )  # fmt: skip
         if n_heads % config.n_kv_heads or config.head_dim % 2:
             raise ValueError(f"{path}: {n_heads} heads over {config.n_kv_heads} KV heads of size {config.head_dim} do not divide evenly")
+        if c.get("layer_types") not in (None, ["full_attention"] * config.n_layers):
+            raise ValueError(f"{path}: key 'layer_types' is {c['layer_types']!r:.200}; only full attention in every layer is supported")
         inverse_frequencies(config)  # raises for a RoPE type or key that is not understood
         return config
 
@@ -144,8 +153,7 @@ def inverse_frequencies(config: Config) -> Tensor:
     and for a key that is missing, unknown or out of range.
     """
     r = {k: v for k, v in config.rope_scaling.items() if k not in NEUTRAL}
-    kind = r.pop("rope_type", r.get("type", None if r else "default"))
-    r.pop("type", None)
+    kind = r.pop("rope_type", None if r else "default")
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
     if unknown := set(r) - {"original_max_position_embeddings", *ROPE_KEYS[kind]}:
@@ -180,8 +188,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # The CPU kernel would want this mask written out and the keys repeated for every head, 1.2 to 3 times
     # slower. So: the keys before these rows without a mask, their own with a square one, joined by softmax weight.
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    q = q.view(t, g, h // g, d).permute(1, 2, 0, 3)  # (G, H/G, t, D)
-    k, v = (y.transpose(0, 1)[:, None].expand(-1, h // g, -1, -1) for y in (k, v))  # (G, H/G, S, D)
+    q, k, v = by_group(q, k, v)
     out, weight = flash(q, k[:, :, s - t :], v[:, :, s - t :], 0.0, True)
     if s > t:
         past, past_weight = flash(q, k[:, :, : s - t], v[:, :, : s - t])
@@ -191,9 +198,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attend q (t, H, D), amid k and v (S, G, D), where mask (t, S) is true; return (t, H*D)."""
-    q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # (1, heads, rows, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    return out[0].transpose(0, 1).reshape(q.shape[2], -1)
+    out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
+    return out.permute(2, 0, 1, 3).reshape(len(q), -1)
+
+
+def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay out q (t, H, D) as (G, H/G, t, D), k and v (S, G, D) as (G, H/G, S, D), no key copied."""
+    (t, h, d), g = q.shape, k.shape[1]
+    k, v = (y.transpose(0, 1)[:, None].expand(-1, h // g, -1, -1) for y in (k, v))
+    return q.view(t, g, h // g, d).permute(1, 2, 0, 3), k, v
 
 
 # ---- the model --------------------------------------------------------------------------

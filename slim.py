@@ -9,6 +9,7 @@ decoded token or a follow-up question, and `generate` is the two in a loop.
 """
 
 import argparse
+import contextlib
 import json
 import operator
 import os
@@ -79,27 +80,30 @@ def find_checkpoint(name: str | Path) -> Path:
     """Return the folder of a checkpoint: a path, a name under checkpoints/ or $SLIM_CHECKPOINTS, or in the Hugging Face cache."""
     try:
         path = Path(name).expanduser()
-    except (RuntimeError, TypeError):
-        raise ValueError(f"--ckpt {name!r} is no path and no name of a checkpoint") from None
+        path.is_dir()
+    except (RuntimeError, TypeError, OSError, ValueError):
+        raise ValueError(f"--ckpt {name!r:.200} is no path and no name of a checkpoint") from None
+    if not str(name):
+        raise ValueError("--ckpt is empty; give a folder, a name or a Hugging Face id")
     if path.is_file():
         raise ValueError(f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors")
     repo = ALIASES.get(str(name).lower(), str(name))
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub").expanduser()
     places = [path, Path("checkpoints") / path]
     if "SLIM_CHECKPOINTS" in os.environ:
-        places.append(Path(os.environ["SLIM_CHECKPOINTS"]) / path)
+        places.append(Path(os.environ["SLIM_CHECKPOINTS"]).expanduser() / path)
     if repo.count("/") == 1:
         for repo_id in (repo, repo.replace("/Llama-3", "/Meta-Llama-3")):  # 3 and 3.1 were renamed
-            places.append(newest_snapshot(hub / f"models--{repo_id.replace('/', '--')}"))
+            places.append(main_snapshot(hub / f"models--{repo_id.replace('/', '--')}"))
     for place in places:
         if place.is_dir():
             return place
     known = repo if repo.count("/") == 1 else "ORG/NAME"
-    looked = ", ".join(str(place) for place in places)
+    looked = ", ".join(dict.fromkeys(str(place) for place in places))
     raise FileNotFoundError(f"no checkpoint {str(name)!r} (looked at {looked}); to download one: hf download {known} --local-dir checkpoints/{Path(name).name}")
 
 
-def newest_snapshot(folder: Path) -> Path:
+def main_snapshot(folder: Path) -> Path:
     """Return the snapshot that a Hugging Face cache folder calls main, or the folder's pattern if there is none."""
     main = folder / "refs" / "main"
     return folder / "snapshots" / (main.read_text().strip() if main.is_file() else "*")
@@ -208,7 +212,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda:0" if cuda else "cpu")
     kind, _, index = str(name).partition(":")
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isdigit():
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isascii() or not (index or "0").isdigit():
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index or 0) >= cuda:
         raise ValueError(f"--device {name!r}: this machine has {cuda} CUDA devices that torch can use; try --device cpu")
@@ -311,7 +315,7 @@ class Checkpoint:
         kind, budgets = pick_dtype(dtype, config, where), resolve_schedule(schedule, config, options)
         tensors = open_shards(folder)
         check_tensors(folder, config, tensors)
-        return Checkpoint(folder, config, tensors, stop_tokens(folder), where, kind, budgets, options)
+        return Checkpoint(folder, config, tensors, stop_tokens(folder, config.vocab_size), where, kind, budgets, options)
 
     @property
     def chunk(self) -> int:
@@ -320,6 +324,10 @@ class Checkpoint:
     def engine(self, score=prune.block_scores, reserve=(1, 0), progress=None) -> "Engine":
         """Load the weights, with pinned memory for a prompt and new tokens of `reserve`, and return the Engine."""
         c, s = self.config, self.settings
+        if not (isinstance(reserve, tuple) and len(reserve) == 2 and all(type(n) is int for n in reserve) and reserve[0] >= 1 and reserve[1] >= 0):
+            raise ValueError(f"reserve is {reserve!r}; it must be (prompt tokens, at least 1; new tokens, at least 0)")
+        if not callable(score):
+            raise ValueError(f"score is {score!r}; it must be a function like prune.block_scores")
         check_memory(self, *reserve)
         kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, self.dtype, self.device, s.overlap, s.pool_mib)
         kv.reset(reserve[0], self.schedule, reserve[1])
@@ -341,7 +349,7 @@ def load(ckpt, device="auto", dtype="auto", schedule="auto", score=prune.block_s
 
 def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
     """Return the dtype of a run; auto is the checkpoint's own, but float32 for float16 on a CPU."""
-    if name != "auto" and name not in DTYPES:
+    if not isinstance(name, str) or name != "auto" and name not in DTYPES:
         raise ValueError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     dtype = config.dtype if name == "auto" else DTYPES[name]
     if dtype == torch.float64 and device.type == "cuda":
@@ -362,13 +370,13 @@ def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, 
     return schedule
 
 
-def stop_tokens(folder: Path) -> set[int]:
+def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
     """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them."""
     for name in ("generation_config.json", "config.json"):
         ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f"{folder / name}: key 'eos_token_id' is {ids!r}; a token id or a list of them is needed")
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise ValueError(f"{folder / name}: key 'eos_token_id' is {ids!r}; a token id below {vocab_size} or a list of them is needed")
         if ids:
             return set(ids)
     return set()
@@ -432,19 +440,16 @@ class Engine:
         self.whole = False
         self.steps += 1
         logits = self.model.step(torch.tensor(ids)).clone()  # of inference mode no more: callers may write to it
-        if logits.isnan().any():  # waits for the device too, so the seconds in stats are of finished work
-            raise ValueError(f"the logits are not numbers: the weights are damaged, or {self.kv.dtype} overflows; try --dtype float32")
+        if not logits.isfinite().all():  # waits for the device too, so the seconds in stats are of finished work
+            raise ValueError(f"the logits are not finite numbers: the weights are damaged, or too large for {self.kv.dtype}; try a wider --dtype")
         self.whole = True
         return logits
 
     def check_ids(self, ids) -> list[int]:
         try:
-            values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-            ids = [operator.index(i) for i in values]
+            ids = [index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
         except TypeError:
-            values = [True]
-        if any(isinstance(i, bool) for i in values):
-            raise ValueError(f"token ids must be a flat list of whole numbers, not {ids!r:.60}")
+            raise ValueError(f"token ids must be a flat list of whole numbers, not {ids!r:.60}") from None
         if not ids:
             raise ValueError("there are no token ids to run; give at least one")
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
@@ -460,6 +465,9 @@ class Engine:
         otherwise in between.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
+        ids = self.check_ids(ids)
+        if schedule is not None:
+            schedule = resolve_schedule(schedule, self.config, self.ckpt.settings)
         random = torch.Generator()
         random.seed() if seed is None else random.manual_seed(seed)
 
@@ -480,7 +488,12 @@ class Engine:
 
     @property
     def stats(self) -> dict:
-        """Counters of the conversation so far; bytes and seconds, `kept` in prompt tokens per stage."""
+        """Counters of the conversation so far: `kept` in prompt tokens per stage, bytes, seconds.
+
+        kv_gpu_bytes is what the slabs take, room for new tokens included, and kv_dense_bytes
+        what they would take without pruning; CPU bytes are of blocks that are there, without
+        the free part of their pools.
+        """
         kv, c = self.kv, self.config
         tail = kv.n_prompt - kv.tail_start
         return {
@@ -492,7 +505,7 @@ class Engine:
             "kv_gpu_bytes": kv.gpu_bytes(),
             "kv_cpu_bytes": kv.cpu_bytes(),
             "aux_cpu_bytes": kv.aux_pool.nbytes,
-            "kv_dense_bytes": 2 * c.n_layers * kv.length * c.n_kv_heads * c.head_dim * kv.dtype.itemsize,
+            "kv_dense_bytes": 2 * c.n_layers * (kv.tail_start + kv.tail_rows) * c.n_kv_heads * c.head_dim * kv.dtype.itemsize,
             "to_cpu_bytes": kv.to_cpu_bytes,
             "to_gpu_bytes": kv.to_gpu_bytes,
             "prefill_s": self.prefill_s,
@@ -501,15 +514,22 @@ class Engine:
         }
 
 
+def index(i) -> int:
+    """Return a whole number as an int; raise TypeError for anything else, a bool too."""
+    if isinstance(i, bool):
+        raise TypeError
+    return operator.index(i)
+
+
 def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
     if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**31:
         raise ValueError(f"--max-new-tokens {max_new_tokens} must be a whole number of at least 1")
-    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
-        raise ValueError(f"--temperature {temperature} must be 0 (greedy) or a number from 0.000001 up")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p {top_p} is outside 0..1 (0 excluded), the range of a probability")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"--seed {seed} is outside 0..{2**63 - 1}")
+    if type(temperature) not in (int, float) or not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise ValueError(f"--temperature {temperature!r} must be 0 (greedy) or a number from 0.000001 up")
+    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+        raise ValueError(f"--top-p {top_p!r} is outside 0..1 (0 excluded), the range of a probability")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise ValueError(f"--seed {seed!r} is not a whole number within 0..{2**63 - 1}")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
@@ -573,11 +593,13 @@ def read_prompt(args) -> str:
         raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
     if name is None:
         return ""
-    if name != "-" and Path(name).is_dir():
-        raise ValueError(f"--prompt {name} is a directory; give a text file")
+    if name == "-" and sys.stdin is None:
+        raise ValueError("--prompt - is standard input, and that is closed; give a text file")
+    if name != "-" and (not name or Path(name).is_dir()):
+        raise ValueError(f"--prompt {name!r} is a directory; give a text file")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except (OSError, AttributeError) as error:  # standard input may be closed
+    except OSError as error:
         raise ValueError(f"--prompt {name} cannot be read ({error}); give a text file, or - for standard input") from None
     try:
         text = data.decode("utf-8-sig")
@@ -663,7 +685,7 @@ def comparison(dense: dict, pruned: dict) -> str:
         ("prompt tokens kept", f"{dense['prompt_tokens']:,}", " > ".join(f"{n:,}" for n in pruned["kept"]), "per stage"),
         ("answer", *(" ".join(r["text"].split())[:30] for r in (dense, pruned)), "the same" if dense["ids"] == pruned["ids"] else "not the same"),
     ]
-    return "\n".join(f"slim: {a:20}{b:>16}{c:>26}   {d}" for a, b, c, d in [("", "dense", "slim", ""), *rows])
+    return "\n".join(f"slim: {a:20}{b:>16}{c:>26}   {d}".rstrip() for a, b, c, d in [("", "dense", "slim", ""), *rows])
 
 
 def main(argv=None) -> int:
@@ -681,8 +703,9 @@ def main(argv=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
-        progress.clear()
-        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # standard error may be what cannot be written
+            progress.clear()
+            print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         progress.clear()
@@ -698,6 +721,8 @@ def run(args, progress: Progress) -> int:
     check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, "dense" if args.dense else args.schedule, overlap=not args.no_overlap, **settings)
+    if args.compare and not ckpt.schedule:
+        raise ValueError("--compare has nothing to compare: the schedule is dense; give one with --schedule LAYER:TOKENS")
     c, tokenizer = ckpt.config, tokenizers.load(ckpt.folder)
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"{ckpt.folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {c.vocab_size:,}; they do not belong together")
@@ -716,8 +741,8 @@ def run(args, progress: Progress) -> int:
         if results[-1]["interrupted"]:
             break
     if args.json:
-        names = ["dense", "slim"] if args.compare else []
-        print(json.dumps(dict(zip(names, map(public, results))) or public(results[0])), flush=True)
+        shown = [public(r) for r in results]
+        print(json.dumps(dict(zip(("dense", "slim"), shown)) if args.compare else shown[0]), flush=True)
     elif len(results) == 2:
         say(comparison(*results))
     return 130 if results[-1]["interrupted"] else 0
@@ -752,6 +777,8 @@ def answer(engine: Engine, tokenizer, args, ids: list[int], schedule: dict, prog
             print(flush=True)
     except KeyboardInterrupt:
         interrupted = True
+        if pieces and not args.json:
+            print(flush=True)
     first = times[1] if out else time.perf_counter()
     rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
     return engine.stats | {"text": "".join(pieces), "ids": out, "ttft_s": first - times[0], "decode_tok_s": rate, "interrupted": interrupted}

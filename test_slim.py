@@ -594,10 +594,18 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
     "rope of two types": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "default", "mrope_section": [1]}), "mrope_section"),
     "rope factor": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "factor": -2}), "factor"),
     "rope ramp": (lambda d: edit_json(d / "config.json", rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 0.5}), "high_freq_factor"),
+    "rope of two minds": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "type": "llama3", "factor": 2.0}), "twice"),
+    "theta of two minds": (lambda d: edit_json(d / "config.json", rope_theta=7.0), "twice"),
+    "layer types": (lambda d: edit_json(d / "config.json", layer_types=5), "layer_types"),
+    "too few layer types": (lambda d: edit_json(d / "config.json", layer_types=["full_attention"]), "layer_types"),
+    "model type": (lambda d: edit_json(d / "config.json", model_type="mistral"), "model_type"),
+    "stop token beyond": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": 1000000000}'), "eos_token_id"),
+    "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
+    "BOS or not": (lambda d: (d / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'), "add_bos_token"),
     "nested JSON": (lambda d: (d / "config.json").write_text("[" * 100_000), "not JSON"),
     "stop token": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'), "eos_token_id"),
     "weight map": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"]}}')), "weight_map"),
-    "weights not numbers": (lambda d: edit_tensors(d, lambda t: t["model.norm.weight"].fill_(torch.nan)), "logits are not numbers"),
+    "weights not numbers": (lambda d: edit_tensors(d, lambda t: t["model.norm.weight"][:1].fill_(torch.inf)), "logits are not finite numbers"),
     "rope key": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "factor"),
     "quantised": (lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}), "quantization_config"),
     "sliding window": (lambda d: edit_json(d / "config.json", sliding_window=4096), "sliding_window"),
@@ -640,6 +648,8 @@ WRONG = {  # arguments: what the one line must name
     "--seed -1": "--seed",
     "--dense --schedule 2:512": "--dense",
     "--dense --compare": "--dense",
+    "--compare --schedule dense": "--compare",
+    "--device cuda:²": "--device",
     "--block-len 1000000000000": "--block-len",
     "--prompt /proc/self/mem": "cannot be read",
     "--ckpt ~nosuchuser/x": "nosuchuser",
@@ -764,6 +774,18 @@ def test_two_answers_at_once_from_one_engine_are_refused(tiny):
     with pytest.raises(ValueError, match="one conversation"):
         next(one)
     assert next(two) >= 0
+
+
+def test_arguments_of_other_types_are_refused(tiny):
+    for wrong in (dict(dtype=[]), dict(reserve=5), dict(reserve=(0, 0)), dict(score=5), dict(schedule=5), dict(gamma="x"), dict(chunk=1.5), dict(overlap="no"), dict(pool_mib=-1)):
+        with pytest.raises(ValueError):
+            slim.load(tiny, **({"device": "cpu"} | wrong))
+    engine = slim.load(tiny, "cpu")
+    for wrong in (dict(ids=[]), dict(temperature="1"), dict(top_p="x"), dict(seed=1.5), dict(max_new_tokens=2.5), dict(schedule=5)):
+        with pytest.raises(ValueError):
+            engine.generate(**({"ids": [1], "max_new_tokens": 5} | wrong))
+    with pytest.raises(ValueError):
+        engine.prefill([1], reserve=-1)
 
 
 def test_logits_belong_to_the_caller(tiny):
@@ -1082,6 +1104,9 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "not a pair": lambda d: d["model"]["merges"].append(["a"]),
     "lstrip": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], special=False, lstrip=True)),
     "laid out": lambda d: d.update(added_tokens=[3]),
+    "without a name": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], content="")),
+    "that is none of them": lambda d: d["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"].update(ids=[-1]),
+    "IndexError": lambda d: d["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"].update(ids=[]),
 }
 
 

@@ -13,6 +13,7 @@ Invariants:
 import base64
 import codecs
 import json
+import operator
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -53,6 +54,8 @@ def load(folder: Path) -> "Tokenizer":
         raise FileNotFoundError(f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there")
     config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = _json(config, config.read_bytes()) if config.is_file() else {}
+    if not isinstance(settings.get("add_bos_token"), bool | None):
+        raise _bad(config, f"key 'add_bos_token' is {settings['add_bos_token']!r}", "make it true or false")
     tok = _parse(path, path.read_bytes(), add_bos=settings.get("add_bos_token") is not False)
     template = str(settings.get("chat_template") or "")
     template += jinja.read_text("utf-8", "replace") if jinja.is_file() else ""
@@ -99,8 +102,8 @@ class Tokenizer:
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def bytes(self, token: int) -> bytes:
-        """Return the bytes of one token, b'' for a special one."""
-        return self.pieces.get(token, b"")
+        """Return the bytes of one token, b'' for a special one. Raises TypeError for what is no whole number."""
+        return self.pieces.get(operator.index(token), b"")
 
 
 def _split(text, tokens):
@@ -117,9 +120,12 @@ def _bad(path, what, advice="download the file again"):
 
 def _json(path, blob):
     try:
-        return dict(json.loads(blob))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _bad(path, f"not a JSON object ({error})") from None
+        value = json.loads(blob)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _bad(path, "not a JSON object")
+    return value
 
 
 def _parse(path, blob, add_bos):
@@ -128,7 +134,7 @@ def _parse(path, blob, add_bos):
     if blob.lstrip()[:1] == b"{":
         try:
             return _from_json(path, _json(path, blob))
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (LookupError, TypeError, AttributeError, OverflowError) as error:
             raise _bad(path, f"not laid out like a tokenizer.json ({error!r})") from None
     if blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
         return _from_sentencepiece(path, blob, add_bos)
@@ -217,6 +223,9 @@ def _bos_id(post):
 def _bpe(path, ranks, split, special, bos_id, nfc=False, added=()):
     if not all(bytes([b]) in ranks for b in range(256)) or len({*ranks.values()}) < len(ranks):
         raise _bad(path, "vocabulary lacks one of the 256 single bytes, or gives an id twice")
+    names = special | dict(added)
+    if not all(isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()) or bos_id not in (None, *special.values()):
+        raise _bad(path, "has an added token without a name or id, or a BOS that is none of them")
     bpe = tiktoken.Encoding("bpe", pat_str=split, mergeable_ranks=ranks, special_tokens={})
 
     def plain(text):
