@@ -80,15 +80,7 @@ class Config:
         model_type = ARCHITECTURES[architecture]
         if c.get("model_type") not in (model_type, None):
             raise ValueError(f"{path}: key 'model_type' is {c['model_type']!r}, but {architecture} is {model_type!r}")
-        rope = {"rope_theta": c["rope_theta"]} if c.get("rope_theta") is not None else {}
-        for key in ("rope_scaling", "rope_parameters"):  # older and newer name
-            part = {} if c.get(key) is None else c[key]
-            if not isinstance(part, dict):
-                raise ValueError(f"{path}: key {key!r} is {part!r}, not an object")
-            for name, value in part.items():
-                name = "rope_type" if name == "type" else name
-                if value is not None and rope.setdefault(name, value) != value:
-                    raise ValueError(f"{path}: {name!r} is given twice, as {rope[name]!r} and as {value!r}; leave one")
+        rope = rope_keys(c, path)
         for key, value in {**c, **rope}.items():
             if key in NEUTRAL and value not in (NEUTRAL[key], None):
                 raise ValueError(f"{path}: key {key!r} is {value!r}; only {NEUTRAL[key]!r} is supported")
@@ -116,6 +108,20 @@ class Config:
             raise ValueError(f"{path}: key 'layer_types' is {c['layer_types']!r:.200}; only full attention in every layer is supported")
         inverse_frequencies(config)  # raises for a RoPE type or key that is not understood
         return config
+
+
+def rope_keys(c: dict, path) -> dict:
+    """Gather what a config says of RoPE under its older and newer names; raise ValueError where it contradicts itself."""
+    rope = {"rope_theta": c["rope_theta"]} if c.get("rope_theta") is not None else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        part = {} if c.get(key) is None else c[key]
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}: key {key!r} is {part!r}, not an object")
+        for name, value in part.items():
+            name = "rope_type" if name == "type" else name
+            if value is not None and rope.setdefault(name, value) != value:
+                raise ValueError(f"{path}: {name!r} is given twice, as {rope[name]!r} and as {value!r}; leave one")
+    return rope
 
 
 def positive(value, what: str, kind: type, most: float):
