@@ -228,7 +228,7 @@ def main() -> None:
     for name, *figures in rows:
         print(f"| {name} | " + " | ".join(f"{100 * f:.1f}" for f in figures) + " |")
     if args.out:
-        Path(args.out).write_text(json.dumps({**vars(args), "head": head, "rows": rows}, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps({**vars(args), "ckpt": Path(args.ckpt).name, "head": head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
