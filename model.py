@@ -300,8 +300,9 @@ class Model:
         pos = torch.cat([kv.spread([block * b for block in flight]), tail])
         dst = torch.cat([kv.spread([slot[block] * b for block in flight]), tail - kv.tail_start + tail_row])
         revived = n_flight if kv.length else 0  # in the first step rows and keys are the same
-        tail_pos = torch.arange(kv.tail_start, end, device=kv.device)
-        key_pos = torch.cat([kv.spread([block * b for block in stage.slots]), tail_pos]) if revived else None
+        key_pos = None
+        if revived:
+            key_pos = torch.cat([kv.spread([block * b for block in stage.slots]), torch.arange(kv.tail_start, end, device=kv.device)])
         wide = torch.promote_types(kv.dtype, torch.float32)
         angle = pos[:, None, None] * self.inv_freq  # (T, 1, D/2) in float64: exact at any position
         before = tail_row + start - kv.tail_start - n_flight
