@@ -257,6 +257,9 @@ def train(args):
         rng.setstate(saved["rng"])
         s = saved["state"]
         print("resumed at", s["step"], s["stage"], flush=True)
+    elif args.init:                                       # weights only: the rates warm up afresh
+        model.load_state_dict(load_export(args.init, device).state_dict())
+        s["stage"] = LENGTHS.index(args.max_length)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
     mix = dict(lookalike=args.w_plain, two_hop=args.w_two, three_hop=args.w_three, latest=args.w_latest)
     last_log = last_save = time.time()
@@ -406,6 +409,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser()
     p.add_argument("--out", default="export")
     p.add_argument("--state", default="state.pt")
+    p.add_argument("--init", help="go on from the weights of this export, at the longest length")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
