@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prune import stage_blocks
 
+COUNTERS = "swaps", "revived", "to_cpu_bytes", "to_gpu_bytes"
 TAIL_STEP = 64  # rows a tail grows by: small, so that memory stays what the plan said
 
 
@@ -127,6 +128,7 @@ class KVCache:
                 self.aux_pool.give(entry)
             for entry in stage.home.values():
                 self.home_pool(stage).give(entry)
+        self.schedule = schedule
         edges = [0, *schedule, self.n_layers]
         sizes = stage_blocks(n_prompt, schedule, self.block_len)
         self.stages = [Stage(range(a, b), n - 1) for a, b, n in zip(edges, edges[1:], sizes)]
@@ -270,6 +272,67 @@ class KVCache:
         self.revived += len(blocks)
         self.to_gpu_bytes += len(blocks) * self.aux_pool.entry_bytes
         return x.view(-1, self.dim)
+
+    # ---- going back, and out to a file -------------------------------------------------
+
+    def rewind(self) -> None:
+        """Forget all tokens after the prompt; the active blocks stay, for the next tokens to choose from."""
+        self.length = self.n_prompt
+        for stage in self.stages:
+            stage.ring = None
+
+    def dump(self) -> tuple[dict, dict[str, Tensor]]:
+        """Return all that the conversation needs: a JSON-able layout, and tensors on the CPU by name."""
+        if self.pin:
+            torch.cuda.synchronize(self.device)  # the lane may still write what is read here
+        layout = {key: getattr(self, key) for key in ("n_prompt", "length", *COUNTERS)}
+        layout["stages"] = [{"slots": s.slots, "home": list(s.home), "aux": list(s.aux), "ring": 0 if s.ring is None else len(s.ring)} for s in self.stages]
+        tensors = {}
+        for i, stage in enumerate(self.stages):
+            for layer in stage.layers:
+                halves = self.read(layer, stage.n_slots * self.block_len + self.length - self.tail_start)
+                tensors |= {f"layer.{layer}.{name}": half.cpu() for name, half in zip(("keys", "values"), halves)}
+            tensors |= {f"stage.{i}.home.{block}": entry for block, entry in stage.home.items()}
+            tensors |= {f"stage.{i}.aux.{block}": entry for block, entry in stage.aux.items()}
+            tensors |= {} if stage.ring is None else {f"stage.{i}.ring": stage.ring.cpu()}
+        return layout, tensors
+
+    def shapes(self, layout: dict, schedule: dict[int, int], n_heads: int) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor of a layout that `dump` could have written; raise ValueError for any other."""
+        n_prompt, length, b = layout["n_prompt"], layout["length"], self.block_len
+        counts = [n_prompt, length - n_prompt + 1, *(layout[key] + 1 for key in COUNTERS)]
+        sizes, edges = stage_blocks(n_prompt, schedule, b), [0, *schedule, self.n_layers]
+        shapes, in_aux = {}, set()
+        sound = all(type(n) is int and n > 0 for n in counts) and len(layout["stages"]) == len(sizes)
+        for i, (n, saved) in enumerate(zip(sizes, layout["stages"])):
+            slots, home, aux, ring = (saved[key] for key in ("slots", "home", "aux", "ring"))
+            known, in_aux = {*slots, *home}, in_aux.union(aux)
+            sound &= len(set(slots)) == len(slots) == n - 1 and known | in_aux == set(range(sizes[0] - 1)) and type(ring) is int
+            rows = (n - 1) * b + length - (sizes[0] - 1) * b
+            shapes |= {f"layer.{layer}.{half}": (rows, *self.kv_shape) for layer in range(*edges[i : i + 2]) for half in ("keys", "values")}
+            shapes |= {f"stage.{i}.home.{block}": (edges[i + 1] - edges[i], 2, b, *self.kv_shape) for block in home}
+            shapes |= {f"stage.{i}.aux.{block}": (b, self.dim) for block in aux}
+            shapes |= {f"stage.{i}.ring": (ring, n_heads, self.kv_shape[1])} if ring else {}
+        if not sound:
+            raise ValueError("its blocks and lengths do not belong together")
+        return shapes
+
+    def restore(self, layout: dict, tensor, schedule: dict[int, int], reserve: int = 0) -> None:
+        """Lay out a dumped conversation and fill it from tensor(name); `shapes` has seen the layout before."""
+        self.reset(layout["n_prompt"], schedule, layout["length"] - layout["n_prompt"] + reserve)
+        for i, (stage, saved) in enumerate(zip(self.stages, layout["stages"])):
+            self.fill(stage, saved["slots"])
+            stage.held |= set(saved["home"])
+            for layer in stage.layers:
+                for half, name in enumerate(("keys", "values")):
+                    rows = tensor(f"layer.{layer}.{name}")
+                    self.slabs[layer][half, : len(rows)] = rows
+            for name, pool in (("home", self.home_pool(stage)), ("aux", self.aux_pool)):
+                for block in saved[name]:
+                    getattr(stage, name)[block] = pool.take().copy_(tensor(f"stage.{i}.{name}.{block}"))
+            stage.ring = tensor(f"stage.{i}.ring").to(self.device) if saved["ring"] else None
+        for key in ("length", *COUNTERS):
+            setattr(self, key, layout[key])
 
     # ---- places ---------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint, generate, and the command line of Slim.
+"""Read a long text with a language model, and answer questions about it.
 
     python slim.py --ckpt llama3.1-8b --prompt file.txt
 
@@ -10,6 +10,7 @@ decoded token or a follow-up question, and `generate` is the two in a loop.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import operator
 import os
@@ -27,8 +28,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+import blockmap
 import prune
 import tokenizer as tokenizers
 from kvcache import KVCache
@@ -317,6 +320,21 @@ class Checkpoint:
         check_tensors(folder, config, tensors)
         return Checkpoint(folder, config, tensors, stop_tokens(folder, config.vocab_size), where, kind, budgets, options)
 
+    def identity(self, score) -> dict:
+        """Return what a saved conversation depends on: settings, schedule, dtype, score and weights."""
+        kept = {name: getattr(self.settings, name) for name in ("block_len", "unit_len", "window", "gamma", "chunk")}
+        name = getattr(score, "__qualname__", type(score).__qualname__)
+        return kept | {"schedule": format_schedule(self.schedule), "dtype": str(self.dtype).removeprefix("torch."), "score": name, "weights": self.fingerprint}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the config and of every tensor's name, shape and first row: tells checkpoints apart without reading them."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name in sorted(tensor_shapes(self.config)):
+            part = self.tensors[name].get_slice(name)
+            digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode() + part[:1].contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     @property
     def chunk(self) -> int:
         return self.settings.chunk or (2048 if self.device.type == "cuda" else 1024)
@@ -382,11 +400,52 @@ def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
     return set()
 
 
+SAVED = "slim 1"  # the format of a saved conversation
+
+
+@contextlib.contextmanager
+def whole_file(path) -> Iterator[str]:
+    """Give a path to write to; what is written there takes the place of `path` at the end, or vanishes."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield str(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # before the name points to it
+        os.replace(part, path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be written ({error}); choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_saved(path) -> tuple[dict, object]:
+    """Return the header of a saved conversation and its open file; raise ValueError for anything else."""
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+        header = json.loads((file.metadata() or {})["slim"])
+        if header["format"] == SAVED and isinstance(header["identity"], dict):
+            return header, file
+        problem = f"its format is {header['format']!r}, not {SAVED!r}"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        problem = str(error) if isinstance(error, OSError) else "truncated, or never one"
+    raise ValueError(f"{path} is no conversation saved by Slim: {problem}; write one with --save")
+
+
+def check_saved(path, header: dict, identity: dict) -> None:
+    """Raise ValueError that lists all in which a saved conversation differs from the engine that is to go on with it."""
+    theirs = header["identity"]
+    if wrong := [key for key in identity if theirs.get(key) != identity[key]]:
+        shown = ", ".join("other weights" if key == "weights" else f"{key} {theirs.get(key)!r} where this run has {identity[key]!r}" for key in wrong)
+        raise ValueError(f"{path} was saved with {shown}; open it with what it was saved with, or read the document again")
+
+
 class Engine:
     """One conversation with a model. Make it with `load`."""
 
     def __init__(self, ckpt: Checkpoint, model: Model):
         self.ckpt, self.model, self.config, self.kv = ckpt, model, ckpt.config, model.kv
+        self.ids: list[int] = []  # run so far in this conversation
         self.pending: list[int] = []  # generated, but not yet run through the model
         self.whole = False  # False while a step runs, and after one that was broken off
         self.steps = 0  # of all conversations: tells a generator that it is no longer alone
@@ -410,7 +469,7 @@ class Engine:
         if schedule is not None:
             ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings))
         check_memory(ckpt, len(ids), reserve, loaded=self.model.weights.nbytes + kv.gpu_bytes())
-        self.pending, self.prefill_s, self.extend_s, self.extend_tokens = [], 0.0, 0.0, 0
+        self.ids, self.pending, self.prefill_s, self.extend_s, self.extend_tokens = [], [], 0.0, 0.0, 0
         started = time.perf_counter()
         self.whole = False
         kv.reset(len(ids), ckpt.schedule, reserve)
@@ -443,7 +502,56 @@ class Engine:
         if not logits.isfinite().all():  # waits for the device too, so the seconds in stats are of finished work
             raise ValueError(f"the logits are not finite numbers: the weights are damaged, or too large for {self.kv.dtype}; try a wider --dtype")
         self.whole = True
+        self.ids += ids
         return logits
+
+    def rewind(self) -> None:
+        """Go back to the end of the prompt: what came after is forgotten, and nothing has to be read again."""
+        if not self.ids or not self.whole:
+            raise ValueError("there is no whole conversation to go back in; call prefill first")
+        self.kv.rewind()
+        self.ids, self.pending = self.ids[: self.kv.n_prompt], []
+        self.steps += 1
+
+    # ---- a conversation in a file -----------------------------------------------------
+
+    def save(self, path, extra=None) -> None:
+        """Write the conversation to a safetensors file, whole or not at all; `extra` is JSON kept with it.
+
+        Raises ValueError if there is none, and OSError if the file cannot be written.
+        """
+        if not self.whole:
+            raise ValueError("there is no whole conversation to save; call prefill first")
+        layout, tensors = self.kv.dump()
+        identity = replace(self.ckpt, schedule=self.kv.schedule).identity(self.model.score)
+        header = {"format": SAVED, "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
+                  "ids": self.ids, "pending": self.pending, "prefill_s": self.prefill_s, "extra": extra}  # fmt: skip
+        with whole_file(path) as part:
+            save_file(tensors, part, {"slim": json.dumps(header)})
+
+    def resume(self, path, reserve: int = 0):
+        """Go on with a saved conversation, bit for bit as if it had never stopped; return its `extra`.
+
+        Raises ValueError if the file is damaged, or was saved with other weights or settings;
+        what the engine held before is then untouched.
+        """
+        kv, c, ckpt = self.kv, self.config, self.ckpt
+        header, file = read_saved(path)
+        check_saved(path, header, ckpt.identity(self.model.score))
+        try:
+            ids, pending, layout, seconds = header["ids"], header["pending"], header["kv"], float(header["prefill_s"])
+            wanted = kv.shapes(layout, ckpt.schedule, c.n_heads)
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            if found != wanted or len(self.check_ids(ids)) != layout["length"] or pending and not self.check_ids(pending):
+                raise ValueError("its tensors are not those of its blocks")
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); read the document again") from None
+        check_memory(ckpt, layout["n_prompt"], layout["length"] - layout["n_prompt"] + reserve, loaded=self.model.weights.nbytes + kv.gpu_bytes())
+        self.whole = False
+        kv.restore(layout, file.get_tensor, ckpt.schedule, reserve)
+        self.ids, self.pending, self.prefill_s, self.extend_s, self.extend_tokens = ids, pending, seconds, 0.0, 0
+        self.whole, self.steps = True, self.steps + 1
+        return header["extra"]
 
     def check_ids(self, ids) -> list[int]:
         try:
@@ -456,8 +564,8 @@ class Engine:
             raise ValueError(f"token id {bad[0]} is outside 0..{self.config.vocab_size - 1}, the model's vocabulary; tokenizer and checkpoint do not belong together")
         return ids
 
-    def generate(self, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, schedule=None) -> Iterator[int]:
-        """Return an iterator of new ids after a prompt.
+    def generate(self, ids, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, schedule=None, follow_up=False) -> Iterator[int]:
+        """Return an iterator of new ids after a prompt, or after a follow-up to the conversation so far.
 
         temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability;
         schedule as in `prefill`. Ends at max_new_tokens or before a stop token, which is not
@@ -472,7 +580,7 @@ class Engine:
         random.seed() if seed is None else random.manual_seed(seed)
 
         def stream():
-            logits = self.prefill(ids, max_new_tokens, schedule)
+            logits = self.extend(ids) if follow_up else self.prefill(ids, max_new_tokens, schedule)
             for left in reversed(range(max_new_tokens)):
                 token = sample(logits, temperature, top_p, random)
                 if token in self.ckpt.stop:
@@ -550,49 +658,91 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"slim: error: {message}; see python slim.py --help\n")
 
 
+EXAMPLES = """examples:
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --ask "What happens in the end?"
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --save book.slim --chat      then: python slim.py --resume book.slim --chat
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --map book.html
+"""
+
+
 def parse_args(argv=None) -> argparse.Namespace:
+    """Read the command line; `given` holds what was written there, without the defaults."""
     d = {f.name: f.default for f in fields(Settings)}
-    p = Parser(prog="slim.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id or alias such as llama3.1-8b; left out: the demo, compared with dense")
-    p.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
-    p.add_argument("--ask", metavar="TEXT", help="a question put after the text")
-    p.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
-    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length of the answer at most")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
-    p.add_argument("--seed", type=int, help="makes sampling repeatable")
-    p.add_argument("--schedule", default="auto", help="boundaries and token budgets as in 10:8192,20:4096,30:2048; auto goes by depth")
-    p.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
-    p.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
-    p.add_argument("--block-len", type=int, default=d["block_len"], help="tokens a block")
-    p.add_argument("--unit-len", type=int, default=d["unit_len"], help="tokens a unit of a block")
-    p.add_argument("--window", type=int, default=d["window"], help="newest queries that score the blocks")
-    p.add_argument("--gamma", type=float, default=d["gamma"], help="overlap from which the active blocks are kept")
-    p.add_argument("--chunk", type=int, default=d["chunk"], help="rows computed at a time; 0 chooses by device")
-    p.add_argument("--no-overlap", action="store_true", help="copy synchronously, on the compute stream")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
-    p.add_argument("--json", action="store_true", help="print one JSON object instead of the answer")
-    p.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
-    p.add_argument("--quiet", action="store_true", help="print the answer alone")
-    args = p.parse_args(argv)
-    if args.ckpt is None:
-        args.ckpt, args.compare = DEMO["ckpt"], not args.dense
-        args.schedule = DEMO["schedule"] if args.schedule == "auto" and not args.dense else args.schedule
+    p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]", epilog=EXAMPLES, allow_abbrev=False,
+               description=__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
+               formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110))  # fmt: skip
+    g = p.add_argument_group("what to read, and what to ask")
+    g.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b")
+    g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
+    g.add_argument("--ask", metavar="TEXT", action="append", help="a question put after the text; again for each further one")
+    g.add_argument("--chat", action="store_true", help="type questions at a prompt")
+    g.add_argument("--save", metavar="FILE", help="keep the text as it was read, before any question")
+    g.add_argument("--resume", metavar="FILE", help="go on with a saved text instead of reading one")
+    g.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
+    g.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
+    g = p.add_argument_group("the answer")
+    g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="its length at most (%(default)s)")
+    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
+    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of this total probability (%(default)s)")
+    g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    g = p.add_argument_group("what is shown")
+    g.add_argument("--map", metavar="FILE", help="write an HTML page that shows which parts of the text were kept, and when")
+    g.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
+    g.add_argument("--json", action="store_true", help="print one JSON object an answer instead of the text")
+    g.add_argument("--quiet", action="store_true", help="print the answer alone")
+    g = p.add_argument_group("pruning")
+    g.add_argument("--schedule", default="auto", help="boundaries and token budgets as in 10:8192,20:4096,30:2048; auto goes by depth (%(default)s)")
+    g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
+    g.add_argument("--block-len", type=int, default=d["block_len"], metavar="N", help="tokens a block (%(default)s)")
+    g.add_argument("--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens a unit of a block (%(default)s)")
+    g.add_argument("--window", type=int, default=d["window"], metavar="N", help="newest queries that score the blocks (%(default)s)")
+    g.add_argument("--gamma", type=float, default=d["gamma"], metavar="G", help="overlap from which the active blocks are kept (%(default)s)")
+    g = p.add_argument_group("the machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)")
+    g.add_argument("--chunk", type=int, default=d["chunk"], metavar="N", help="rows computed at a time; 0 chooses by device (%(default)s)")
+    g.add_argument("--no-overlap", action="store_true", help="copy synchronously, on the compute stream")
+    defaults = vars(p.parse_args([]))
+    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {key: value for key, value in given.items() if value is not None}
+    args = argparse.Namespace(**defaults | given, given=given)
+    args.ask = args.ask or []
+    if args.ckpt is None and args.resume is None:
+        args.ckpt = DEMO["ckpt"]
+        if args.schedule == "auto" and not args.dense:
+            args.schedule = DEMO["schedule"]
         if args.prompt is None:
-            args.prompt, args.ask = DEMO["prompt"], args.ask or DEMO["ask"]
+            args.prompt = DEMO["prompt"]
+            args.compare |= not (args.dense or args.chat or args.save or len(args.ask) > 1)
+            args.ask = args.ask or ([] if args.chat or args.save else [DEMO["ask"]])
     return args
 
 
-def read_prompt(args) -> str:
-    """Return the text of --prompt; raise ValueError or OSError if there is none to be read."""
-    name = args.prompt
-    if args.ask is not None and not args.ask.strip():
+def check_args(args) -> None:
+    """Raise ValueError for arguments that do not go together."""
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    for first, others in (("dense", ("schedule", "compare")), ("compare", ("chat", "save", "resume")), ("resume", ("prompt", "save", "max_prompt_tokens")), ("chat", ("json", "compare"))):
+        if clash := [name for name in others if first in args.given and name in args.given]:
+            raise ValueError(f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out")
+    if args.compare and len(args.ask) > 1:
+        raise ValueError(f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out")
+    if any(not question.strip() for question in args.ask):
         raise ValueError("--ask is empty; put a question, or leave it out")
-    if name is None and args.ask is None:
+    if args.resume and not (args.ask or args.chat):
+        raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
+
+
+def read_prompt(args) -> str:
+    """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked either."""
+    name = args.prompt
+    if name is None and not args.ask and not args.chat:
         raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
+    if name is None and args.save:
+        raise ValueError("--save keeps a text that was read; give one with --prompt FILE")
     if name is None:
         return ""
+    if name == "-" and args.chat:
+        raise ValueError("--prompt - and --chat both want standard input; put the text in a file")
     if name == "-" and sys.stdin is None:
         raise ValueError("--prompt - is standard input, and that is closed; give a text file")
     if name != "-" and (not name or Path(name).is_dir()):
@@ -611,17 +761,15 @@ def read_prompt(args) -> str:
 
 
 def build_ids(args, text: str, tokenizer) -> list[int]:
-    """Return the prompt's ids: a chat turn for an instruct model, plain text otherwise or with --raw."""
+    """Return the ids to begin with: the text and the first question, or the text alone if it is read before anything is asked."""
     if args.max_prompt_tokens is not None:
         if args.max_prompt_tokens < 1:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
         text = tokenizer.decode(tokenizer.encode(text)[: args.max_prompt_tokens])
-    parts = [part for part in (text, args.ask) if part]
-    if tokenizer.chat_format and not args.raw:
-        return tokenizer.chat("\n\n".join(parts))
-    text = "\n".join(parts)  # a plain completion goes on with the line that asks
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return start + tokenizer.encode(text)
+    if text and (args.chat or args.save):
+        return tokenizer.chat(text, end=False)
+    parts = [part for part in (text, args.ask.pop(0) if args.ask else "") if part]
+    return tokenizer.chat(("\n\n" if tokenizer.chat_format else "\n").join(parts)) if parts else []
 
 
 class Progress:
@@ -665,16 +813,29 @@ class Progress:
         if self.on:
             engine.model.on_chunk = on_chunk
 
+    def done(self, engine: Engine) -> None:
+        engine.model.on_chunk = lambda *_: None
+        self.clear()
 
-def summary(r: dict, device) -> str:
-    if not r["tokens"]:
-        return f"slim: interrupted while reading {r['prompt_tokens']:,} prompt tokens, after {r['ttft_s']:.2f} s"
-    kept = " > ".join(f"{n:,}" for n in r["kept"])
+
+def summary(stats: dict, device) -> str:
+    """Say what a conversation keeps, and where."""
+    kept = " > ".join(f"{n:,}" for n in stats["kept"])
     return (
-        f"slim: {r['prompt_tokens']:,} prompt tokens, kept per stage {kept}; first token {r['ttft_s']:.2f} s, then {r['decode_tok_s']:.1f} tokens/s\n"
-        f"slim: KV {size(r['kv_gpu_bytes'])} on {device} + {size(r['kv_cpu_bytes'])} at home + {size(r['aux_cpu_bytes'])} pruned rows, "
-        f"dense {size(r['kv_dense_bytes'])}; {r['swaps']} blocks swapped, {r['revived']} of them revived"
+        f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; {stats['swaps']:,} blocks swapped, {stats['revived']:,} of them revived\n"
+        f"slim: KV {size(stats['kv_gpu_bytes'])} on {device} + {size(stats['kv_cpu_bytes'])} at home + {size(stats['aux_cpu_bytes'])} pruned rows, "
+        f"dense {size(stats['kv_dense_bytes'])}"
     )
+
+
+def timing(r: dict) -> str:
+    """Say how long an answer took and, of a follow-up, what it would have taken to read all again."""
+    if not r["ids"]:
+        return f"slim: {'interrupted while reading' if r['interrupted'] else 'an empty answer after'} {r['n_new']:,} tokens, {r['ttft_s']:.2f} s"
+    speed = f"slim: first token {r['ttft_s']:.2f} s, then {r['decode_tok_s']:.1f} tokens/s"
+    if not r["follow_up"]:
+        return speed
+    return speed + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; {r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
 
 
 def comparison(dense: dict, pruned: dict) -> str:
@@ -686,6 +847,12 @@ def comparison(dense: dict, pruned: dict) -> str:
         ("answer", *(" ".join(r["text"].split())[:30] for r in (dense, pruned)), "the same" if dense["ids"] == pruned["ids"] else "not the same"),
     ]
     return "\n".join(f"slim: {a:20}{b:>16}{c:>26}   {d}".rstrip() for a, b, c, d in [("", "dense", "slim", ""), *rows])
+
+
+def public(r: dict) -> dict:
+    """Return the part of a result that --json prints."""
+    keys = ("text", "ids", "prompt_tokens", "kept", "ttft_s", "decode_tok_s", "kv_gpu_bytes", "kv_cpu_bytes", "kv_dense_bytes", "swaps", "revived")
+    return {k: r[k] for k in keys}
 
 
 def main(argv=None) -> int:
@@ -713,12 +880,22 @@ def main(argv=None) -> int:
         return 130
 
 
+def status(args, progress: Progress):
+    """Return what prints a line of ours to standard error: dim on a terminal that has colours, so that the answer stands out."""
+    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+
+    def say(text: str) -> None:
+        progress.clear()
+        print(text if plain else f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
+
+    return (lambda text: None) if args.quiet else say
+
+
 def run(args, progress: Progress) -> int:
-    """Check everything, then load, then answer."""
-    say = (lambda text: None) if args.quiet else (lambda text: (progress.clear(), print(text, file=sys.stderr, flush=True)))
-    if args.dense and (args.schedule != "auto" or args.compare):
-        raise ValueError("--dense excludes --schedule and --compare; leave one of them out")
-    check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    """Check everything, then load, then read, then answer."""
+    say = status(args, progress)
+    check_args(args)
+    header = adopt(args) if args.resume else None
     settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, "dense" if args.dense else args.schedule, overlap=not args.no_overlap, **settings)
     if args.compare and not ckpt.schedule:
@@ -726,62 +903,196 @@ def run(args, progress: Progress) -> int:
     c, tokenizer = ckpt.config, tokenizers.load(ckpt.folder)
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"{ckpt.folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {c.vocab_size:,}; they do not belong together")
-    ids = build_ids(args, read_prompt(args), tokenizer)
-    engine = ckpt.engine(reserve=(len(ids), args.max_new_tokens), progress=progress.loading)
-    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {format_schedule(ckpt.schedule)}, {len(ids):,} prompt tokens")
-    say(f"slim: {ckpt.device}, {str(ckpt.dtype).removeprefix('torch.')}: {plan(ckpt, len(ids), args.max_new_tokens)}, {size(free_bytes(ckpt.device))} more free")
-    if len(ids) + args.max_new_tokens > c.max_len:
-        say(f"slim: warning: {len(ids):,} prompt + {args.max_new_tokens:,} new tokens are beyond the {c.max_len:,} this model was trained for; expect a poor answer")
+    if args.raw:
+        tokenizer.chat_format = None
+    if header:
+        check_saved(args.resume, header, ckpt.identity(prune.block_scores))
+    ids = [] if header else build_ids(args, read_prompt(args), tokenizer)
+    n_prompt = max(1, len(header["ids"]) if header else len(ids))
+    engine = ckpt.engine(reserve=(n_prompt, args.max_new_tokens), progress=progress.loading)
+    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {format_schedule(ckpt.schedule)}, {n_prompt:,} prompt tokens")
+    say(f"slim: {ckpt.device}, {str(ckpt.dtype).removeprefix('torch.')}: {plan(ckpt, n_prompt, args.max_new_tokens)}, {size(free_bytes(ckpt.device))} more free")
+    talk = Talk(engine, tokenizer, args, progress, say)
     if args.compare:
-        engine.prefill(ids[:256])  # the first kernels of a process are slow: neither side shall pay for them
-    results = []
-    for budgets in [{}, ckpt.schedule] if args.compare else [ckpt.schedule]:
-        results.append(answer(engine, tokenizer, args, ids, budgets, progress))
-        say(summary(results[-1], ckpt.device))
-        if results[-1]["interrupted"]:
-            break
-    if args.json:
-        shown = [public(r) for r in results]
-        print(json.dumps(dict(zip(("dense", "slim"), shown)) if args.compare else shown[0]), flush=True)
-    elif len(results) == 2:
-        say(comparison(*results))
-    return 130 if results[-1]["interrupted"] else 0
+        talk.compare(ids)
+    else:
+        talk.begin(ids)
+    for question in args.ask:
+        if not talk.interrupted:
+            talk.ask(question)
+    if args.chat:
+        chat(talk)
+    if args.map and engine.whole:
+        say(f"slim: map {talk.draw(args.map)}")
+    return 130 if talk.interrupted else 0
 
 
-def public(r: dict) -> dict:
-    """Return the part of a result that --json prints."""
-    keys = ("text", "ids", "prompt_tokens", "kept", "ttft_s", "decode_tok_s", "kv_gpu_bytes", "kv_cpu_bytes", "kv_dense_bytes", "swaps", "revived")
-    return {k: r[k] for k in keys}
+def adopt(args) -> dict:
+    """Take from a saved conversation what the command line leaves open; return the file's header."""
+    header, _ = read_saved(args.resume)
+    saved = header["identity"] | {"ckpt": header.get("ckpt")}
+    for name in ("ckpt", "dtype", "schedule", "block_len", "unit_len", "window", "gamma", "chunk"):
+        if name not in args.given and not (name == "schedule" and args.dense):
+            setattr(args, name, saved.get(name))
+    return header
 
 
-def answer(engine: Engine, tokenizer, args, ids: list[int], schedule: dict, progress: Progress) -> dict:
-    """Generate and, but for --json, print an answer as it comes; return it with what it took, also after Ctrl-C."""
-    out, pieces, times, interrupted = [], [], [time.perf_counter()], False
+class Talk:
+    """Questions put to one document, by --ask or at the prompt of --chat, and what is said about each."""
 
-    def tokens():
-        for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule=schedule):
-            times.append(time.perf_counter())
-            if not out:
-                progress.clear()
-                engine.model.on_chunk = lambda *_: None
-            out.append(token)
-            yield token
+    def __init__(self, engine: Engine, tokenizer, args, progress: Progress, say):
+        self.engine, self.tokenizer, self.args, self.progress, self.say = engine, tokenizer, args, progress, say
+        self.interrupted = False
+        self.open = False  # the text was read, and its turn waits for a question
+        self.recorder = blockmap.Recorder(engine) if args.map or args.chat else None
 
-    progress.follow(engine)
+    def begin(self, ids: list[int]) -> None:
+        """Open the saved text, or read the text alone, or answer the first question about it."""
+        engine, args = self.engine, self.args
+        if args.resume:
+            started = time.perf_counter()
+            extra = engine.resume(args.resume, args.max_new_tokens) or {}
+            self.open = extra.get("open") is True
+            self.say(f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took {engine.prefill_s:.2f} s")
+        elif ids and (args.chat or args.save):
+            self.read(ids)
+        elif ids:
+            self.report(self.answer(ids))
+
+    def read(self, ids: list[int]) -> None:
+        """Read the text before anything is asked, and save it if that is wanted."""
+        engine, path = self.engine, self.args.save
+        self.warn(len(ids))
+        self.progress.follow(engine)
+        engine.prefill(ids, self.args.max_new_tokens)
+        self.progress.done(engine)
+        self.open = True
+        self.say(f"slim: read in {engine.prefill_s:.2f} s\n{summary(engine.stats, engine.kv.device)}")
+        if path:
+            engine.save(path, {"open": True})
+            self.say(f"slim: saved to {path}, {size(Path(path).stat().st_size)}; go on with --resume {path}")
+
+    def ask(self, question: str) -> None:
+        """Answer one more question."""
+        tok, first = self.tokenizer, not self.engine.ids
+        ids = tok.rest(question) if self.open else tok.chat(question, begin=first)
+        self.open = False
+        self.report(self.answer(ids, follow_up=not first))
+
+    def compare(self, ids: list[int]) -> None:
+        """Answer twice, dense and pruned."""
+        self.engine.prefill(ids[:256])  # the first kernels of a process are slow: neither side shall pay for them
+        results = {}
+        for name, budgets in (("dense", {}), ("slim", self.engine.ckpt.schedule)):
+            results[name] = r = self.answer(ids, budgets)
+            self.say(timing(r) + "\n" + summary(r, self.engine.kv.device))
+            if self.interrupted:
+                return
+        self.say(comparison(results["dense"], results["slim"]))
+        if self.args.json:
+            print(json.dumps({name: public(r) for name, r in results.items()}), flush=True)
+
+    def report(self, r: dict) -> None:
+        if self.args.json:
+            print(json.dumps(public(r)), flush=True)
+        self.say(timing(r) if r["follow_up"] else timing(r) + "\n" + summary(r, self.engine.kv.device))
+
+    def warn(self, n_new: int) -> None:
+        """Say so if what comes goes beyond the context that the model was trained for."""
+        n, new, most = len(self.engine.ids) + n_new, self.args.max_new_tokens, self.engine.config.max_len
+        if n + new > most:
+            self.say(f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained for; expect a poor answer")
+
+    def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:
+        """Generate and, but for --json, print an answer as it comes; return it with what it took, also after Ctrl-C."""
+        engine, args, text = self.engine, self.args, not self.args.json
+        if not follow_up:
+            engine.ids = []
+        self.warn(len(ids))
+        out, pieces, times = [], [], [time.perf_counter()]
+        before = engine.stats if follow_up else {"swaps": 0, "revived": 0}
+
+        def tokens(stopped):
+            for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule, follow_up):
+                times.append(time.perf_counter())
+                self.progress.done(engine)
+                out.append(token)
+                yield token
+                if stopped:
+                    raise KeyboardInterrupt
+
+        self.interrupted = False
+        if not follow_up:
+            self.progress.follow(engine)
+        try:
+            with stop_between_tokens(args.chat) as stopped:
+                for piece in self.tokenizer.stream(tokens(stopped)):
+                    pieces.append(piece)
+                    if text:
+                        print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        self.progress.done(engine)
+        if text and (pieces or not self.interrupted):
+            print(flush=True)
+        first = times[1] if out else time.perf_counter()
+        rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
+        r = engine.stats | {"text": "".join(pieces), "ids": out, "ttft_s": first - times[0], "decode_tok_s": rate, "n_new": len(ids)}
+        return r | {"interrupted": self.interrupted, "follow_up": follow_up} | {f"{key}_here": r[key] - before[key] for key in ("swaps", "revived")}
+
+    def draw(self, path: str) -> str:
+        """Write the map of the conversation; return where."""
+        blockmap.write(path, self.engine, self.recorder, self.engine.ids + self.engine.pending)
+        return path
+
+
+@contextlib.contextmanager
+def stop_between_tokens(on: bool):
+    """Let Ctrl-C set a mark instead of breaking off a step, which would lose the conversation; a second one does break off."""
+    marks = []
+
+    def mark(*_):
+        if marks:
+            raise KeyboardInterrupt
+        marks.append(True)
+
+    usual = signal.signal(signal.SIGINT, mark) if on else None
     try:
-        for piece in tokenizer.stream(tokens()):
-            pieces.append(piece)
-            if not args.json:
-                print(piece, end="", flush=True)
-        if not args.json:
-            print(flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
-        if pieces and not args.json:
-            print(flush=True)
-    first = times[1] if out else time.perf_counter()
-    rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
-    return engine.stats | {"text": "".join(pieces), "ids": out, "ttft_s": first - times[0], "decode_tok_s": rate, "interrupted": interrupted}
+        yield marks
+    finally:
+        if on:
+            signal.signal(signal.SIGINT, usual)
+
+
+def chat(talk: Talk) -> None:
+    """Read questions and commands until /quit or the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() its history and editing
+    engine, start = talk.engine, talk.open
+    talk.say("slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C stops an answer")
+    while engine.whole or not engine.ids:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+            if line == "/quit":
+                return
+            elif line == "/stats":
+                talk.say(summary(engine.stats, engine.kv.device) + f"\nslim: {len(engine.ids):,} of {engine.config.max_len:,} tokens of context in use")
+            elif line.split(" ")[0] == "/map":
+                talk.say(f"slim: map {talk.draw(line[4:].strip() or talk.args.map or 'map.html')}")
+            elif line == "/reset":
+                engine.rewind()
+                talk.open = start
+                talk.say("slim: all questions are forgotten, the text is not")
+            elif line.startswith("/"):
+                talk.say(f"slim: {line.split(' ')[0]} is no command; there are /stats, /map [FILE], /reset and /quit")
+            elif line:
+                talk.ask(line)
+        except EOFError:
+            return print(file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # an empty line, and another try
+        except (ValueError, OSError) as error:
+            talk.say(f"slim: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

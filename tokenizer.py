@@ -30,13 +30,15 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")  # digits one by one
 LLAMA3_RANKS = 128_000  # the special tokens come right after, so a shorter file would shift them
 LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
                   8: "eom_id", 9: "eot_id", 10: "python_tag"}
-CHATS = {  # name: (what its chat template shows, a special token it needs, one turn up to the answer)
-    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", "<|begin_of_text|><|start_header_id|>user"
-               "<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-             "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"),
-    "llama2": (r"\[INST\]", "<s>", "<s>[INST] {} [/INST]"),
-    "zephyr": (r"^(?!.*<\|end\|>).*<\|user\|>", "</s>", "<|user|>\n{}</s>\n<|assistant|>\n"),  # <|end|>: Phi-3
+CHATS = {  # name: (what its chat template shows, a special token it needs, what opens a conversation, what opens a
+    #        later turn once the answer before it is closed, what closes a turn of the user's and opens the answer)
+    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+               "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+             "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    "llama2": (r"\[INST\]", "<s>", "<s>[INST] ", " </s><s>[INST] ", " [/INST]"),
+    "zephyr": (r"^(?!.*<\|end\|>).*<\|user\|>", "</s>", "<|user|>\n", "</s>\n<|user|>\n", "</s>\n<|assistant|>\n"),  # <|end|>: Phi-3
+    None: ("", "", "", "\n", ""),  # plain completion goes on in a new line
 }
 # The regex engine overflows its stack on a very long run, so it gets text in pieces. All three splits end a
 # match after a letter or digit that one of these follows, whatever surrounds it: a cut there keeps the ids.
@@ -59,8 +61,8 @@ def load(folder: Path) -> "Tokenizer":
     tok = _parse(path, path.read_bytes(), add_bos=settings.get("add_bos_token") is not False)
     template = str(settings.get("chat_template") or "")
     template += jinja.read_text("utf-8", "replace") if jinja.is_file() else ""
-    fits = (name for name, (mark, token, _) in CHATS.items()
-            if re.search(mark, template, re.DOTALL) and token in tok.special)
+    fits = (name for name, (mark, token, *_) in CHATS.items()
+            if name and re.search(mark, template, re.DOTALL) and token in tok.special)
     tok.chat_format = next(fits, "unknown") if template else None
     return tok
 
@@ -90,16 +92,31 @@ class Tokenizer:
         yield from filter(None, (utf8.decode(self.bytes(token)) for token in ids))
         yield from filter(None, [utf8.decode(b"", final=True)])
 
-    def chat(self, user_text: str) -> list[int]:
-        """Return the ids of a one-turn prompt, ready for the answer; BOS + text if this is no chat model."""
+    def chat(self, user_text: str, begin: bool = True, end: bool = True) -> list[int]:
+        """Return the ids of a user's turn, ready for the answer; of plain text, with BOS, if this is no chat model.
+
+        begin: it opens the conversation; if not, it follows an answer. end: without, the turn
+        stays open, and what `rest` returns closes it.
+        """
+        _, _, first, later, close = self._format()
+        ids = self._fill((first if begin else later) + "{}" + (close if end else ""), user_text)
+        return ids if not begin or self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def rest(self, user_text: str) -> list[int]:
+        """Return the ids that go on with a turn left open, and close it."""
+        return self._fill(("\n\n" if self.chat_format else "\n") + "{}" + self._format()[-1], user_text)
+
+    def _format(self):
         if self.chat_format == "unknown":
-            raise ValueError(f"chat template is none of {', '.join(CHATS)}; give the prompt as it is with --raw")
-        template = CHATS[self.chat_format][2] if self.chat_format else "{}"
-        ids = []
+            known = ", ".join(filter(None, CHATS))
+            raise ValueError(f"chat template is none of {known}; give the prompt as it is with --raw")
+        return CHATS[self.chat_format]
+
+    def _fill(self, template, text):
         # The template is split before the text goes in: "<|eot_id|>" typed by a user stays text.
-        for part in _split(template, self.special):
-            ids += [self.special[part]] if part in self.special else self.encode(part.replace("{}", user_text))
-        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+        parts = _split(template, self.special)
+        ids = ([self.special[p]] if p in self.special else self.encode(p.replace("{}", text)) for p in parts)
+        return [i for part in ids for i in part]
 
     def bytes(self, token: int) -> bytes:
         """Return the bytes of one token, b'' for a special one. Raises TypeError for what is no whole number."""
