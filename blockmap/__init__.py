@@ -1,0 +1,166 @@
+"""One self-contained HTML page that shows what the engine kept of a text, and when it chose anew.
+
+    recorder = blockmap.Recorder(engine)              # before prefill
+    ids = prompt + list(engine.generate(prompt, 64))
+    blockmap.write("map.html", engine, recorder, ids)
+
+The recorder listens to `Model.on_select`. Of the prompt step it keeps every score and the
+active set of each stage, of a later step only what changed, so a record stays small and is
+plain JSON. The page is `page.html` with the record and the text put in as data: nothing in a
+prompt can become markup, and its Content-Security-Policy runs this page's one script alone.
+"""
+
+import base64
+import codecs
+import hashlib
+import json
+import os
+import re
+from itertools import pairwise
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+class Recorder:
+    """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes the model's on_select hook.
+
+    record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"scores", "active"} of the
+    prompt step, scores in the order of the candidates (all blocks but the last, then the active
+    ones of the stage below), None where all of them stayed. A step: {"at": tokens before it,
+    "pending": how many of its own tokens the model wrote, "moves": [[stage, in, out, revived]]}.
+    """
+
+    def __init__(self, engine, record: dict | None = None):
+        self.engine, self.record = engine, record or {}
+        engine.model.on_select = self.on_select
+
+    def on_select(self, i: int, candidates: list[int], scores, active: set[int]) -> None:
+        kv = self.engine.kv
+        stage = kv.stages[i]
+        if kv.length == 0:
+            if i == 1:
+                self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
+            if scores is not None:  # JSON has no infinity
+                scores = [float(f"{score:.4g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]
+            self.record["stages"].append({"scores": scores, "active": sorted(active)})
+        elif self.record:
+            if i == 1:
+                self.record["steps"].append({"at": kv.length, "pending": len(self.engine.pending), "moves": []})
+                self.riding = set()  # blocks whose rows come up from the stage below
+            old, new = set(stage.slots), active - stage.held
+            if active != old:
+                move = [i, sorted(active - old), sorted(old - active), sorted(new - self.riding)]
+                self.record["steps"][-1]["moves"].append(move)
+            self.riding = new
+
+
+def write(path, engine, recorder: Recorder, ids) -> None:
+    """Write the page of a conversation to path, whole or not at all; ids: all of its token ids in order.
+
+    Raises ValueError for a path, ids or a record that cannot be used, OSError where writing fails.
+    """
+    target = check_path(path)
+    html = page(describe(engine, recorder.record, ids)).encode("utf-8", "replace")
+    temporary = target.with_name(f".blockmap-{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(html)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(f"the map {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_path(path) -> Path:
+    """Return the file a path stands for, links followed; raise ValueError if no page can be put there."""
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir() or target.exists() and not target.is_file():
+            raise ValueError("that is no file")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise ValueError("its folder does not exist or is closed to writing")
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"the map {path!s:.200} cannot be written: {error}") from None
+    return target
+
+
+def page(data: dict) -> str:
+    """Return the HTML of what `describe` gathered."""
+    html = (HERE / "page.html").read_text("utf-8")
+    for tag in ("script", "style"):  # the policy names both by their hash, so that nothing else runs
+        digest = hashlib.sha256(re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1].encode()).digest()
+        html = html.replace(f"{{{tag} hash}}", "sha256-" + base64.b64encode(digest).decode())
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
+    before, after = html.split("{data}")
+    return before + text + after
+
+
+def describe(engine, record: dict, ids) -> dict:
+    """Gather what the page shows of a conversation, as plain JSON; raise ValueError if the parts do not belong together."""
+    kv, c, stats, ids = engine.kv, engine.config, engine.stats, engine.check_ids(ids)
+    if kv.length == 0:
+        raise ValueError("there is no map to draw: no prompt was read to its end")
+    if len(ids) < kv.length:
+        raise ValueError(f"a map needs all ids of the conversation: {kv.length:,} were read, {len(ids):,} are given")
+    if len(kv.stages) == 1:
+        record = {"stages": [], "steps": []}  # dense: nobody was asked to choose
+    elif not fits(record, kv, engine.whole):
+        raise ValueError("the record is not of this conversation; make the Recorder before prefill")
+    steps = [step for step in record["steps"] if step["at"] < kv.length]  # the last may have been broken off
+    turns = [*spoken(kv, steps)] + [(kv.length, "written", None)] * (len(ids) > kv.length)
+    n_blocks = kv.tail_start // kv.block_len + 1
+    cuts = [*range(0, n_blocks * kv.block_len, kv.block_len), *(at for at, _, _ in turns)]
+    texts = list(pieces(engine.tokenizer, ids, [*cuts, len(ids)]))
+    linear = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.dim * c.hidden_dim  # weights of a layer
+    flops = [2 * n * linear + 2 * n * n * c.n_heads * c.head_dim for n in stats["kept"]]  # a layer's, causal
+    return {
+        "model": engine.ckpt.folder.name, "block_len": kv.block_len, "device": kv.device.type,
+        "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.stages],
+        "stages": record["stages"], "steps": steps, "blocks": texts[:n_blocks],
+        "turns": [{"at": at, "kind": kind, "step": k, "text": text} for (at, kind, k), text in zip(turns, texts[n_blocks:])],
+        "flops": sum(n * len(stage.layers) for n, stage in zip(flops, kv.stages)), "flops_dense": flops[0] * c.n_layers,
+        **{key: value for key, value in stats.items() if not key.endswith("_s")},
+    }  # fmt: skip
+
+
+def fits(record: dict, kv, whole: bool) -> bool:
+    """Tell whether replaying a record ends where the engine is (unless its last step was broken off)."""
+    try:
+        active = [set(stage["active"]) for stage in record["stages"]]
+        for step in record["steps"]:
+            for i, came, left, _ in step["moves"]:
+                active[i - 1] = active[i - 1] - set(left) | set(came)
+        same = (record["n_prompt"], record["block_len"], len(active)) == (kv.n_prompt, kv.block_len, len(kv.stages) - 1)
+    except (LookupError, TypeError, ValueError):
+        return False
+    return same and (not whole or active == [set(stage.slots) for stage in kv.stages[1:]])
+
+
+def spoken(kv, steps: list[dict]):
+    """Yield (position, kind, step number) of what follows the prompt: "written", "asked", or "after" where nobody recorded."""
+    if not steps and kv.length > kv.n_prompt:
+        yield kv.n_prompt, "after", None
+    for k, (step, end) in enumerate(zip(steps, [*(s["at"] for s in steps[1:]), kv.length]), 1):
+        written = step["pending"] or int(end - step["at"] == 1)  # one token at a time is decoding, whoever does it
+        if written:
+            yield step["at"], "written", k
+        if step["at"] + written < end:
+            yield step["at"] + written, "asked", k
+
+
+def pieces(tokenizer, ids: list[int], cuts: list[int]):
+    """Yield the text between cuts, a character where its last byte is; [text, special token, text, ...] if there are any."""
+    names = {token: name for name, token in tokenizer.special.items()}
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    for a, b in pairwise(cuts):
+        parts = [""]
+        for token in ids[a:b]:
+            if token in names:
+                parts += [names[token], ""]
+            else:
+                parts[-1] += utf8.decode(tokenizer.bytes(token))
+        if b == cuts[-1]:
+            parts[-1] += utf8.decode(b"", final=True)
+        yield parts if len(parts) > 1 else parts[0]
