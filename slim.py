@@ -14,6 +14,7 @@ import hashlib
 import json
 import operator
 import os
+import shutil
 import signal
 import sys
 import time
@@ -405,18 +406,24 @@ SAVED = "slim 1"  # the format of a saved conversation
 
 @contextlib.contextmanager
 def whole_file(path) -> Iterator[str]:
-    """Give a path to write to; what is written there takes the place of `path` at the end, or vanishes."""
+    """Give a path to write to; what is written there takes the place of `path` at the end, or vanishes.
+
+    It lies in a folder of its own, as the library puts temporary files beside it: what is
+    left of a killed process goes with the next try.
+    """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    folder = path.with_name(f".{path.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        yield str(part)
-        with open(part, "rb") as file:
+        folder.mkdir()
+        yield str(folder / path.name)
+        with open(folder / path.name, "rb") as file:
             os.fsync(file.fileno())  # before the name points to it
-        os.replace(part, path)
+        os.replace(folder / path.name, path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be written ({error}); choose another place") from None
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_saved(path) -> tuple[dict, object]:
@@ -730,6 +737,9 @@ def check_args(args) -> None:
         raise ValueError("--ask is empty; put a question, or leave it out")
     if args.resume and not (args.ask or args.chat):
         raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
+    for flag, path in (("save", args.save), ("map", args.map)):  # better now than after an hour of reading
+        if path is not None and (not path or Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
+            raise ValueError(f"--{flag} {path!r} cannot be written; give a file in a folder that exists")
 
 
 def read_prompt(args) -> str:
@@ -858,6 +868,7 @@ def public(r: dict) -> dict:
 def main(argv=None) -> int:
     """Run the command line; return the exit code: 0, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`, so that nothing half-written stays
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
@@ -924,7 +935,7 @@ def run(args, progress: Progress) -> int:
         chat(talk)
     if args.map and engine.whole:
         say(f"slim: map {talk.draw(args.map)}")
-    return 130 if talk.interrupted else 0
+    return 130 if talk.interrupted and not args.chat else 0
 
 
 def adopt(args) -> dict:
@@ -944,7 +955,7 @@ class Talk:
         self.engine, self.tokenizer, self.args, self.progress, self.say = engine, tokenizer, args, progress, say
         self.interrupted = False
         self.open = False  # the text was read, and its turn waits for a question
-        self.recorder = blockmap.Recorder(engine) if args.map or args.chat else None
+        self.recorder = blockmap.Recorder(engine)
 
     def begin(self, ids: list[int]) -> None:
         """Open the saved text, or read the text alone, or answer the first question about it."""
@@ -952,7 +963,8 @@ class Talk:
         if args.resume:
             started = time.perf_counter()
             extra = engine.resume(args.resume, args.max_new_tokens) or {}
-            self.open = extra.get("open") is True
+            self.open, record = extra.get("open") is True, extra.get("map")
+            self.recorder.record = record if isinstance(record, dict) and {"stages", "steps"} <= set(record) else {}
             self.say(f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took {engine.prefill_s:.2f} s")
         elif ids and (args.chat or args.save):
             self.read(ids)
@@ -969,7 +981,7 @@ class Talk:
         self.open = True
         self.say(f"slim: read in {engine.prefill_s:.2f} s\n{summary(engine.stats, engine.kv.device)}")
         if path:
-            engine.save(path, {"open": True})
+            engine.save(path, {"open": True, "map": self.recorder.record})
             self.say(f"slim: saved to {path}, {size(Path(path).stat().st_size)}; go on with --resume {path}")
 
     def ask(self, question: str) -> None:
@@ -1081,6 +1093,7 @@ def chat(talk: Talk) -> None:
                 talk.say(f"slim: map {talk.draw(line[4:].strip() or talk.args.map or 'map.html')}")
             elif line == "/reset":
                 engine.rewind()
+                talk.recorder.restart()
                 talk.open = start
                 talk.say("slim: all questions are forgotten, the text is not")
             elif line.startswith("/"):

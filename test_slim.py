@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings as hypothesis_settings, strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import kvcache
@@ -533,6 +534,178 @@ def test_a_broken_off_step_is_not_extended(tiny):
     engine.prefill([1, 2, 3])
 
 
+# ---- conversations: saved, resumed, rewound -----------------------------------------------
+
+SLIM = dict(device="cpu", schedule={1: 64, 3: 32}, block_len=8, unit_len=4)
+
+
+def go_on(engine, ids, steps=12):
+    """Return the logits of a follow-up and of greedy steps after it."""
+    seen = [engine.extend(ids)]
+    while len(seen) < steps:
+        seen.append(engine.extend([int(seen[-1].argmax())]))
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("schedule", [{1: 64, 3: 32}, {}])
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedule, gamma):
+    """After a prompt, an answer and its unrun last token: tiers, active sets, ring, ids and counters are all in the file."""
+    settings = SLIM | dict(device=device, schedule=schedule, gamma=gamma)
+    engine, other = slim.load(tiny, **settings), slim.load(tiny, **settings)
+    for n in (3, 150):  # the second file takes the place of the first
+        list(engine.generate(draw(n), 9))
+        engine.save(tmp_path / "talk.slim", {"any": ["JSON"]})
+    other.prefill(draw(30, seed=1))
+    assert other.resume(tmp_path / "talk.slim") == {"any": ["JSON"]}
+    assert other.pending == engine.pending != [] and other.ids == engine.ids and len(other.ids) == 158
+    assert torch.equal(go_on(engine, draw(20, seed=2)), go_on(other, draw(20, seed=2)))
+    for counter in ("kept", "tokens", "swaps", "revived", "kv_cpu_bytes", "aux_cpu_bytes", "to_cpu_bytes", "to_gpu_bytes"):
+        assert engine.stats[counter] == other.stats[counter], counter
+    assert not schedule or engine.stats["revived"] > 0
+
+
+def edit_saved(path, change):
+    """Change the header and the tensors of a saved conversation."""
+    with safe_open(path, "pt") as file:
+        header, tensors = json.loads(file.metadata()["slim"]), {name: file.get_tensor(name) for name in file.keys()}
+    change(header, tensors)
+    save_file(tensors, path, {"slim": json.dumps(header)})
+
+
+def other_weights(header, _):
+    header["identity"]["weights"] = "0" * 16
+
+
+SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
+    "cut short": (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated"),
+    "empty": (lambda p: p.write_bytes(b""), "truncated"),
+    "absent": (lambda p: p.unlink(), "No such file"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "no conversation"),
+    "weights": (lambda p: save_file({"x": torch.ones(1)}, p), "no conversation"),
+    "another format": (lambda p: edit_saved(p, lambda h, t: h.update(format="slim 0")), "slim 0"),
+    "a header of nothing": (lambda p: save_file({"x": torch.ones(1)}, p, {"slim": "[]"}), "no conversation"),
+    "other weights": (lambda p: edit_saved(p, other_weights), "other weights"),
+    "gamma": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1)), "gamma 0.1"),
+    "tensor missing": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2.keys")), "damaged"),
+    "tensor short": (lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"][1:]})), "damaged"),
+    "slot twice": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(0, h["kv"]["stages"][1]["slots"][1])), "damaged"),
+    "block beyond": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(0, 10**6)), "damaged"),
+    "block lost": (lambda p: edit_saved(p, lambda h, t: t.pop(f"stage.1.aux.{h['kv']['stages'][1]['aux'].pop()}")), "damaged"),
+    "length": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(length=-5)), "damaged"),
+    "length of text": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(length="9")), "damaged"),
+    "ids": (lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 10**9)), "damaged"),
+    "ids gone": (lambda p: edit_saved(p, lambda h, t: h.pop("ids")), "damaged"),
+    "stages gone": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(stages=[])), "damaged"),
+    "no stages": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(stages=None)), "damaged"),
+    "counter": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(swaps=None)), "damaged"),
+    "pending": (lambda p: edit_saved(p, lambda h, t: h.update(pending=7)), "damaged"),
+    "seconds": (lambda p: edit_saved(p, lambda h, t: h.update(prefill_s="x")), "damaged"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED_SAVES)
+def test_a_spoiled_save_is_refused_and_the_engine_goes_on(tiny, tmp_path, what):
+    spoil, names = SPOILED_SAVES[what]
+    path, engine = tmp_path / "talk.slim", slim.load(tiny, **SLIM)
+    list(engine.generate(draw(150), 4))
+    engine.save(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=names):
+        engine.resume(path)
+    assert len(engine.ids) == 153 and go_on(engine, [1, 2], 2).isfinite().all()
+
+
+@pytest.mark.parametrize("change", [dict(gamma=0.5), dict(schedule={1: 64}), dict(window=2), dict(dtype="bfloat16"), dict(score=lambda q, k, b, u: b.float())])
+def test_a_save_of_other_settings_is_refused(tiny, tmp_path, change):
+    engine = slim.load(tiny, **SLIM)
+    engine.prefill(draw(150))
+    engine.save(tmp_path / "talk.slim")
+    with pytest.raises(ValueError, match=next(iter(change))):
+        slim.load(tiny, **SLIM | change).resume(tmp_path / "talk.slim")
+
+
+def test_a_save_of_another_checkpoint_is_refused(checkpoints, tiny, tmp_path):
+    make_checkpoint(tmp_path / "other", seed=1)
+    engine = slim.load(tiny, **SLIM)
+    engine.prefill(draw(150))
+    engine.save(tmp_path / "talk.slim")
+    with pytest.raises(ValueError, match="other weights"):
+        slim.load(tmp_path / "other", **SLIM).resume(tmp_path / "talk.slim")
+
+
+def test_nothing_is_saved_before_there_is_something_or_where_it_cannot_be(tiny, tmp_path):
+    engine = slim.load(tiny, **SLIM)
+    with pytest.raises(ValueError, match="prefill"):
+        engine.save(tmp_path / "talk.slim")
+    engine.prefill(draw(20))
+    with pytest.raises(ValueError, match="nowhere"):
+        engine.save(tmp_path / "nowhere" / "talk.slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["writing", "naming"])
+def test_a_save_broken_off_leaves_the_old_file(tiny, tmp_path, monkeypatch, when):
+    engine, path = slim.load(tiny, **SLIM), tmp_path / "talk.slim"
+    engine.prefill(draw(20))
+    engine.save(path)
+    old = path.read_bytes()
+    engine.prefill(draw(150))
+
+    def break_off(*args):
+        Path(args[1] if when == "writing" else args[0]).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((slim, "save_file") if when == "writing" else (os, "replace")), break_off)
+    with pytest.raises(KeyboardInterrupt):
+        engine.save(path)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_killed_at_any_moment_leaves_a_whole_file(tiny, tmp_path):
+    """SIGKILL at random moments of saving over and over: what stands there afterwards opens, every time."""
+    path = tmp_path / "talk.slim"
+    code = f"""if True:
+        import slim
+        engine = slim.load({str(tiny)!r}, **{SLIM!r})
+        engine.prefill({draw(150)!r})
+        engine.save({str(path)!r})
+        print("saved", flush=True)
+        while True:
+            engine.save({str(path)!r})"""
+    engine = slim.load(tiny, **SLIM)
+    for seed in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=HERE)
+        process.stdout.readline()
+        time.sleep(random.Random(seed).random() * 0.02)
+        process.kill()
+        process.wait()
+        engine.resume(path)
+        assert len(engine.ids) == 150
+    engine.save(path)
+    assert list(tmp_path.iterdir()) == [path]  # what killed processes left is gone
+
+
+def test_going_back_to_the_prompt_forgets_what_came_after(tiny):
+    """Bit for bit where all blocks stay active, so that nothing but the forgotten tokens could make a difference."""
+    engine, other = slim.load(tiny, "cpu", schedule="dense"), slim.load(tiny, "cpu", schedule="dense")
+    with pytest.raises(ValueError, match="prefill"):
+        engine.rewind()
+    engine.prefill(draw(100))
+    go_on(engine, draw(30, seed=1))
+    engine.rewind()
+    other.prefill(draw(100))
+    assert torch.equal(go_on(engine, draw(9, seed=2)), go_on(other, draw(9, seed=2)))
+    assert engine.ids[:109] == draw(100) + draw(9, seed=2)
+    pruned = slim.load(tiny, **SLIM)
+    pruned.prefill(draw(150))
+    first = go_on(pruned, draw(9, seed=2))
+    pruned.rewind()
+    torch.testing.assert_close(go_on(pruned, draw(9, seed=2)), first, atol=5.0, rtol=0)  # other blocks may be active
+    assert pruned.stats["tokens"] == pruned.kv.n_prompt + 9 + 11
+
+
 # ---- checkpoints ------------------------------------------------------------------------
 
 
@@ -663,6 +836,13 @@ WRONG = {  # arguments: what the one line must name
     "--chunk -1": "--chunk",
     "--chunk many": "--chunk",
     "--no-such-flag": "--no-such-flag",
+    "--chat --json": "--chat",
+    "--compare --chat": "--compare",
+    "--compare --ask a --ask b": "--ask",
+    "--resume text.txt --ask a": "--prompt",
+    "--prompt - --chat": "standard input",
+    "--save no/where.slim --ask a": "no/where.slim",
+    "--map no/where.html": "no/where.html",
 }
 
 
@@ -689,7 +869,7 @@ def cli(talking, tmp_path, monkeypatch, capfd):
 
     def run(*args, ckpt="ckpt", prompt="text.txt"):
         given = " ".join(args)
-        args = [*args, *([] if "--ckpt" in given else ["--ckpt", ckpt]), *([] if "--prompt" in given else ["--prompt", prompt])]
+        args = [*args, *([] if "--ckpt" in given or "--resume" in given else ["--ckpt", ckpt]), *([] if "--prompt" in given or not prompt else ["--prompt", prompt])]
         capfd.readouterr()
         try:
             code = slim.main(args)
@@ -859,6 +1039,62 @@ def test_ctrl_c_prints_the_summary_and_exits_130(cli):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "kept per stage" in err and "Traceback" not in err
+
+
+def test_further_questions_are_follow_ups(cli):
+    """Two questions at once, two to a saved text, two typed: the same answers, and the text is read once."""
+    ask = ["--ask", "CAB?", "--ask", "ABBA?", "--max-new-tokens", "5", "--schedule", "2:256,3:128", "--block-len", "32"]
+    code, out, err = cli(*ask)
+    assert code == 0 and out.count("\n") >= 2 and err.count("a new prefill took") == 1
+    code, out, err = cli(*ask, "--save", "text.slim")
+    assert code == 0 and err.count("a new prefill took") == 2 and "saved to text.slim" in err
+    code, again, err = cli("--resume", "text.slim", *ask[:6], prompt=None)
+    assert (code, again) == (0, out) and "opened in" in err  # checkpoint and settings come from the file
+    process = popen(cli, *ask[4:], "--prompt", "text.txt", "--chat", "--quiet", stdin=subprocess.PIPE)
+    typed, err = process.communicate("CAB?\nABBA?\n/quit\nnever asked", timeout=60)
+    assert (process.returncode, typed, err) == (0, out, "")
+    lines = [json.loads(line) for line in cli(*ask, "--json")[1].splitlines()]
+    assert [len(line["ids"]) for line in lines] == [5, 5]
+
+
+def test_commands_of_the_chat(cli, tmp_path):
+    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE)
+    out, err = process.communicate("/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map no/where.html\n/nonsense\n\n", timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+    assert (tmp_path / "map.html").is_file() and (tmp_path / "other.html").is_file()
+    assert all(words in err for words in ("of context in use", "no command", "are forgotten", "no/where.html"))
+    first, second = out.split("\n")[:2]
+    assert first == second
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
+    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "3000", stdin=subprocess.PIPE)
+    process.stdin.write("CAB?\n")
+    process.stdin.flush()
+    process.stdout.read(1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("/stats\n", timeout=60)
+    assert process.returncode == 0 and "of context in use" in err and "Traceback" not in err
+
+
+def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, monkeypatch):
+    cli("--save", "text.slim")
+    monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
+    code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--gamma", "0.5", prompt=None)
+    assert code == 2
+    is_one_line(err, "gamma 0.9 where this run has 0.5")
+
+
+def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
+    """A pty for standard error: dim with a colour terminal, plain with NO_COLOR."""
+    for extra, dim in (({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        master, slave = pty.openpty()
+        env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | extra
+        command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(cli.folder), "--prompt", "text.txt", "--max-new-tokens", "2"]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=slave, env=env, check=True)
+        os.close(slave)
+        assert (b"\033[2m" in os.read(master, 100_000)) == dim
 
 
 # ---- tokenizers -------------------------------------------------------------------------
