@@ -4,6 +4,7 @@
     python bench/quality.py lengths     # dense accuracy by task and length
     python bench/quality.py boundary    # first boundary by layer, slim against random blocks
     python bench/quality.py settings    # block_len, unit_len, window, gamma, re-selection off
+    python bench/quality.py rules       # from the paper's score to summed attention, one change at a time
     python bench/quality.py diffusion   # the fact's own blocks removed at layer l, and nothing else
     python bench/quality.py depth       # where in the document the fact lies, by length
     python bench/quality.py questions   # later questions on one document against asking afresh
@@ -11,14 +12,18 @@
 An answer counts if the whole of it, its end of line included, is generated greedily.
 Every method prunes through the engine's own boundary, so it differs in nothing but the
 scores; budgets are shares of the prompt. Documents and the random method are seeded: a
-second run prints the same figures. A cell in which random blocks lose less than ten points
-against dense cannot tell methods apart and is marked with a ~.
+second run prints the same figures, by however many --workers. `questions` and `rules` have
+documents that no other experiment sees. A cell in which random blocks lose less than ten
+points against dense cannot tell methods apart and is marked with a ~. Rows go to stderr
+and into --out as they come, so a stopped run keeps what it has.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 import prune
 import slim
 import tasks
+import tokenizer
 
 # ---- methods: newest queries (W, H, D), keys (N, B, G, D), block numbers (N,) -> scores (N,) -------------
 
@@ -68,6 +74,34 @@ def max_pooled(queries, keys, blocks, unit_len):
 METHODS = {"slim": prune.block_scores, "average pool": average_pooled, "max pool": max_pooled, "attention mass": attention_mass, "token attention": token_attention,
            "recent blocks": recent_blocks, "random blocks": random_blocks}  # fmt: skip
 
+
+def rule(queries, keys, blocks, unit_len, unit=None, newest=None, query="mean first", weight="abs", heads="mean", over="max"):
+    """Slim's score as it stands; each option turns one step of it towards `attention_mass`, or elsewhere.
+
+    unit: tokens a unit; newest: queries counted; query: "mean first", or each query scored by itself and then
+    their "mean" or "max"; weight: "abs" or "signed" dot products, or their "softmax" over all units; heads: "mean"
+    or "max"; over: a block's "max" or "sum" over its units.
+    """
+    units = prune.unit_keys(keys, unit or unit_len)  # (N, U, G, D)
+    n, u, g, d = units.shape
+    q = queries[-(newest or len(queries)) :].to(units.dtype)
+    q = (q.mean(0, keepdim=True) if query == "mean first" else q).view(-1, g, q.shape[1] // g, d)  # (W, G, H/G, D)
+    dots = (q @ units.view(n * u, g, d).permute(1, 2, 0)).flatten(1, 2)  # (W, H, N*U)
+    dots = {"abs": dots.abs, "signed": lambda: dots, "softmax": lambda: (dots / d**0.5).softmax(-1)}[weight]()
+    dots = dots.amax(1) if heads == "max" else dots.mean(1)  # (W, N*U)
+    dots = (dots.amax(0) if query == "max" else dots.mean(0)).view(n, u)
+    return dots.amax(1) if over == "max" else dots.sum(1)
+
+
+MASS = {"unit": 1, "query": "mean", "weight": "softmax", "over": "sum"}  # rule(**MASS) is attention_mass
+RULES = {
+    "slim": {}, "slim, signed": {"weight": "signed"}, "slim, units of 1": {"unit": 1}, "slim, max over queries": {"query": "max"},
+    "slim, mean over queries": {"query": "mean"}, "slim, softmax over units": {"weight": "softmax"}, "slim, sum over units": {"over": "sum"},
+    "slim, max over heads": {"heads": "max"}, "slim, window 1": {"newest": 1},
+    "attention mass, units": MASS | {"unit": None}, "attention mass, mean query": MASS | {"query": "mean first"},
+    "attention mass, abs for softmax": MASS | {"weight": "abs"}, "attention mass, max token": MASS | {"over": "max"}, "attention mass": MASS,
+}  # fmt: skip
+
 # ---- one question -----------------------------------------------------------------------
 
 
@@ -90,145 +124,247 @@ def spell(tok, sample, question) -> tuple[list[int], list[int]]:
     return ids, tok.encode(" " + question.answer + "\n")
 
 
+@cache
+def load_tokenizer(ckpt: str):
+    return tokenizer.load(slim.find_checkpoint(ckpt))
+
+
+@lru_cache(4096)
+def one_question(ckpt: str, kind: str, length: int, seed: int, depth: float | None):
+    """Return a document with one question, the ids of both, and those of the answer."""
+    tok = load_tokenizer(ckpt)
+    sample = tasks.make(kind, length, seed, tok, n_questions=1, depth=depth)
+    return sample, *spell(tok, sample, sample.questions[0])
+
+
+@lru_cache(2)  # as many engines as one table takes turns with
+def load_engine(ckpt: str, device: str, dtype: str, settings: tuple):
+    return slim.load(ckpt, device, dtype, schedule="dense", **dict(settings))
+
+
 def load(args, **settings):
     settings = {"block_len": args.block_len, "unit_len": args.unit_len} | settings
-    return slim.load(args.ckpt, args.device, args.dtype, schedule="dense", **settings)
+    return load_engine(args.ckpt, args.device, args.dtype, tuple(settings.items()))
+
+
+def hit(args, kind: str, length: int, share, score, boundary: int, depth, settings: dict, i: int) -> bool:
+    """Say whether the i-th question of a cell is answered."""
+    engine = load(args, **settings)
+    engine.model.score = score
+    torch.manual_seed(i)
+    _, ids, answer = one_question(args.ckpt, kind, length, args.first_seed + i, depth)
+    schedule = {} if share is None else {boundary: max(int(len(ids) * share), 2 * engine.ckpt.settings.block_len)}
+    return ask(engine, ids, answer, schedule=schedule)
+
+
+def each(args, work, n: int) -> list:
+    """Return [work(0), ..., work(n - 1)], by --workers processes."""
+    if args.workers == 1:
+        return [work(i) for i in range(n)]
+    return pool(args.workers, args.threads).map(work, range(n))
+
+
+@cache
+def pool(workers: int, threads: int):
+    return multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, [threads])
 
 
 def cell(args, kind: str, length: int, share: float | None, score=prune.block_scores, boundary=None, n=None, depth=None, **settings) -> float:
     """Return the accuracy over n questions, one a document; share None is dense."""
+    n = n or args.questions
     if score is token_attention:
         settings |= {"block_len": 1, "unit_len": 1, "window": 1}
-    engine, hits, n = load(args, **settings), 0, n or args.questions
-    engine.model.score = score
-    for seed in range(n):
-        torch.manual_seed(seed)
-        sample = tasks.make(kind, length, 10**6 + seed, engine.tokenizer, n_questions=1, depth=depth)
-        ids, answer = spell(engine.tokenizer, sample, sample.questions[0])
-        schedule = {} if share is None else {boundary or args.boundary: max(int(len(ids) * share), 2 * engine.ckpt.settings.block_len)}
-        hits += ask(engine, ids, answer, schedule=schedule)
-    return hits / n
+    return sum(each(args, partial(hit, args, kind, length, share, score, boundary or args.boundary, depth, settings), n)) / n
 
 
-# ---- experiments: each returns (head, rows) of a table ----------------------------------
+# ---- experiments: each yields the head of a table, then its rows -------------------------
 
 
 def lengths(args):
-    rows = [[kind, *(cell(args, kind, n, None) for n in args.lengths)] for kind in args.kinds]
-    return ["dense, by prompt tokens", *(f"{n:,}" for n in args.lengths)], rows
+    yield ["dense, by prompt tokens", *(f"{n:,}" for n in args.lengths)]
+    for kind in args.kinds:
+        yield [kind, *(cell(args, kind, n, None) for n in args.lengths)]
 
 
 def main_table(args):
-    """Every method at every budget, by task, at the first of --lengths."""
-    length, rows = args.lengths[0], []
-    for kind in args.kinds:
-        dense = cell(args, kind, length, None)
-        for share in args.shares:
-            row = {name: cell(args, kind, length, share, score) for name, score in METHODS.items()}
-            blind = "" if dense - row["random blocks"] >= 0.1 else " ~"
-            rows.append([f"{kind}, 1/{round(1 / share)}{blind}", dense, *row.values()])
-            print(rows[-1], file=sys.stderr, flush=True)
-    return [f"{length:,} tokens, boundary {args.boundary}", "dense", *METHODS], rows
+    """Every method at every budget, by task and length."""
+    yield [f"boundary {args.boundary}", "dense", *METHODS]
+    for length in args.lengths:
+        for kind in args.kinds:
+            dense = cell(args, kind, length, None)
+            for share in args.shares:
+                row = {name: cell(args, kind, length, share, score) for name, score in METHODS.items()}
+                blind = "" if dense - row["random blocks"] >= 0.1 else " ~"
+                yield [f"{kind}, {length:,} tokens, {one_in(share)}{blind}", dense, *row.values()]
+
+
+def one_in(share: float) -> str:
+    return f"1/{1 / share:g}"
 
 
 def boundary(args):
     """The first boundary by layer: where does random selection start to hurt, and slim not?"""
-    layers, length, share = load(args).config.n_layers, args.lengths[0], args.shares[0]
-    rows = []
-    for kind in args.kinds:
-        for name in ("slim", "random blocks"):
-            rows.append([f"{kind}, {name}", *(cell(args, kind, length, share, METHODS[name], b) for b in range(1, layers))])
-    return [f"{length:,} tokens, 1/{round(1 / share)}, boundary at", *map(str, range(1, layers))], rows
+    layers, share = range(1, load(args).config.n_layers), args.shares[0]
+    yield [f"{one_in(share)}, boundary at", *map(str, layers)]
+    for length in args.lengths:
+        for kind in args.kinds:
+            for name in ("slim", "random blocks"):
+                yield [f"{kind}, {length:,} tokens, {name}", *(cell(args, kind, length, share, METHODS[name], b) for b in layers)]
 
 
 def settings(args):
     """One setting changed at a time; gamma 0 never selects again after the prompt."""
-    length, share, rows = args.lengths[0], args.shares[-1], []
     changes = [{}, {"block_len": 32}, {"block_len": 64}, {"unit_len": 4}, {"unit_len": args.block_len}, {"window": 1}, {"window": 16}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 1.0}]
-    for change in changes:
-        name = ", ".join(f"{k} {v}" for k, v in change.items()) or "as it is"
-        rows.append([name, *(cell(args, kind, length, share, **change) for kind in args.kinds)])
-    return [f"{length:,} tokens, 1/{round(1 / share)}", *args.kinds], rows
+    yield [f"{one_in(args.shares[-1])}, boundary {args.boundary}", *args.kinds]
+    for length in args.lengths:
+        for change in changes:
+            name = ", ".join(f"{k} {v}" for k, v in change.items()) or "as it is"
+            yield [f"{length:,} tokens, {name}", *(cell(args, kind, length, args.shares[-1], **change) for kind in args.kinds)]
+
+
+def rules(args):
+    """What parts the paper's score from summed attention: one step of either exchanged for the other's."""
+    share = args.shares[0]
+    yield [f"{one_in(share)}, boundary {args.boundary}", *args.kinds]
+    for length in args.lengths:
+        scores = {"random blocks": random_blocks} | {name: partial(rule, **options) for name, options in RULES.items()}
+        yield [f"{length:,} tokens, dense", *(cell(args, kind, length, None) for kind in args.kinds)]
+        for name, score in scores.items():
+            yield [f"{length:,} tokens, {name}", *(cell(args, kind, length, share, score) for kind in args.kinds)]
+
+
+def without_facts(args, kind: str, length: int, i: int) -> list[bool]:
+    """Say for each layer whether the i-th question is answered if the facts' blocks leave there."""
+    engine, tok, b = load(args), load_tokenizer(args.ckpt), args.block_len
+    sample, ids, answer = one_question(args.ckpt, kind, length, args.first_seed + i, None)
+    places = [1 + len(tok.encode(sample.document[:at])) for span in sample.questions[0].fact_spans for at in span]
+    gone = {p // b for start, end in zip(places[::2], places[1::2]) for p in range(start, end)} - {0, (len(ids) - 1) // b}
+    engine.model.score = lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()])
+    budget = (-(-len(ids) // b) - len(gone)) * b
+    return [ask(engine, ids, answer, schedule={layer: budget} if gone else {}) for layer in range(1, engine.config.n_layers)]
 
 
 def diffusion(args):
     """At boundary l exactly the blocks of the facts leave: who can still answer has moved what they say."""
-    engine, length, rows = load(args), args.lengths[0], []
-    layers, tok, b = range(1, engine.config.n_layers), engine.tokenizer, args.block_len
-    for kind in args.kinds:
-        hits = [0] * len(layers)
-        for seed in range(args.questions):
-            sample = tasks.make(kind, length, 10**6 + seed, tok, n_questions=1)
-            ids, answer = spell(tok, sample, sample.questions[0])
-            places = [1 + len(tok.encode(sample.document[:at])) for span in sample.questions[0].fact_spans for at in span]
-            gone = {p // b for start, end in zip(places[::2], places[1::2]) for p in range(start, end)} - {0, (len(ids) - 1) // b}
-            engine.model.score = lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()])
-            for i, layer in enumerate(layers):
-                n_blocks = -(-len(ids) // b)
-                hits[i] += ask(engine, ids, answer, schedule={layer: (n_blocks - len(gone)) * b} if gone else {})
-        rows.append([kind, *(h / args.questions for h in hits)])
-    return [f"{length:,} tokens, facts removed at layer", *map(str, layers)], rows
+    yield ["facts removed at layer", *map(str, range(1, load(args).config.n_layers))]
+    for length in args.lengths:
+        for kind in args.kinds:
+            hits = each(args, partial(without_facts, args, kind, length), args.questions)
+            yield [f"{kind}, {length:,} tokens", *(sum(column) / len(hits) for column in zip(*hits))]
 
 
 def depth(args):
     spots = (0.02, 0.25, 0.5, 0.75, 0.98)
-    rows = [[f"{n:,}", *(cell(args, "lookalike", n, args.shares[0], n=args.questions // 4, depth=d) for d in spots)] for n in args.lengths]
-    return ["lookalike, tokens; fact at", *map(str, spots)], rows
+    yield ["lookalike, tokens; fact at", *map(str, spots)]
+    for length in args.lengths:
+        yield [f"{length:,}", *(cell(args, "lookalike", length, args.shares[0], n=args.questions // 4, depth=d) for d in spots)]
+
+
+def conversation(args, length: int, i: int):
+    """Ask eight questions on a document afresh and as follow-ups; return the later seven's hits of both, blocks revived, seconds of first and later."""
+    engine, tok = load(args), load_tokenizer(args.ckpt)
+    sample = tasks.make("lookalike", length, args.first_seed + i, tok, n_questions=8)
+    spelled = [spell(tok, sample, question) for question in sample.questions]
+    engine.model.score = prune.block_scores
+    schedules = [{args.boundary: max(int(len(ids) * args.shares[0]), 2 * args.block_len)} for ids, _ in spelled]
+    afresh = sum(ask(engine, ids, answer, schedule=schedule) for (ids, answer), schedule in list(zip(spelled, schedules))[1:])
+    start = time.perf_counter()
+    ask(engine, *spelled[0], schedule=schedules[-1])
+    first, start = time.perf_counter() - start, time.perf_counter()
+    later = sum(ask(engine, tok.encode("question: " + q.text), answer, False) for q, (_, answer) in list(zip(sample.questions, spelled))[1:])
+    return afresh, later, engine.stats["revived"], first, time.perf_counter() - start
 
 
 def questions(args):
     """Eight questions on a document: as follow-ups of one conversation, and each with a prefill of its own."""
-    engine, rows = load(args), []
+    yield ["tokens", "asked afresh", "as a follow-up"]
+    n = max(1, args.questions // 7)
     for length in args.lengths:
-        later = afresh = count = revived = 0
-        seconds = {"first": 0.0, "later": 0.0}
-        for seed in range(max(1, args.questions // 7)):
-            sample = tasks.make("lookalike", length, 2 * 10**6 + seed, engine.tokenizer, n_questions=8)
-            for i, question in enumerate(sample.questions):
-                ids, answer = spell(engine.tokenizer, sample, question)
-                schedule = {args.boundary: max(int(len(ids) * args.shares[0]), 2 * args.block_len)}
-                afresh += i > 0 and ask(engine, ids, answer, schedule=schedule)
-            for i, question in enumerate(sample.questions):
-                ids, answer = spell(engine.tokenizer, sample, question)
-                start = time.perf_counter()
-                right = ask(engine, ids if i == 0 else engine.tokenizer.encode("question: " + question.text), answer, i == 0, schedule)
-                seconds["later" if i else "first"] += time.perf_counter() - start
-                later += i > 0 and right
-                count += i > 0
-            revived += engine.stats["revived"]
-        rows.append([f"{length:,}", afresh / count, later / count])
-        print(f"{length}: {revived} blocks revived; time of a first question over a later one {7 * seconds['first'] / seconds['later']:.1f}", file=sys.stderr)
-    return ["tokens", "asked afresh", "as a follow-up"], rows
+        afresh, later, revived, first, seconds = map(sum, zip(*each(args, partial(conversation, args, length), n)))
+        print(f"{length}: {revived} blocks revived; time of a first question over a later one {7 * first / seconds:.1f}", file=sys.stderr)
+        yield [f"{length:,}", afresh / (7 * n), later / (7 * n)]
 
 
-EXPERIMENTS = {"main": main_table, "lengths": lengths, "boundary": boundary, "settings": settings, "diffusion": diffusion, "depth": depth, "questions": questions}
+EXPERIMENTS = {"main": main_table, "lengths": lengths, "boundary": boundary, "settings": settings, "rules": rules, "diffusion": diffusion, "depth": depth, "questions": questions}
+FIRST_SEED = {"questions": 10**6, "rules": 2 * 10**6}  # above --seed-base
+
+# ---- command line -----------------------------------------------------------------------
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"quality: error: {' '.join(str(message).split())}\n")
+
+
+def numbers(kind: type, least):
+    """Return an argparse type: numbers with commas between them, each at least `least`."""
+
+    def read(text: str) -> list:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if not values or not all(least <= value < float("inf") for value in values):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 4,8, each at least {least}")
+        return values
+
+    return read
+
+
+def kinds(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in tasks.KINDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; there are {', '.join(tasks.KINDS)}")
+    return names
+
+
+def parse_args() -> tuple[Parser, argparse.Namespace]:
+    p = Parser(prog="quality.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument("experiment", choices=EXPERIMENTS)
     p.add_argument("--ckpt", default=str(ROOT / "demo"))
     p.add_argument("--questions", type=int, default=200, help="a cell")
-    p.add_argument("--lengths", default="2048", help="prompt tokens")
-    p.add_argument("--kinds", default="single,lookalike,latest,two_hop")
-    p.add_argument("--shares", default="4,8,16", help="budgets, as one over the share of the prompt")
+    p.add_argument("--lengths", type=numbers(int, 64), default="2048", help="prompt tokens")
+    p.add_argument("--kinds", type=kinds, default="single,lookalike,latest,two_hop")
+    p.add_argument("--shares", type=numbers(float, 1), default="4,8,16", help="budgets, as one over the share of the prompt")
     p.add_argument("--boundary", type=int, default=2)
     p.add_argument("--block-len", type=int, default=16)
     p.add_argument("--unit-len", type=int, default=8)
+    p.add_argument("--seed-base", type=int, default=10**6, help="number of the first document; another gives fresh ones")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--out", help="write the figures as JSON")
+    p.add_argument("--workers", type=int, default=1, help="processes that share the questions of a cell")
+    p.add_argument("--threads", type=int, default=0, help="of torch in each process; 0 shares them out")
+    p.add_argument("--out", help="write the figures as JSON, after every row")
     args = p.parse_args()
+    for name, least in (("questions", 1), ("workers", 1), ("threads", 0), ("seed_base", 0)):
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        p.error(f"--out {args.out!r} cannot be written: it is a folder, or its folder does not exist")
+    args.shares = [1 / n for n in args.shares]
+    args.threads = args.threads or max(1, torch.get_num_threads() // args.workers)
+    args.first_seed = args.seed_base + FIRST_SEED.get(args.experiment, 0)
+    return p, args
+
+
+def main() -> None:
+    p, args = parse_args()
     torch.set_num_threads(args.threads)
-    args.lengths, args.kinds = [int(n) for n in args.lengths.split(",")], args.kinds.split(",")
-    args.shares = [1 / float(n) for n in args.shares.split(",")]
-    head, rows = EXPERIMENTS[args.experiment](args)
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for name, *figures in rows:
-        print(f"| {name} | " + " | ".join(f"{100 * f:.1f}" for f in figures) + " |")
-    if args.out:
-        Path(args.out).write_text(json.dumps({**vars(args), "ckpt": Path(args.ckpt).name, "head": head, "rows": rows}, indent=1) + "\n")
+    try:
+        table = EXPERIMENTS[args.experiment](args)
+        head, rows = next(table), []
+        for row in table:
+            rows.append(row)
+            print(line(row), file=sys.stderr, flush=True)
+            if args.out:
+                Path(args.out).write_text(json.dumps({**vars(args), "ckpt": Path(args.ckpt).name, "head": head, "rows": rows}, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        p.error(error)
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", *map(line, rows), sep="\n")
+
+
+def line(row: list) -> str:
+    return f"| {row[0]} | " + " | ".join(f"{100 * figure:.1f}" for figure in row[1:]) + " |"
 
 
 if __name__ == "__main__":

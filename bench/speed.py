@@ -9,7 +9,10 @@ ours), same dtype, same device, one warm-up each, then rounds in alternating ord
 table shows medians and the spread. The ceiling of a prefill is its FLOPs over the matmul
 peak measured here, that of a decode step its bytes (weights, active KV) over the copy peak
 measured here; a ratio's ceiling is the ratio of the FLOPs. Random weights make selections
-jump, so decode is measured without any swap (gamma 0) and with one at every step (gamma 1).
+jump, so decode is measured without any swap (gamma 0) and with one at every step (gamma 1),
+on a GPU also with copies that compute waits for. Where the budgets cover the prompt nothing
+is pruned, and the row says what slim then costs. A second table splits the prefill by part,
+timed from outside with a wait for the device around each part, so copies are not hidden there.
 """
 
 import argparse
@@ -19,13 +22,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model
 import prune
 import slim
+from kvcache import CopyLane
 from model import Config
 
 LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=131072)
@@ -124,10 +132,10 @@ def peaks(device, dtype) -> tuple[float, float]:
 # ---- contestants ------------------------------------------------------------------------
 
 
-def run_slim(engine: slim.Engine, ids: list[int], schedule: dict, n_new: int, gamma: float) -> dict:
+def run_slim(engine: slim.Engine, ids: list[int], schedule: dict, n_new: int, gamma: float, overlap=True) -> dict:
     """Prefill and decode n_new tokens; return seconds, counters and the peak of device memory."""
     device = engine.kv.device
-    engine.model.gamma = gamma
+    engine.model.gamma, engine.kv.lane = gamma, CopyLane(device, overlap)  # prefill waits for the old lane
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     ttft = clock(device, lambda: engine.prefill(ids, reserve=n_new, schedule=schedule).argmax().item())
@@ -155,28 +163,72 @@ def run_transformers(model, ids: list[int], n_new: int, device) -> dict:
 
 
 def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: int) -> dict:
-    """Run every contestant `rounds` times in alternating order after one warm-up; return medians and spreads."""
+    """Run every contestant `rounds` times in alternating order after one warm-up; return medians and spreads.
+
+    One that does not fit into memory is out, its reason under "error".
+    """
     ids = torch.randint(engine.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     contestants = {
         "dense": lambda: run_slim(engine, ids, {}, n_new, 0.0),
         "slim": lambda: run_slim(engine, ids, schedule, n_new, 0.0),
-        "slim, swaps": lambda: run_slim(engine, ids, schedule, n_new, 1.0),
     }
+    if prunes(length, schedule):
+        contestants["slim, swaps"] = lambda: run_slim(engine, ids, schedule, n_new, 1.0)
+        if engine.kv.device.type == "cuda":
+            contestants["slim, swaps, no overlap"] = lambda: run_slim(engine, ids, schedule, n_new, 1.0, overlap=False)
     if reference is not None:
         contestants["transformers"] = lambda: run_transformers(reference, ids, n_new, engine.kv.device)
-    runs = {name: [] for name in contestants}
+    runs, out = {name: [] for name in contestants}, {}
     for r in range(rounds + 1):
-        for name in list(contestants)[:: -1 if r % 2 else 1]:
-            result = contestants[name]()
-            if r:  # the first round warms up
-                runs[name].append(result)
-    out = {}
-    for name, results in runs.items():
+        for name in list(runs)[:: -1 if r % 2 else 1]:
+            try:
+                runs[name].append(contestants[name]())
+            except (ValueError, torch.cuda.OutOfMemoryError) as error:
+                out[name] = {"error": str(error)}
+                del runs[name]
+    for name, (_, *results) in runs.items():  # the first round warms up
         out[name] = dict(results[-1])
         for key in ("ttft_s", "decode_s", "total_s"):
             values = sorted(result[key] for result in results)
             out[name] |= {key: statistics.median(values), key + "_range": [values[0], values[-1]]}
+    for name, budgets in {"dense": {}, "slim": schedule}.items():
+        if name not in runs:
+            continue
+        splits = sorted((split(engine, ids, budgets) for _ in range(rounds)), key=lambda parts: sum(parts.values()))
+        out[name]["parts_s"] = splits[len(splits) // 2]  # of one prefill, so that they add up
     return out
+
+
+def prunes(length: int, schedule: dict) -> bool:
+    return any(budget < length for budget in schedule.values())
+
+
+def split(engine: slim.Engine, ids: list[int], schedule: dict) -> dict:
+    """Return the seconds of one prefill by part; each part waits for the device, and what it calls is not its own."""
+    m, kv, seconds, inner = engine.model, engine.kv, Counter(dict.fromkeys(PARTS, 0.0)), []
+
+    def timed(part: str, work):
+        def wrapper(*args, **options):
+            result = []
+            inner.append(0.0)
+            took = clock(kv.device, lambda: result.append(work(*args, **options)))
+            seconds[part] += took - inner.pop()
+            if inner:
+                inner[-1] += took
+            return result[0]
+
+        return wrapper
+
+    places = [("projections", m, "attention"), ("attention", model, "causal_attention"), ("FFN", m, "ffn"), ("boundaries and KV", m, "boundary"),
+              ("boundaries and KV", m, "place"), ("boundaries and KV", kv, "reset"), ("boundaries and KV", kv, "append")]  # fmt: skip
+    with ExitStack() as stack:
+        for part, owner, name in places:
+            stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        timed("head and rest", engine.prefill)(ids, schedule=schedule)
+    return dict(seconds)
+
+
+PARTS = ["projections", "attention", "FFN", "boundaries and KV", "head and rest"]  # projections: QKV and output, with their norm and RoPE
 
 
 # ---- report -----------------------------------------------------------------------------
@@ -185,17 +237,18 @@ def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: 
 def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: float, copy_peak: float) -> list[str]:
     """Return the table's lines for one prompt length, the ceiling beside each figure."""
     flops = {"dense": prefill_flops(c, length, {}), "slim": prefill_flops(c, length, schedule)}
-    dense, lines = result["dense"], []
+    lines = [f"| {length:,} | {name}: {r['error']} |" for name, r in result.items() if "error" in r]
+    result = {name: r for name, r in result.items() if "error" not in r}
     for name, r in result.items():
         work = flops["slim" if name.startswith("slim") else "dense"]
         floor = work / flop_peak
         low, high = r["ttft_s_range"]
-        cells = [f"{length:,}", name, f"{r['ttft_s']:.3f} ({low:.3f}-{high:.3f})", f"{100 * floor / r['ttft_s']:.0f}%"]
-        cells.append(f"{dense['ttft_s'] / r['ttft_s']:.2f} of {flops['dense'] / work:.2f}")
-        other = result.get("transformers")
-        cells.append(f"{other['ttft_s'] / r['ttft_s']:.2f}" if other else "")
+        label = name if name != "slim" or prunes(length, schedule) else "slim, budgets cover the prompt"
+        cells = [f"{length:,}", label, f"{r['ttft_s']:.3f} ({low:.3f}-{high:.3f})", f"{100 * floor / r['ttft_s']:.0f}%"]
+        times = {(who, key): f"{result[who][key] / r[key]:.2f}" for who in ("dense", "transformers") if who in result for key in ("ttft_s", "total_s")}
+        cells += [f"{times.get(('dense', 'ttft_s'), '-')} of {flops['dense'] / work:.2f}", times.get(("transformers", "ttft_s"), "")]
         byte_share = f", {100 * r['step_bytes'] / copy_peak / r['decode_s']:.0f}%" if "step_bytes" in r else ""
-        cells += [f"{1 / r['decode_s']:.1f}{byte_share}", f"{r['total_s']:.2f}"]
+        cells += [f"{1 / r['decode_s']:.1f}{byte_share}", f"{r['total_s']:.3f} ({times.get(('dense', 'total_s'), '-')})"]
         kv = [slim.size(r[k]) for k in ("kv_gpu_bytes", "kv_cpu_bytes")] if "kv_gpu_bytes" in r else ["", ""]
         moved = slim.size(r["to_cpu_bytes"] + r["to_gpu_bytes"]) if "to_cpu_bytes" in r else ""
         lines.append("| " + " | ".join([*cells, *kv, moved, slim.size(r["peak_bytes"]) if r.get("peak_bytes") else ""]) + " |")
@@ -203,7 +256,31 @@ def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: floa
 
 
 HEAD = ["prompt", "who", "first token, s", "of matmul peak", "times own dense, of ceiling", "times transformers", "decode tokens/s, of byte peak",
-        "first token + decode, s", "KV device", "KV home", "moved", "peak memory"]  # fmt: skip
+        "first token + decode, s (times own dense)", "KV device", "KV home", "moved", "peak memory"]  # fmt: skip
+
+
+def report_parts(length: int, result: dict) -> list[str]:
+    """Return the lines of the table of parts for one prompt length: milliseconds and shares."""
+    lines = []
+    for name, parts in ((name, r["parts_s"]) for name, r in result.items() if "parts_s" in r):
+        whole = sum(parts.values())
+        cells = [f"{1e3 * s:.1f} ({100 * s / whole:.0f}%)" for s in parts.values()]
+        lines.append("| " + " | ".join([f"{length:,}", name, *cells, f"{1e3 * whole:.1f}", f"{1e3 * result[name]['ttft_s']:.1f}"]) + " |")
+    return lines
+
+
+def swap_cost(length: int, result: dict, n_new: int) -> str:
+    """Say what swapping adds to a decode step: its copies as far as they are not hidden, and the computing of revived rows."""
+    quiet, said = result["slim"], []
+    for name, r in result.items():
+        if name.startswith("slim, swaps") and "error" not in r:
+            moved = (r["to_cpu_bytes"] + r["to_gpu_bytes"] - quiet["to_cpu_bytes"] - quiet["to_gpu_bytes"]) / n_new
+            said.append(f"{name}: {1e3 * (r['decode_s'] - quiet['decode_s']):+.2f} ms a step for {slim.size(moved)} moved and {r['revived'] / n_new:.1f} blocks revived")
+    return f"{length:,}: " + "; ".join(said)
+
+
+def table(head: list[str], lines: list[str]) -> str:
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
 
 
 def hardware(device) -> dict:
@@ -254,6 +331,8 @@ def main() -> None:
     if args.rss:
         return rss_table(args)
     device = slim.pick_device(args.device)
+    if args.memory_gib and device.type != "cuda":
+        p.error("--memory-gib limits the memory of a CUDA device; there is none in use")
     if args.memory_gib:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device)
     engine = make_engine(args.shape, args.device, args.dtype, args.schedule, args.chunk)
@@ -261,16 +340,19 @@ def main() -> None:
     reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
     flop_peak, copy_peak = peaks(device, dtype)
     facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": slim.format_schedule(schedule), "new": args.new,
-             "rounds": args.rounds, "matmul_peak": flop_peak, "copy_peak": copy_peak}  # fmt: skip
+             "rounds": args.rounds, "memory_gib": args.memory_gib, "matmul_peak": flop_peak, "copy_peak": copy_peak}  # fmt: skip
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; {args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}")
     print(f"matmul peak {flop_peak / 1e12:.2f} TFLOP/s, copy peak {copy_peak / 1e9:.1f} GB/s; medians of {args.rounds} rounds, {args.new} tokens decoded\n")
-    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|", flush=True)
+    print(table(HEAD, []), flush=True)
     results = {}
     for length in map(int, args.lengths.split(",")):
         results[length] = measure(engine, reference, length, schedule, args.new, args.rounds)
         print("\n".join(report(length, results[length], config, schedule, flop_peak, copy_peak)), flush=True)
-    if args.out:
-        Path(args.out).write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+        if args.out:  # after every length, so a stopped run keeps what it has
+            Path(args.out).write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+    lines = [line for length, result in results.items() for line in report_parts(length, result)]
+    print("\n" + table(["prompt", "who", *(f"{part}, ms" for part in PARTS), "sum", "without the waits"], lines) + "\n")
+    print("\n".join(swap_cost(length, result, args.new) for length, result in results.items() if "slim, swaps" in result and "error" not in result["slim"]))
 
 
 if __name__ == "__main__":
