@@ -34,6 +34,7 @@ import kvcache
 import prune
 import slim
 import tokenizer
+from cli.options import DEMO
 from kvcache import KVCache, Pool
 from model import Config, inverse_frequencies, rotate
 
@@ -1361,7 +1362,7 @@ def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert slim.main(["--json", "--quiet"]) == 0
     both = json.loads(capfd.readouterr().out)
-    question = slim.DEMO["ask"].removeprefix("question: ")
+    question = DEMO["ask"].removeprefix("question: ")
     number = (HERE / "demo" / "document.txt").read_text().replace("\n", " ").split(question + " ")[1][:4]
     assert both["dense"]["text"].strip() == both["slim"]["text"].strip() == number
     assert both["slim"]["prompt_tokens"] > 8000 and both["slim"]["kept"][-1] < 512 and both["slim"]["revived"] > 0

@@ -299,7 +299,7 @@ def rss_table(args) -> None:
                 f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, {args.chunk}).prefill([7] * {length})\n"
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
         peak[length] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
-    print(f"| prompt | peak memory | above a prompt of 64 | bytes a token |\n|---|---|---|---|")
+    print("| prompt | peak memory | above a prompt of 64 | bytes a token |\n|---|---|---|---|")
     for length in lengths:
         above = peak[length] - peak[64]
         print(f"| {length:,} | {slim.size(peak[length])} | {slim.size(above)} | {above / length:.0f} |")

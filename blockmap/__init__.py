@@ -54,6 +54,12 @@ class Recorder:
                 self.record["steps"][-1]["moves"].append(move)
             self.riding = new
 
+    def restart(self) -> None:
+        """After `Engine.rewind`: what is active now counts as the beginning."""
+        for stage, kept in zip(self.record.get("stages", []), self.engine.kv.stages[1:]):
+            stage["active"] = sorted(kept.slots)
+        self.record |= {"steps": []}
+
 
 def write(path, engine, recorder: Recorder, ids) -> None:
     """Write the page of a conversation to path, whole or not at all; ids: all of its token ids in order.

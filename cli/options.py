@@ -1,0 +1,144 @@
+"""What the command line says: arguments, the text, and the ids to begin with."""
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import slim
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = dict(ckpt=str(ROOT / "demo"), prompt=str(ROOT / "demo" / "document.txt"), ask="question: the lot of vekebu is", schedule="5:2048,6:1024,7:512")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse prints its usage first; one line is enough
+        self.exit(2, f"slim: error: {message}; see python slim.py --help\n")
+
+
+EXAMPLES = """examples:
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --ask "What happens in the end?"
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --save book.slim --chat      then: python slim.py --resume book.slim --chat
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --map book.html
+"""
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Read the command line; `given` holds what was written there, without the defaults."""
+    d = {f.name: f.default for f in fields(slim.Settings)}
+    p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]", epilog=EXAMPLES, allow_abbrev=False,
+               description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
+               formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110))  # fmt: skip
+    g = p.add_argument_group("what to read, and what to ask")
+    g.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b")
+    g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
+    g.add_argument("--ask", metavar="TEXT", action="append", help="a question put after the text; again for each further one")
+    g.add_argument("--chat", action="store_true", help="type questions at a prompt")
+    g.add_argument("--save", metavar="FILE", help="keep the text as it was read, before any question")
+    g.add_argument("--resume", metavar="FILE", help="go on with a saved text instead of reading one")
+    g.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
+    g.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
+    g = p.add_argument_group("the answer")
+    g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="its length at most (%(default)s)")
+    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
+    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of this total probability (%(default)s)")
+    g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    g = p.add_argument_group("what is shown")
+    g.add_argument("--map", metavar="FILE", help="write an HTML page that shows which parts of the text were kept, and when")
+    g.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
+    g.add_argument("--json", action="store_true", help="print one JSON object an answer instead of the text")
+    g.add_argument("--quiet", action="store_true", help="print the answer alone")
+    g = p.add_argument_group("pruning")
+    g.add_argument("--schedule", default="auto", help="boundaries and token budgets as in 10:8192,20:4096,30:2048; auto goes by depth (%(default)s)")
+    g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
+    g.add_argument("--block-len", type=int, default=d["block_len"], metavar="N", help="tokens a block (%(default)s)")
+    g.add_argument("--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens a unit of a block (%(default)s)")
+    g.add_argument("--window", type=int, default=d["window"], metavar="N", help="newest queries that score the blocks (%(default)s)")
+    g.add_argument("--gamma", type=float, default=d["gamma"], metavar="G", help="overlap from which the active blocks are kept (%(default)s)")
+    g = p.add_argument_group("the machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)")
+    g.add_argument("--chunk", type=int, default=d["chunk"], metavar="N", help="rows computed at a time; 0 chooses by device (%(default)s)")
+    g.add_argument("--no-overlap", action="store_true", help="copy synchronously, on the compute stream")
+    defaults = vars(p.parse_args([]))
+    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {key: value for key, value in given.items() if value is not None}
+    args = argparse.Namespace(**defaults | given, given=given)
+    args.ask = args.ask or []
+    if args.ckpt is None and args.resume is None:
+        args.ckpt = DEMO["ckpt"]
+        if args.schedule == "auto" and not args.dense:
+            args.schedule = DEMO["schedule"]
+        if args.prompt is None:
+            args.prompt = DEMO["prompt"]
+            args.compare |= not (args.dense or args.chat or args.save or len(args.ask) > 1)
+            args.ask = args.ask or ([] if args.chat or args.save else [DEMO["ask"]])
+    return args
+
+
+def check_args(args) -> None:
+    """Raise ValueError for arguments that do not go together."""
+    slim.check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    for first, others in (("dense", ("schedule", "compare")), ("compare", ("chat", "save", "resume")), ("resume", ("prompt", "save", "max_prompt_tokens")), ("chat", ("json", "compare"))):
+        if clash := [name for name in others if first in args.given and name in args.given]:
+            raise ValueError(f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out")
+    if args.compare and len(args.ask) > 1:
+        raise ValueError(f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out")
+    if any(not question.strip() for question in args.ask):
+        raise ValueError("--ask is empty; put a question, or leave it out")
+    if args.resume and not (args.ask or args.chat):
+        raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
+    for flag, path in (("save", args.save), ("map", args.map)):  # better now than after an hour of reading
+        if path is not None and (not path or Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
+            raise ValueError(f"--{flag} {path!r} cannot be written; give a file in a folder that exists")
+
+
+def read_prompt(args) -> str:
+    """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked either."""
+    name = args.prompt
+    if name is None and not args.ask and not args.chat:
+        raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
+    if name is None and args.save:
+        raise ValueError("--save keeps a text that was read; give one with --prompt FILE")
+    if name is None:
+        return ""
+    if name == "-" and args.chat:
+        raise ValueError("--prompt - and --chat both want standard input; put the text in a file")
+    if name == "-" and sys.stdin is None:
+        raise ValueError("--prompt - is standard input, and that is closed; give a text file")
+    if name != "-" and (not name or Path(name).is_dir()):
+        raise ValueError(f"--prompt {name!r} is a directory; give a text file")
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--prompt {name} cannot be read ({error}); give a text file, or - for standard input") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt {name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it first") from None
+    if not text.strip():
+        raise ValueError(f"--prompt {name} is empty; there is nothing to read")
+    return text
+
+
+def build_ids(args, text: str, tokenizer) -> list[int]:
+    """Return the ids to begin with: the text and the first question, or the text alone if it is read before anything is asked."""
+    if args.max_prompt_tokens is not None:
+        if args.max_prompt_tokens < 1:
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
+        text = tokenizer.decode(tokenizer.encode(text)[: args.max_prompt_tokens])
+    if text and (args.chat or args.save):
+        return tokenizer.chat(text, end=False)
+    parts = [part for part in (text, args.ask.pop(0) if args.ask else "") if part]
+    return tokenizer.chat(("\n\n" if tokenizer.chat_format else "\n").join(parts)) if parts else []
+
+
+def adopt(args) -> dict:
+    """Take from a saved conversation what the command line leaves open; return the file's header."""
+    header, _ = slim.read_saved(args.resume)
+    saved = header["identity"] | {"ckpt": header.get("ckpt")}
+    for name in ("ckpt", "dtype", "schedule", "block_len", "unit_len", "window", "gamma", "chunk"):
+        if name not in args.given and not (name == "schedule" and args.dense):
+            setattr(args, name, saved.get(name))
+    return header

@@ -1,0 +1,172 @@
+"""Questions put to one document: from --ask, or typed at the prompt of --chat."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import blockmap
+import slim
+from cli.show import Progress, comparison, public, summary, timing
+
+
+class Talk:
+    """Questions put to one document, by --ask or at the prompt of --chat, and what is said about each."""
+
+    def __init__(self, engine: slim.Engine, tokenizer, args, progress: Progress, say):
+        self.engine, self.tokenizer, self.args, self.progress, self.say = engine, tokenizer, args, progress, say
+        self.interrupted = False
+        self.open = False  # the text was read, and its turn waits for a question
+        self.recorder = blockmap.Recorder(engine)
+
+    def begin(self, ids: list[int]) -> None:
+        """Open the saved text, or read the text alone, or answer the first question about it."""
+        engine, args = self.engine, self.args
+        if args.resume:
+            started = time.perf_counter()
+            extra = engine.resume(args.resume, args.max_new_tokens) or {}
+            self.open, record = extra.get("open") is True, extra.get("map")
+            self.recorder.record = record if isinstance(record, dict) and {"stages", "steps"} <= set(record) else {}
+            self.say(f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took {engine.prefill_s:.2f} s")
+        elif ids and (args.chat or args.save):
+            self.read(ids)
+        elif ids:
+            self.report(self.answer(ids))
+
+    def read(self, ids: list[int]) -> None:
+        """Read the text before anything is asked, and save it if that is wanted."""
+        engine, path = self.engine, self.args.save
+        self.warn(len(ids))
+        self.progress.follow(engine)
+        engine.prefill(ids, self.args.max_new_tokens)
+        self.progress.done(engine)
+        self.open = True
+        self.say(f"slim: read in {engine.prefill_s:.2f} s\n{summary(engine.stats, engine.kv.device)}")
+        if path:
+            engine.save(path, {"open": True, "map": self.recorder.record})
+            self.say(f"slim: saved to {path}, {slim.size(Path(path).stat().st_size)}; go on with --resume {path}")
+
+    def ask(self, question: str) -> None:
+        """Answer one more question."""
+        tok, first = self.tokenizer, not self.engine.ids
+        ids = tok.rest(question) if self.open else tok.chat(question, begin=first)
+        self.open = False
+        self.report(self.answer(ids, follow_up=not first))
+
+    def compare(self, ids: list[int]) -> None:
+        """Answer twice, dense and pruned."""
+        self.engine.prefill(ids[:256])  # the first kernels of a process are slow: neither side shall pay for them
+        results = {}
+        for name, budgets in (("dense", {}), ("slim", self.engine.ckpt.schedule)):
+            results[name] = r = self.answer(ids, budgets)
+            self.say(timing(r) + "\n" + summary(r, self.engine.kv.device))
+            if self.interrupted:
+                return
+        self.say(comparison(results["dense"], results["slim"]))
+        if self.args.json:
+            print(json.dumps({name: public(r) for name, r in results.items()}), flush=True)
+
+    def report(self, r: dict) -> None:
+        if self.args.json:
+            print(json.dumps(public(r)), flush=True)
+        self.say(timing(r) if r["follow_up"] else timing(r) + "\n" + summary(r, self.engine.kv.device))
+
+    def warn(self, n_new: int) -> None:
+        """Say so if what comes goes beyond the context that the model was trained for."""
+        n, new, most = len(self.engine.ids) + n_new, self.args.max_new_tokens, self.engine.config.max_len
+        if n + new > most:
+            self.say(f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained for; expect a poor answer")
+
+    def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:
+        """Generate and, but for --json, print an answer as it comes; return it with what it took, also after Ctrl-C."""
+        engine, args, text = self.engine, self.args, not self.args.json
+        if not follow_up:
+            engine.ids = []
+        self.warn(len(ids))
+        out, pieces, times = [], [], [time.perf_counter()]
+        before = engine.stats if follow_up else {"swaps": 0, "revived": 0}
+
+        def tokens(stopped):
+            for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule, follow_up):
+                times.append(time.perf_counter())
+                self.progress.done(engine)
+                out.append(token)
+                yield token
+                if stopped:
+                    raise KeyboardInterrupt
+
+        self.interrupted = False
+        if not follow_up:
+            self.progress.follow(engine)
+        try:
+            with stop_between_tokens(args.chat) as stopped:
+                for piece in self.tokenizer.stream(tokens(stopped)):
+                    pieces.append(piece)
+                    if text:
+                        print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        self.progress.done(engine)
+        if text and (pieces or not self.interrupted):
+            print(flush=True)
+        first = times[1] if out else time.perf_counter()
+        rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
+        r = engine.stats | {"text": "".join(pieces), "ids": out, "ttft_s": first - times[0], "decode_tok_s": rate, "n_new": len(ids)}
+        return r | {"interrupted": self.interrupted, "follow_up": follow_up} | {f"{key}_here": r[key] - before[key] for key in ("swaps", "revived")}
+
+    def draw(self, path: str) -> str:
+        """Write the map of the conversation; return where."""
+        blockmap.write(path, self.engine, self.recorder, self.engine.ids + self.engine.pending)
+        return path
+
+
+@contextlib.contextmanager
+def stop_between_tokens(on: bool):
+    """Let Ctrl-C set a mark instead of breaking off a step, which would lose the conversation; a second one does break off."""
+    marks = []
+
+    def mark(*_):
+        if marks:
+            raise KeyboardInterrupt
+        marks.append(True)
+
+    usual = signal.signal(signal.SIGINT, mark) if on else None
+    try:
+        yield marks
+    finally:
+        if on:
+            signal.signal(signal.SIGINT, usual)
+
+
+def chat(talk: Talk) -> None:
+    """Read questions and commands until /quit or the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() its history and editing
+    engine, start = talk.engine, talk.open
+    talk.say("slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C stops an answer")
+    while engine.whole or not engine.ids:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+            if line == "/quit":
+                return
+            elif line == "/stats":
+                talk.say(summary(engine.stats, engine.kv.device) + f"\nslim: {len(engine.ids):,} of {engine.config.max_len:,} tokens of context in use")
+            elif line.split(" ")[0] == "/map":
+                talk.say(f"slim: map {talk.draw(line[4:].strip() or talk.args.map or 'map.html')}")
+            elif line == "/reset":
+                engine.rewind()
+                talk.recorder.restart()
+                talk.open = start
+                talk.say("slim: all questions are forgotten, the text is not")
+            elif line.startswith("/"):
+                talk.say(f"slim: {line.split(' ')[0]} is no command; there are /stats, /map [FILE], /reset and /quit")
+            elif line:
+                talk.ask(line)
+        except EOFError:
+            return print(file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # an empty line, and another try
+        except (ValueError, OSError) as error:
+            talk.say(f"slim: error: {' '.join(str(error).split())}")
