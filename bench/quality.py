@@ -25,6 +25,7 @@ import sys
 import time
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -105,9 +106,13 @@ RULES = {
 # ---- one question -----------------------------------------------------------------------
 
 
-def ask(engine, ids: list[int], answer: list[int], fresh=True, schedule=None) -> bool:
-    """Say whether greedy decoding gives exactly `answer` after ids; stops at the first wrong token."""
-    logits = engine.prefill(ids, schedule=schedule) if fresh else engine.extend(ids)
+def ask(engine, ids: list[int], answer: list[int], schedule=None) -> bool:
+    """Say whether greedy decoding gives exactly `answer` after ids."""
+    return goes_on(engine, engine.prefill(ids, schedule=schedule), answer)
+
+
+def goes_on(engine, logits, answer: list[int]) -> bool:
+    """Say whether greedy decoding goes on with exactly `answer`; stops at the first wrong token."""
     for n, token in enumerate(answer):
         if int(logits.argmax()) != token:
             engine.pending = answer[n:]  # a conversation goes on with the right answer
@@ -169,9 +174,9 @@ def pool(workers: int, threads: int):
     return multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, [threads])
 
 
-def cell(args, kind: str, length: int, share: float | None, score=prune.block_scores, boundary=None, n=None, depth=None, **settings) -> float:
+def cell(args, kind: str, length: int, share: float | None, score=None, boundary=None, n=None, depth=None, **settings) -> float:
     """Return the accuracy over n questions, one a document; share None is dense."""
-    n = n or args.questions
+    n, score = n or args.questions, score or METHODS[args.method]
     if score is token_attention:
         settings |= {"block_len": 1, "unit_len": 1, "window": 1}
     return sum(each(args, partial(hit, args, kind, length, share, score, boundary or args.boundary, depth, settings), n)) / n
@@ -208,7 +213,7 @@ def boundary(args):
     yield [f"{one_in(share)}, boundary at", *map(str, layers)]
     for length in args.lengths:
         for kind in args.kinds:
-            for name in ("slim", "random blocks"):
+            for name in (args.method, "random blocks"):
                 yield [f"{kind}, {length:,} tokens, {name}", *(cell(args, kind, length, share, METHODS[name], b) for b in layers)]
 
 
@@ -261,18 +266,25 @@ def depth(args):
 
 
 def conversation(args, length: int, i: int):
-    """Ask eight questions on a document afresh and as follow-ups; return the later seven's hits of both, blocks revived, seconds of first and later."""
+    """Ask eight questions on a document afresh and as follow-ups.
+
+    Return the later seven's hits of both, blocks revived, seconds to the first token of the
+    prefill, and of each follow-up.
+    """
     engine, tok = load(args), load_tokenizer(args.ckpt)
     sample = tasks.make("lookalike", length, args.first_seed + i, tok, n_questions=8)
     spelled = [spell(tok, sample, question) for question in sample.questions]
-    engine.model.score = prune.block_scores
+    engine.model.score = METHODS[args.method]
     schedules = [{args.boundary: max(int(len(ids) * args.shares[0]), 2 * args.block_len)} for ids, _ in spelled]
-    afresh = sum(ask(engine, ids, answer, schedule=schedule) for (ids, answer), schedule in list(zip(spelled, schedules))[1:])
-    start = time.perf_counter()
-    ask(engine, *spelled[0], schedule=schedules[-1])
-    first, start = time.perf_counter() - start, time.perf_counter()
-    later = sum(ask(engine, tok.encode("question: " + q.text), answer, False) for q, (_, answer) in list(zip(sample.questions, spelled))[1:])
-    return afresh, later, engine.stats["revived"], first, time.perf_counter() - start
+    afresh = sum(ask(engine, ids, answer, schedule) for (ids, answer), schedule in list(zip(spelled, schedules))[1:])
+    ask(engine, *spelled[0], schedules[-1])
+    later, first, seconds = 0, engine.prefill_s, []
+    for question, (_, answer) in list(zip(sample.questions, spelled))[1:]:
+        start = time.perf_counter()
+        logits = engine.extend(tok.encode("question: " + question.text))
+        seconds.append(time.perf_counter() - start)
+        later += goes_on(engine, logits, answer)
+    return afresh, later, engine.stats["revived"], first, seconds
 
 
 def questions(args):
@@ -280,9 +292,12 @@ def questions(args):
     yield ["tokens", "asked afresh", "as a follow-up"]
     n = max(1, args.questions // 7)
     for length in args.lengths:
-        afresh, later, revived, first, seconds = map(sum, zip(*each(args, partial(conversation, args, length), n)))
-        print(f"{length}: {revived} blocks revived; time of a first question over a later one {7 * first / seconds:.1f}", file=sys.stderr)
-        yield [f"{length:,}", afresh / (7 * n), later / (7 * n)]
+        afresh, later, revived, first, seconds = zip(*each(args, partial(conversation, args, length), n))
+        ratio = median(f / s for f, each_s in zip(first, seconds) for s in each_s)
+        args.notes.append(f"{length:,} tokens: {sum(revived)} blocks revived in {n} conversations; first token of a prefill {median(first):.3f} s, "
+                          f"of a follow-up {median(sum(seconds, [])):.3f} s, median ratio {ratio:.1f}")  # fmt: skip
+        print(args.notes[-1], file=sys.stderr)
+        yield [f"{length:,}", sum(afresh) / (7 * n), sum(later) / (7 * n)]
 
 
 EXPERIMENTS = {"main": main_table, "lengths": lengths, "boundary": boundary, "settings": settings, "rules": rules, "diffusion": diffusion, "depth": depth, "questions": questions}
@@ -326,7 +341,8 @@ def parse_args() -> tuple[Parser, argparse.Namespace]:
     p.add_argument("--lengths", type=numbers(int, 64), default="2048", help="prompt tokens")
     p.add_argument("--kinds", type=kinds, default="single,lookalike,latest,two_hop")
     p.add_argument("--shares", type=numbers(float, 1), default="4,8,16", help="budgets, as one over the share of the prompt")
-    p.add_argument("--boundary", type=int, default=2)
+    p.add_argument("--boundary", type=int, default=4)
+    p.add_argument("--method", choices=METHODS, default="slim", help="of boundary, settings, depth and questions")
     p.add_argument("--block-len", type=int, default=16)
     p.add_argument("--unit-len", type=int, default=8)
     p.add_argument("--seed-base", type=int, default=10**6, help="number of the first document; another gives fresh ones")
@@ -341,7 +357,7 @@ def parse_args() -> tuple[Parser, argparse.Namespace]:
             p.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         p.error(f"--out {args.out!r} cannot be written: it is a folder, or its folder does not exist")
-    args.shares = [1 / n for n in args.shares]
+    args.shares, args.notes = [1 / n for n in args.shares], []
     args.threads = args.threads or max(1, torch.get_num_threads() // args.workers)
     args.first_seed = args.seed_base + FIRST_SEED.get(args.experiment, 0)
     return p, args
