@@ -14,6 +14,7 @@ import math
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -1355,6 +1356,17 @@ def test_a_tokenizer_json_that_asks_for_something_else_is_refused(tmp_path, word
 
 
 # ---- real files -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", ["From Python", "Use your own scorer"])
+def test_what_the_readme_shows_in_python_runs(section, capfd, monkeypatch, tmp_path):
+    """Run as it is printed there, on the demo: the question of the default run gets its answer."""
+    code = re.search(rf"## {section}\n.*?```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "demo").symlink_to(HERE / "demo")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    document = (HERE / "demo" / "document.txt").read_text().replace("\n", " ")
+    assert document.split(DEMO["ask"].removeprefix("question: ") + " ")[1][:4] in capfd.readouterr().out
 
 
 def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
