@@ -23,9 +23,11 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -142,9 +144,47 @@ def one_question(ckpt: str, kind: str, length: int, seed: int, depth: float | No
     return sample, *spell(tok, sample, sample.questions[0])
 
 
+class Prefix:
+    """The layers below the first boundary, computed once a prompt: all methods that are compared there go on from the same state.
+
+    Takes the place of a model's attention and ffn; `prompt` names what is read next. Bit for
+    bit what the engine computes, as it is what the engine computed.
+    """
+
+    def __init__(self, engine):
+        self.kv, self.prompt, self.of = engine.kv, None, None
+        self.attention, self.ffn = engine.model.attention, engine.model.ffn
+        engine.model.attention, engine.model.ffn = self.attend, self.feed
+
+    def below(self, layer: int) -> bool:
+        return self.kv.length == 0 and len(self.kv.stages) > 1 and layer in self.kv.stages[0].layers
+
+    def attend(self, layer, x, rows, above):
+        known = self.prompt, self.kv.stages[0].layers
+        if not self.below(layer):
+            self.attention(layer, x, rows, above)
+        elif self.of == known:
+            self.kv.slabs[layer].copy_(self.slabs[layer])
+            if above is not None:
+                x.copy_(self.x)
+                above.ring = self.ring
+        else:
+            self.attention(layer, x, rows, above)
+            self.slabs = [*(self.slabs if layer else []), self.kv.slabs[layer].clone()]
+            if above is not None:
+                self.of, self.x, self.ring = known, x.clone(), above.ring
+
+    def feed(self, layer, x):
+        last = self.kv.stages[0].layers[-1]
+        if not (self.below(layer) and layer < last and self.of == (self.prompt, self.kv.stages[0].layers)):
+            self.ffn(layer, x)
+
+
 @lru_cache(2)  # as many engines as one table takes turns with
 def load_engine(ckpt: str, device: str, dtype: str, settings: tuple):
-    return slim.load(ckpt, device, dtype, schedule="dense", **dict(settings))
+    engine = slim.load(ckpt, device, dtype, schedule="dense", **dict(settings))
+    engine.prefix = Prefix(engine)
+    return engine
 
 
 def load(args, **settings):
@@ -152,14 +192,29 @@ def load(args, **settings):
     return load_engine(args.ckpt, args.device, args.dtype, tuple(settings.items()))
 
 
-def hit(args, kind: str, length: int, share, score, boundary: int, depth, settings: dict, i: int) -> bool:
-    """Say whether the i-th question of a cell is answered."""
-    engine = load(args, **settings)
-    engine.model.score = score
-    torch.manual_seed(i)
+class Try(NamedTuple):
+    """How to answer a question: dense without a share."""
+
+    share: float | None = None
+    score: Callable = prune.block_scores
+    boundary: int = 0
+
+
+DENSE = Try()
+
+
+def hits(args, kind: str, length: int, tries: list[Try], depth, settings: dict, i: int) -> list[bool]:
+    """Say of each try whether it answers the i-th question of a cell."""
     _, ids, answer = one_question(args.ckpt, kind, length, args.first_seed + i, depth)
-    schedule = {} if share is None else {boundary: max(int(len(ids) * share), 2 * engine.ckpt.settings.block_len)}
-    return ask(engine, ids, answer, schedule=schedule)
+    found = []
+    for share, score, boundary in tries:
+        single = {"block_len": 1, "unit_len": 1, "window": 1} if score is token_attention else {}
+        engine = load(args, **settings | single)
+        engine.model.score, engine.prefix.prompt = score, ids
+        torch.manual_seed(i)
+        block_len = engine.ckpt.settings.block_len
+        found.append(ask(engine, ids, answer, {} if share is None else {boundary or args.boundary: max(int(len(ids) * share), 2 * block_len)}))
+    return found
 
 
 def each(args, work, n: int) -> list:
@@ -174,12 +229,10 @@ def pool(workers: int, threads: int):
     return multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, [threads])
 
 
-def cell(args, kind: str, length: int, share: float | None, score=None, boundary=None, n=None, depth=None, **settings) -> float:
-    """Return the accuracy over n questions, one a document; share None is dense."""
-    n, score = n or args.questions, score or METHODS[args.method]
-    if score is token_attention:
-        settings |= {"block_len": 1, "unit_len": 1, "window": 1}
-    return sum(each(args, partial(hit, args, kind, length, share, score, boundary or args.boundary, depth, settings), n)) / n
+def cells(args, kind: str, length: int, tries: list[Try], n=None, depth=None, **settings) -> list[float]:
+    """Return the accuracy of every try over n questions, one a document."""
+    n = n or args.questions
+    return [sum(column) / n for column in zip(*each(args, partial(hits, args, kind, length, tries, depth, settings), n))]
 
 
 # ---- experiments: each yields the head of a table, then its rows -------------------------
@@ -188,7 +241,7 @@ def cell(args, kind: str, length: int, share: float | None, score=None, boundary
 def lengths(args):
     yield ["dense, by prompt tokens", *(f"{n:,}" for n in args.lengths)]
     for kind in args.kinds:
-        yield [kind, *(cell(args, kind, n, None) for n in args.lengths)]
+        yield [kind, *(cells(args, kind, n, [DENSE])[0] for n in args.lengths)]
 
 
 def main_table(args):
@@ -196,11 +249,11 @@ def main_table(args):
     yield [f"boundary {args.boundary}", "dense", *METHODS]
     for length in args.lengths:
         for kind in args.kinds:
-            dense = cell(args, kind, length, None)
+            dense, *rest = cells(args, kind, length, [DENSE, *(Try(share, score) for share in args.shares for score in METHODS.values())])
             for share in args.shares:
-                row = {name: cell(args, kind, length, share, score) for name, score in METHODS.items()}
-                blind = "" if dense - row["random blocks"] >= 0.1 else " ~"
-                yield [f"{kind}, {length:,} tokens, {one_in(share)}{blind}", dense, *row.values()]
+                row, rest = rest[: len(METHODS)], rest[len(METHODS) :]
+                blind = "" if dense - row[[*METHODS].index("random blocks")] >= 0.1 else " ~"
+                yield [f"{kind}, {length:,} tokens, {one_in(share)}{blind}", dense, *row]
 
 
 def one_in(share: float) -> str:
@@ -213,8 +266,10 @@ def boundary(args):
     yield [f"{one_in(share)}, boundary at", *map(str, layers)]
     for length in args.lengths:
         for kind in args.kinds:
-            for name in (args.method, "random blocks"):
-                yield [f"{kind}, {length:,} tokens, {name}", *(cell(args, kind, length, share, METHODS[name], b) for b in layers)]
+            names = dict.fromkeys([args.method, "random blocks"])
+            found = cells(args, kind, length, [Try(share, METHODS[name], b) for b in layers for name in names])
+            for i, name in enumerate(names):
+                yield [f"{kind}, {length:,} tokens, {name}", *found[i :: len(names)]]
 
 
 def settings(args):
@@ -224,18 +279,18 @@ def settings(args):
     for length in args.lengths:
         for change in changes:
             name = ", ".join(f"{k} {v}" for k, v in change.items()) or "as it is"
-            yield [f"{length:,} tokens, {name}", *(cell(args, kind, length, args.shares[-1], **change) for kind in args.kinds)]
+            yield [f"{length:,} tokens, {name}", *(cells(args, kind, length, [Try(args.shares[-1], METHODS[args.method])], **change)[0] for kind in args.kinds)]
 
 
 def rules(args):
     """What parts the paper's score from summed attention: one step of either exchanged for the other's."""
     share = args.shares[0]
     yield [f"{one_in(share)}, boundary {args.boundary}", *args.kinds]
+    scores = {"random blocks": random_blocks} | {name: partial(rule, **options) for name, options in RULES.items()}
     for length in args.lengths:
-        scores = {"random blocks": random_blocks} | {name: partial(rule, **options) for name, options in RULES.items()}
-        yield [f"{length:,} tokens, dense", *(cell(args, kind, length, None) for kind in args.kinds)]
-        for name, score in scores.items():
-            yield [f"{length:,} tokens, {name}", *(cell(args, kind, length, share, score) for kind in args.kinds)]
+        columns = [cells(args, kind, length, [DENSE, *(Try(share, score) for score in scores.values())]) for kind in args.kinds]
+        for name, row in zip(["dense", *scores], zip(*columns)):
+            yield [f"{length:,} tokens, {name}", *row]
 
 
 def without_facts(args, kind: str, length: int, i: int) -> list[bool]:
@@ -246,7 +301,8 @@ def without_facts(args, kind: str, length: int, i: int) -> list[bool]:
     gone = {p // b for start, end in zip(places[::2], places[1::2]) for p in range(start, end)} - {0, (len(ids) - 1) // b}
     engine.model.score = lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()])
     budget = (-(-len(ids) // b) - len(gone)) * b
-    return [ask(engine, ids, answer, schedule={layer: budget} if gone else {}) for layer in range(1, engine.config.n_layers)]
+    engine.prefix.prompt = ids
+    return [ask(engine, ids, answer, {layer: budget} if gone else {}) for layer in range(1, engine.config.n_layers)]
 
 
 def diffusion(args):
@@ -262,7 +318,7 @@ def depth(args):
     spots = (0.02, 0.25, 0.5, 0.75, 0.98)
     yield ["lookalike, tokens; fact at", *map(str, spots)]
     for length in args.lengths:
-        yield [f"{length:,}", *(cell(args, "lookalike", length, args.shares[0], n=args.questions // 4, depth=d) for d in spots)]
+        yield [f"{length:,}", *(cells(args, "lookalike", length, [Try(args.shares[0], METHODS[args.method])], args.questions // 4, d)[0] for d in spots)]
 
 
 def conversation(args, length: int, i: int):
