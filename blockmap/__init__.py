@@ -81,7 +81,7 @@ def check_path(path) -> Path:
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise ValueError("its folder does not exist or is closed to writing")
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"the map {path!s:.200} cannot be written: {error}") from None
+        raise ValueError(f"the map {path!s:.200} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return target
 
 
