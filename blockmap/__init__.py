@@ -42,7 +42,7 @@ class Recorder:
             if i == 1:
                 self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
             if scores is not None:  # JSON has no infinity
-                scores = [float(f"{score:.4g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]
+                scores = [float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]
             self.record["stages"].append({"scores": scores, "active": sorted(active)})
         elif self.record:
             if i == 1:
