@@ -1241,6 +1241,23 @@ def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):
     assert data["stages"] == data["steps"] == [] and data["flops"] == data["flops_dense"] and len(data["turns"]) == 1
 
 
+def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
+    """Ctrl-C leaves a step that chose its blocks and did not finish: the page shows what came before it."""
+    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
+    whole = len(recorder.record["steps"])
+
+    def interrupt(layer, rows, keys):
+        if layer == 3:
+            raise KeyboardInterrupt
+
+    engine.model.on_chunk = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.extend([1])
+    assert len(recorder.record["steps"]) == whole + 1
+    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
+    assert len(map_data((tmp_path / "map.html").read_text("utf-8"))["steps"]) == whole
+
+
 def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypatch):
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
     good = recorder.record

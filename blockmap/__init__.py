@@ -50,8 +50,8 @@ class Recorder:
                 self.riding = set()  # blocks whose rows come up from the stage below
             old, new = set(stage.slots), active - stage.held
             if active != old:
-                move = [i, sorted(active - old), sorted(old - active), sorted(new - self.riding)]
-                self.record["steps"][-1]["moves"].append(move)
+                moved = active - old, old - active, new - self.riding
+                self.record["steps"][-1]["moves"].append([i, *map(sorted, moved)])
             self.riding = new
 
 
@@ -110,16 +110,15 @@ def describe(engine, record: dict, ids) -> dict:
         raise ValueError("the record is not of this conversation; make the Recorder before prefill")
     steps = [step for step in record["steps"] if step["at"] < kv.length]  # the last may have been broken off
     turns = [*spoken(kv, steps)] + [(kv.length, "written", None)] * (len(ids) > kv.length)
-    n_blocks = kv.tail_start // kv.block_len + 1
-    cuts = [*range(0, n_blocks * kv.block_len, kv.block_len), *(at for at, _, _ in turns)]
-    texts = list(pieces(engine.tokenizer, ids, [*cuts, len(ids)]))
+    starts = range(0, kv.tail_start + 1, kv.block_len)
+    texts = list(pieces(engine.tokenizer, ids, [*starts, *(at for at, _, _ in turns), len(ids)]))
     linear = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.dim * c.hidden_dim  # weights of a layer
     flops = [2 * n * linear + 2 * n * n * c.n_heads * c.head_dim for n in stats["kept"]]  # a layer's, causal
     return {
         "model": engine.ckpt.folder.name, "block_len": kv.block_len, "device": kv.device.type,
         "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.stages],
-        "stages": record["stages"], "steps": steps, "blocks": texts[:n_blocks],
-        "turns": [{"at": at, "kind": kind, "step": k, "text": text} for (at, kind, k), text in zip(turns, texts[n_blocks:])],
+        "stages": record["stages"], "steps": steps, "blocks": texts[: len(starts)],
+        "turns": [{"at": at, "kind": kind, "step": k, "text": text} for (at, kind, k), text in zip(turns, texts[len(starts) :])],
         "flops": sum(n * len(stage.layers) for n, stage in zip(flops, kv.stages)), "flops_dense": flops[0] * c.n_layers,
         **{key: value for key, value in stats.items() if not key.endswith("_s")},
     }  # fmt: skip
