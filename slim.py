@@ -405,7 +405,7 @@ def whole_file(path) -> Iterator[str]:
     It lies in a folder of its own, as the library puts temporary files beside it: what is
     left of a killed process goes with the next try.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     folder = path.with_name(f".{path.name}.part")
     shutil.rmtree(folder, ignore_errors=True)
     try:

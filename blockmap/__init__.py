@@ -19,6 +19,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import slim
+
 HERE = Path(__file__).parent
 
 
@@ -42,7 +44,7 @@ class Recorder:
             if i == 1:
                 self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
             if scores is not None:  # JSON has no infinity
-                scores = [float(f"{score:.4g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]
+                scores = [float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]
             self.record["stages"].append({"scores": scores, "active": sorted(active)})
         elif self.record:
             if i == 1:
@@ -50,8 +52,8 @@ class Recorder:
                 self.riding = set()  # blocks whose rows come up from the stage below
             old, new = set(stage.slots), active - stage.held
             if active != old:
-                move = [i, sorted(active - old), sorted(old - active), sorted(new - self.riding)]
-                self.record["steps"][-1]["moves"].append(move)
+                moved = active - old, old - active, new - self.riding
+                self.record["steps"][-1]["moves"].append([i, *map(sorted, moved)])
             self.riding = new
 
     def restart(self) -> None:
@@ -64,18 +66,11 @@ class Recorder:
 def write(path, engine, recorder: Recorder, ids) -> None:
     """Write the page of a conversation to path, whole or not at all; ids: all of its token ids in order.
 
-    Raises ValueError for a path, ids or a record that cannot be used, OSError where writing fails.
+    Raises ValueError for a path, ids or a record that cannot be used, and where writing fails.
     """
-    target = check_path(path)
     html = page(describe(engine, recorder.record, ids)).encode("utf-8", "replace")
-    temporary = target.with_name(f".blockmap-{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(html)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(f"the map {path} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with slim.whole_file(check_path(path)) as part:
+        Path(part).write_bytes(html)
 
 
 def check_path(path) -> Path:
@@ -87,7 +82,7 @@ def check_path(path) -> Path:
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise ValueError("its folder does not exist or is closed to writing")
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"the map {path!s:.200} cannot be written: {error}") from None
+        raise ValueError(f"the map {path!s:.200} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return target
 
 
@@ -116,16 +111,15 @@ def describe(engine, record: dict, ids) -> dict:
         raise ValueError("the record is not of this conversation; make the Recorder before prefill")
     steps = [step for step in record["steps"] if step["at"] < kv.length]  # the last may have been broken off
     turns = [*spoken(kv, steps)] + [(kv.length, "written", None)] * (len(ids) > kv.length)
-    n_blocks = kv.tail_start // kv.block_len + 1
-    cuts = [*range(0, n_blocks * kv.block_len, kv.block_len), *(at for at, _, _ in turns)]
-    texts = list(pieces(engine.tokenizer, ids, [*cuts, len(ids)]))
+    starts = range(0, kv.tail_start + 1, kv.block_len)
+    texts = list(pieces(engine.tokenizer, ids, [*starts, *(at for at, _, _ in turns), len(ids)]))
     linear = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.dim * c.hidden_dim  # weights of a layer
     flops = [2 * n * linear + 2 * n * n * c.n_heads * c.head_dim for n in stats["kept"]]  # a layer's, causal
     return {
         "model": engine.ckpt.folder.name, "block_len": kv.block_len, "device": kv.device.type,
         "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.stages],
-        "stages": record["stages"], "steps": steps, "blocks": texts[:n_blocks],
-        "turns": [{"at": at, "kind": kind, "step": k, "text": text} for (at, kind, k), text in zip(turns, texts[n_blocks:])],
+        "stages": record["stages"], "steps": steps, "blocks": texts[: len(starts)],
+        "turns": [{"at": at, "kind": kind, "step": k, "text": text} for (at, kind, k), text in zip(turns, texts[len(starts) :])],
         "flops": sum(n * len(stage.layers) for n, stage in zip(flops, kv.stages)), "flops_dense": flops[0] * c.n_layers,
         **{key: value for key, value in stats.items() if not key.endswith("_s")},
     }  # fmt: skip

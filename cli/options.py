@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import blockmap
 import slim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,8 +91,10 @@ def check_args(args) -> None:
     if args.resume and not (args.ask or args.chat):
         raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
     for flag, path in (("save", args.save), ("map", args.map)):  # better now than after an hour of reading
-        if path is not None and (not path or Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
-            raise ValueError(f"--{flag} {path!r} cannot be written; give a file in a folder that exists")
+        try:
+            path is None or blockmap.check_path(path)
+        except ValueError as error:
+            raise ValueError(f"--{flag} {path!r}: {error}; give a file in a folder that exists") from None
 
 
 def read_prompt(args) -> str:
