@@ -339,8 +339,9 @@ class Checkpoint:
         c, s = self.config, self.settings
         if not (isinstance(reserve, tuple) and len(reserve) == 2 and all(type(n) is int for n in reserve) and reserve[0] >= 1 and reserve[1] >= 0):
             raise ValueError(f"reserve is {reserve!r}; it must be (prompt tokens, at least 1; new tokens, at least 0)")
-        if not callable(score):
-            raise ValueError(f"score is {score!r}; it must be a function like prune.block_scores")
+        for name, f, like in (("score", score, "prune.block_scores"), ("progress", progress or print, "print")):
+            if not callable(f):
+                raise ValueError(f"{name} is {f!r}; it must be a function like {like}")
         check_memory(self, *reserve)
         kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, self.dtype, self.device, s.overlap, s.pool_mib)
         kv.reset(reserve[0], self.schedule, reserve[1])

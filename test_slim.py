@@ -964,7 +964,7 @@ def test_two_answers_at_once_from_one_engine_are_refused(tiny):
 
 
 def test_arguments_of_other_types_are_refused(tiny):
-    for wrong in (dict(dtype=[]), dict(reserve=5), dict(reserve=(0, 0)), dict(score=5), dict(schedule=5), dict(gamma="x"), dict(chunk=1.5), dict(overlap="no"), dict(pool_mib=-1)):
+    for wrong in (dict(dtype=[]), dict(reserve=5), dict(reserve=(0, 0)), dict(score=5), dict(schedule=5), dict(gamma="x"), dict(chunk=1.5), dict(overlap="no"), dict(pool_mib=-1), dict(progress=5)):
         with pytest.raises(ValueError):
             slim.load(tiny, **({"device": "cpu"} | wrong))
     engine = slim.load(tiny, "cpu")
@@ -973,6 +973,9 @@ def test_arguments_of_other_types_are_refused(tiny):
             engine.generate(**({"ids": [1], "max_new_tokens": 5} | wrong))
     with pytest.raises(ValueError):
         engine.prefill([1], reserve=-1)
+    for wrong in (ours("gpt2").encode, ours("gpt2").chat, ours("gpt2").rest):
+        with pytest.raises(ValueError, match="str"):
+            wrong(5)
 
 
 def test_logits_belong_to_the_caller(tiny):
@@ -1296,6 +1299,30 @@ def test_sentencepiece_chats(tmp_path):
     assert tok.chat(EVIL) == [1, *tok.encode(f"[INST] {EVIL} [/INST]")]
     tok = tokenizer.load(write(tmp_path / "b", blob, {"chat_template": ZEPHYR_TEMPLATE}, "tokenizer.model"))
     assert tok.chat(EVIL) == [1, *tok.encode("<|user|>\n" + EVIL), 2, *tok.encode("\n<|assistant|>\n")]
+
+
+TURNS = {  # the text of a conversation of two turns, as the chat templates of the models themselves give it
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nA?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYES"
+              "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nB?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nDOC\n\nA?<|im_end|>\n<|im_start|>assistant\nYES<|im_end|>\n"
+            "<|im_start|>user\nB?<|im_end|>\n<|im_start|>assistant\n",
+    "llama2": "<s>[INST] DOC\n\nA? [/INST]YES </s><s>[INST] B? [/INST]",
+    "zephyr": "<|user|>\nDOC\n\nA?</s>\n<|assistant|>\nYES</s>\n<|user|>\nB?</s>\n<|assistant|>\n",
+    None: "DOC\nA?YES\nB?",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_conversation_keeps_its_turns(name):
+    """Document, first question, answer and second question, encoded apart, spell one conversation."""
+    special = re.findall(r"<[^<>\s]+>", TURNS[name]) if name else []
+    numbers = {token: 256 + i for i, token in enumerate(dict.fromkeys(special))}
+    tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, numbers, None)
+    tok.chat_format = name
+    ids = tok.chat("DOC", end=False) + tok.rest("A?") + tok.encode("YES") + tok.chat("B?", begin=False)
+    names = {i: token for token, i in numbers.items()}
+    assert b"".join(names[i].encode() if i in names else tok.bytes(i) for i in ids).decode() == TURNS[name]
+    assert tok.chat("DOC" + ("\n\n" if name else "\n") + "A?") == tok.chat("DOC", end=False) + tok.rest("A?")
 
 
 def test_no_template_is_plain_completion_and_an_unknown_one_an_error(tmp_path):

@@ -79,7 +79,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text, without BOS. Lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
-        return self.plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return self.plain(_str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids that start a text (for ids that continue one: `stream`)."""
@@ -115,12 +115,18 @@ class Tokenizer:
     def _fill(self, template, text):
         # The template is split before the text goes in: "<|eot_id|>" typed by a user stays text.
         parts = _split(template, self.special)
-        ids = ([self.special[p]] if p in self.special else self.encode(p.replace("{}", text)) for p in parts)
+        ids = ([self.special[p]] if p in self.special else self.encode(p.replace("{}", _str(text))) for p in parts)
         return [i for part in ids for i in part]
 
     def bytes(self, token: int) -> bytes:
         """Return the bytes of one token, b'' for a special one. Raises TypeError for what is no whole number."""
         return self.pieces.get(operator.index(token), b"")
+
+
+def _str(text):
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a str, not {text!r:.60}")
+    return text
 
 
 def _split(text, tokens):
