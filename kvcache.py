@@ -276,7 +276,7 @@ class KVCache:
     # ---- going back, and out to a file -------------------------------------------------
 
     def rewind(self) -> None:
-        """Forget all tokens after the prompt; the active blocks stay, for the next tokens to choose from."""
+        """Forget all tokens after the prompt; the active blocks stay, and the next queries choose from there."""
         self.length = self.n_prompt
         for stage in self.stages:
             stage.ring = None
@@ -286,7 +286,7 @@ class KVCache:
         if self.pin:
             torch.cuda.synchronize(self.device)  # the lane may still write what is read here
         layout = {key: getattr(self, key) for key in ("n_prompt", "length", *COUNTERS)}
-        layout["stages"] = [{"slots": s.slots, "home": list(s.home), "aux": list(s.aux), "ring": 0 if s.ring is None else len(s.ring)} for s in self.stages]
+        layout["stages"] = [{"slots": s.slots, "home": list(s.home), "aux": list(s.aux), "ring": s.ring is not None} for s in self.stages]
         tensors = {}
         for i, stage in enumerate(self.stages):
             for layer in stage.layers:
@@ -294,31 +294,12 @@ class KVCache:
                 tensors |= {f"layer.{layer}.{name}": half.cpu() for name, half in zip(("keys", "values"), halves)}
             tensors |= {f"stage.{i}.home.{block}": entry for block, entry in stage.home.items()}
             tensors |= {f"stage.{i}.aux.{block}": entry for block, entry in stage.aux.items()}
-            tensors |= {} if stage.ring is None else {f"stage.{i}.ring": stage.ring.cpu()}
+            if stage.ring is not None:
+                tensors[f"stage.{i}.ring"] = stage.ring.cpu()
         return layout, tensors
 
-    def shapes(self, layout: dict, schedule: dict[int, int], n_heads: int) -> dict[str, tuple[int, ...]]:
-        """Return the name and shape of every tensor of a layout that `dump` could have written; raise ValueError for any other."""
-        n_prompt, length, b = layout["n_prompt"], layout["length"], self.block_len
-        counts = [n_prompt, length - n_prompt + 1, *(layout[key] + 1 for key in COUNTERS)]
-        sizes, edges = stage_blocks(n_prompt, schedule, b), [0, *schedule, self.n_layers]
-        shapes, in_aux = {}, set()
-        sound = all(type(n) is int and n > 0 for n in counts) and len(layout["stages"]) == len(sizes)
-        for i, (n, saved) in enumerate(zip(sizes, layout["stages"])):
-            slots, home, aux, ring = (saved[key] for key in ("slots", "home", "aux", "ring"))
-            known, in_aux = {*slots, *home}, in_aux.union(aux)
-            sound &= len(set(slots)) == len(slots) == n - 1 and known | in_aux == set(range(sizes[0] - 1)) and type(ring) is int
-            rows = (n - 1) * b + length - (sizes[0] - 1) * b
-            shapes |= {f"layer.{layer}.{half}": (rows, *self.kv_shape) for layer in range(*edges[i : i + 2]) for half in ("keys", "values")}
-            shapes |= {f"stage.{i}.home.{block}": (edges[i + 1] - edges[i], 2, b, *self.kv_shape) for block in home}
-            shapes |= {f"stage.{i}.aux.{block}": (b, self.dim) for block in aux}
-            shapes |= {f"stage.{i}.ring": (ring, n_heads, self.kv_shape[1])} if ring else {}
-        if not sound:
-            raise ValueError("its blocks and lengths do not belong together")
-        return shapes
-
     def restore(self, layout: dict, tensor, schedule: dict[int, int], reserve: int = 0) -> None:
-        """Lay out a dumped conversation and fill it from tensor(name); `shapes` has seen the layout before."""
+        """Lay out a dumped conversation and fill it from tensor(name)."""
         self.reset(layout["n_prompt"], schedule, layout["length"] - layout["n_prompt"] + reserve)
         for i, (stage, saved) in enumerate(zip(self.stages, layout["stages"])):
             self.fill(stage, saved["slots"])

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends the program and nothing else
@@ -399,36 +400,65 @@ def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
 SAVED = "slim 1"  # the format of a saved conversation
 
 
+def check_path(path) -> Path:
+    """Return the file that a path to write to stands for, links followed; raise ValueError if it cannot be one."""
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir() or target.exists() and not target.is_file():
+            raise ValueError("it is no file")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise ValueError("its folder does not exist or is closed to writing")
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"{path!s:.200} cannot be written: {error}") from None
+    return target
+
+
 @contextlib.contextmanager
 def whole_file(path) -> Iterator[str]:
     """Give a path to write to; what is written there takes the place of `path` at the end, or vanishes.
 
     It lies in a folder of its own, as the library puts temporary files beside it: what is
-    left of a killed process goes with the next try.
+    left of a killed process goes with the next try. Raises ValueError if writing fails.
     """
-    path = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
-    folder = path.with_name(f".{path.name}.part")
+    path = check_path(path)
+    folder = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
+    part = folder / path.name
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir()
-        yield str(folder / path.name)
-        with open(folder / path.name, "rb") as file:
+        yield str(part)
+        os.umask(mask := os.umask(0))
+        part.chmod(0o666 & ~mask)  # the library's files are for their owner alone
+        with open(part, "rb") as file:
             os.fsync(file.fileno())  # before the name points to it
-        os.replace(folder / path.name, path)
+        os.replace(part, path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be written ({error}); choose another place") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def checksum(header: str, tensors) -> str:
+    """Return the CRC of a header and of pairs (name, tensor), dtypes and shapes included."""
+    crc = zlib.crc32(header.encode())
+    for name, tensor in tensors:
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
 def read_saved(path) -> tuple[dict, object]:
     """Return the header of a saved conversation and its open file; raise ValueError for anything else."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("no such file")
         file = safe_open(path, framework="pt", device="cpu")
         header = json.loads((file.metadata() or {})["slim"])
-        if header["format"] == SAVED and isinstance(header["identity"], dict):
+        if header["format"] != SAVED:
+            raise OSError(f"its format is {header['format']!r}, not {SAVED!r}")
+        if isinstance(header["identity"], dict) and isinstance(header["ids"], list) and isinstance(header["extra"], dict):
             return header, file
-        problem = f"its format is {header['format']!r}, not {SAVED!r}"
+        problem = "parts are missing"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         problem = str(error) if isinstance(error, OSError) else "truncated, or never one"
     raise ValueError(f"{path} is no conversation saved by Slim: {problem}; write one with --save")
@@ -466,11 +496,9 @@ class Engine:
         of the engine's. Raises ValueError for ids outside the vocabulary, or too little memory.
         """
         ids, kv, ckpt = self.check_ids(ids), self.kv, self.ckpt
-        if type(reserve) is not int or reserve < 0:
-            raise ValueError(f"reserve is {reserve!r}; it must be a whole number of tokens, 0 or more")
         if schedule is not None:
             ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings))
-        check_memory(ckpt, len(ids), reserve, loaded=self.model.weights.nbytes + kv.gpu_bytes())
+        self.check_room(ckpt, len(ids), 0, reserve)
         self.ids, self.pending, self.prefill_s, self.extend_s, self.extend_tokens = [], [], 0.0, 0.0, 0
         started = time.perf_counter()
         self.whole = False
@@ -508,8 +536,12 @@ class Engine:
         return logits
 
     def rewind(self) -> None:
-        """Go back to the end of the prompt: what came after is forgotten, and nothing has to be read again."""
-        if not self.ids or not self.whole:
+        """Forget all that came after the prompt, without reading the prompt again.
+
+        The blocks active now stay so until the next tokens choose; of a dense engine, what
+        follows is bit for bit what follows a new prefill.
+        """
+        if not self.whole:
             raise ValueError("there is no whole conversation to go back in; call prefill first")
         self.kv.rewind()
         self.ids, self.pending = self.ids[: self.kv.n_prompt], []
@@ -517,43 +549,44 @@ class Engine:
 
     # ---- a conversation in a file -----------------------------------------------------
 
-    def save(self, path, extra=None) -> None:
+    def save(self, path, extra: dict | None = None) -> None:
         """Write the conversation to a safetensors file, whole or not at all; `extra` is JSON kept with it.
 
-        Raises ValueError if there is none, and OSError if the file cannot be written.
+        Raises ValueError if there is none, or the file cannot be written.
         """
         if not self.whole:
             raise ValueError("there is no whole conversation to save; call prefill first")
         layout, tensors = self.kv.dump()
         identity = replace(self.ckpt, schedule=self.kv.schedule).identity(self.model.score)
-        header = {"format": SAVED, "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
-                  "ids": self.ids, "pending": self.pending, "prefill_s": self.prefill_s, "extra": extra}  # fmt: skip
+        header = json.dumps({"format": SAVED, "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
+                             "ids": self.ids, "pending": self.pending, "prefill_s": self.prefill_s, "extra": extra or {}})  # fmt: skip
         with whole_file(path) as part:
-            save_file(tensors, part, {"slim": json.dumps(header)})
+            save_file(tensors, part, {"slim": header, "crc": checksum(header, sorted(tensors.items()))})
 
-    def resume(self, path, reserve: int = 0):
+    def resume(self, path, reserve: int = 0) -> dict:
         """Go on with a saved conversation, bit for bit as if it had never stopped; return its `extra`.
 
-        Raises ValueError if the file is damaged, or was saved with other weights or settings;
-        what the engine held before is then untouched.
+        Raises ValueError if the file is damaged, was saved with other weights or settings, or
+        does not fit into memory; what the engine held before is then untouched.
         """
-        kv, c, ckpt = self.kv, self.config, self.ckpt
         header, file = read_saved(path)
-        check_saved(path, header, ckpt.identity(self.model.score))
-        try:
-            ids, pending, layout, seconds = header["ids"], header["pending"], header["kv"], float(header["prefill_s"])
-            wanted = kv.shapes(layout, ckpt.schedule, c.n_heads)
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            if found != wanted or len(self.check_ids(ids)) != layout["length"] or pending and not self.check_ids(pending):
-                raise ValueError("its tensors are not those of its blocks")
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); read the document again") from None
-        check_memory(ckpt, layout["n_prompt"], layout["length"] - layout["n_prompt"] + reserve, loaded=self.model.weights.nbytes + kv.gpu_bytes())
+        check_saved(path, header, self.ckpt.identity(self.model.score))
+        tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+        if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):
+            raise ValueError(f"{path} is damaged; read the document again")
+        layout, ids = header["kv"], self.check_ids(header["ids"])
+        self.check_room(self.ckpt, layout["n_prompt"], len(ids) - layout["n_prompt"], reserve)
         self.whole = False
-        kv.restore(layout, file.get_tensor, ckpt.schedule, reserve)
-        self.ids, self.pending, self.prefill_s, self.extend_s, self.extend_tokens = ids, pending, seconds, 0.0, 0
+        self.kv.restore(layout, file.get_tensor, self.ckpt.schedule, reserve)
+        self.ids, self.pending, self.prefill_s, self.extend_s, self.extend_tokens = ids, header["pending"], header["prefill_s"], 0.0, 0
         self.whole, self.steps = True, self.steps + 1
         return header["extra"]
+
+    def check_room(self, ckpt: Checkpoint, n_prompt: int, n_after: int, reserve: int) -> None:
+        """Raise ValueError unless a conversation and a reserve after it fit in the place of the one there is."""
+        if type(reserve) is not int or reserve < 0:
+            raise ValueError(f"reserve is {reserve!r}; it must be a whole number of tokens, 0 or more")
+        check_memory(ckpt, n_prompt, n_after + reserve, loaded=self.model.weights.nbytes + self.kv.gpu_bytes())
 
     def check_ids(self, ids) -> list[int]:
         try:

@@ -38,7 +38,9 @@ import kvcache
 import prune
 import slim
 import tokenizer
-from cli.options import DEMO
+from cli.options import DEMO, parse_args
+from cli.show import Progress
+from cli.talk import Talk, stop_between_tokens
 from kvcache import KVCache, Pool
 from model import Config, inverse_frequencies, rotate
 
@@ -571,42 +573,46 @@ def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedu
     assert not schedule or engine.stats["revived"] > 0
 
 
-def edit_saved(path, change):
-    """Change the header and the tensors of a saved conversation."""
+def edit_saved(path, change, sign=False):
+    """Change the header and the tensors of a saved conversation; sign: as if it had been saved so."""
     with safe_open(path, "pt") as file:
-        header, tensors = json.loads(file.metadata()["slim"]), {name: file.get_tensor(name) for name in file.keys()}
+        crc, header = file.metadata()["crc"], json.loads(file.metadata()["slim"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     change(header, tensors)
-    save_file(tensors, path, {"slim": json.dumps(header)})
+    text = json.dumps(header)
+    save_file(tensors, path, {"slim": text, "crc": slim.checksum(text, sorted(tensors.items())) if sign else crc})
 
 
-def other_weights(header, _):
-    header["identity"]["weights"] = "0" * 16
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
     "cut short": (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated"),
     "empty": (lambda p: p.write_bytes(b""), "truncated"),
-    "absent": (lambda p: p.unlink(), "No such file"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "no conversation"),
+    "absent": (lambda p: p.unlink(), "no such file"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "no such file"),
+    "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "no such file"),
     "weights": (lambda p: save_file({"x": torch.ones(1)}, p), "no conversation"),
     "another format": (lambda p: edit_saved(p, lambda h, t: h.update(format="slim 0")), "slim 0"),
     "a header of nothing": (lambda p: save_file({"x": torch.ones(1)}, p, {"slim": "[]"}), "no conversation"),
-    "other weights": (lambda p: edit_saved(p, other_weights), "other weights"),
-    "gamma": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1)), "gamma 0.1"),
+    "no ids": (lambda p: edit_saved(p, lambda h, t: h.update(ids=None)), "parts are missing"),
+    "no extra": (lambda p: edit_saved(p, lambda h, t: h.update(extra=5)), "parts are missing"),
+    "other weights": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(weights="0"), sign=True), "other weights"),
+    "gamma": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True), "gamma 0.1"),
+    "a bit of a tensor": (lambda p: flip(p, -100), "damaged"),
     "tensor missing": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2.keys")), "damaged"),
     "tensor short": (lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"][1:]})), "damaged"),
-    "slot twice": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(0, h["kv"]["stages"][1]["slots"][1])), "damaged"),
-    "block beyond": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(0, 10**6)), "damaged"),
-    "block lost": (lambda p: edit_saved(p, lambda h, t: t.pop(f"stage.1.aux.{h['kv']['stages'][1]['aux'].pop()}")), "damaged"),
+    "tensor of another type": (lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"].view(torch.int32)})), "damaged"),
+    "tensors exchanged": (lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.values"].clone()})), "damaged"),
+    "a slot": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(1, 10**6)), "damaged"),
     "length": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(length=-5)), "damaged"),
-    "length of text": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(length="9")), "damaged"),
-    "ids": (lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 10**9)), "damaged"),
-    "ids gone": (lambda p: edit_saved(p, lambda h, t: h.pop("ids")), "damaged"),
-    "stages gone": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(stages=[])), "damaged"),
-    "no stages": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(stages=None)), "damaged"),
-    "counter": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(swaps=None)), "damaged"),
-    "pending": (lambda p: edit_saved(p, lambda h, t: h.update(pending=7)), "damaged"),
+    "an id": (lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 63 - h["ids"][0])), "damaged"),
     "seconds": (lambda p: edit_saved(p, lambda h, t: h.update(prefill_s="x")), "damaged"),
+    "no checksum": (lambda p: edit_saved(p, lambda h, t: h.update(x=1)), "damaged"),
+    "ids of another vocabulary": (lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 10**9), sign=True), "vocabulary"),
 }
 
 
@@ -703,12 +709,41 @@ def test_going_back_to_the_prompt_forgets_what_came_after(tiny):
     other.prefill(draw(100))
     assert torch.equal(go_on(engine, draw(9, seed=2)), go_on(other, draw(9, seed=2)))
     assert engine.ids[:109] == draw(100) + draw(9, seed=2)
-    pruned = slim.load(tiny, **SLIM)
-    pruned.prefill(draw(150))
-    first = go_on(pruned, draw(9, seed=2))
-    pruned.rewind()
-    torch.testing.assert_close(go_on(pruned, draw(9, seed=2)), first, atol=5.0, rtol=0)  # other blocks may be active
-    assert pruned.stats["tokens"] == pruned.kv.n_prompt + 9 + 11
+    answer = engine.generate([1], 5, follow_up=True)
+    next(answer)
+    engine.rewind()
+    with pytest.raises(ValueError, match="used while it generated"):
+        list(answer)
+
+
+def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
+    """One that always chooses anew, from the same blocks, by a ring that holds the follow-up's own queries."""
+    engine = slim.load(tiny, **SLIM | dict(gamma=1.0))
+    engine.prefill(draw(150))
+    go_on(engine, draw(30, seed=1))
+    engine.rewind()
+    assert all(stage.ring is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
+    other = slim.load(tiny, **SLIM | dict(gamma=1.0))
+    other.prefill(draw(150))
+    engine.extend(draw(9, seed=2)), other.extend(draw(9, seed=2))
+    assert set(engine.kv.stages[1].slots) == set(other.kv.stages[1].slots)  # those above see what was chosen below before
+
+
+def test_resuming_checks_memory_first_and_ends_a_generator(tiny, tmp_path, monkeypatch):
+    engine = slim.load(tiny, **SLIM)
+    engine.prefill(draw(150))
+    engine.save(tmp_path / "talk.slim")
+    for wrong in (-1, 1.5, "x"):
+        with pytest.raises(ValueError, match="reserve"):
+            engine.resume(tmp_path / "talk.slim", wrong)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="not enough memory"):
+        m.setattr(slim, "free_bytes", lambda device: 0)
+        engine.resume(tmp_path / "talk.slim", 10**6)
+    answer = engine.generate([1], 5, follow_up=True)
+    next(answer)
+    engine.resume(tmp_path / "talk.slim")
+    with pytest.raises(ValueError, match="used while it generated"):
+        list(answer)
 
 
 # ---- checkpoints ------------------------------------------------------------------------
@@ -850,6 +885,8 @@ WRONG = {  # arguments: what the one line must name
     "--save . --ask a": "--save",
     "--map /dev/null": "--map",
     "--map no/where.html": "no/where.html",
+    "--map text.txt": "--prompt",
+    "--save a --map a": "--save",
 }
 
 
@@ -1058,8 +1095,9 @@ def test_further_questions_are_follow_ups(cli):
     assert code == 0 and out.count("\n") >= 2 and err.count("a new prefill took") == 1
     code, out, err = cli(*ask, "--save", "text.slim")
     assert code == 0 and err.count("a new prefill took") == 2 and "saved to text.slim" in err
-    code, again, err = cli("--resume", "text.slim", *ask[:6], prompt=None)
+    code, again, err = cli("--resume", "text.slim", *ask[:6], "--map", "map.html", prompt=None)
     assert (code, again) == (0, out) and "opened in" in err  # checkpoint and settings come from the file
+    assert Path("map.html").is_file() and Path("text.slim").stat().st_mode & 0o777 == Path("map.html").stat().st_mode & 0o777
     process = popen(cli, *ask[4:], "--prompt", "text.txt", "--chat", "--quiet", stdin=subprocess.PIPE)
     typed, err = process.communicate("CAB?\nABBA?\n/quit\nnever asked", timeout=60)
     assert (process.returncode, typed, err) == (0, out, "")
@@ -1069,10 +1107,10 @@ def test_further_questions_are_follow_ups(cli):
 
 def test_commands_of_the_chat(cli, tmp_path):
     process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE)
-    out, err = process.communicate("/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map no/where.html\n/nonsense\n\n", timeout=60)
+    out, err = process.communicate("/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n/map no/where.html\n/map text.txt\n/nonsense\n\n", timeout=60)
     assert process.returncode == 0 and "Traceback" not in err
-    assert (tmp_path / "map.html").is_file() and (tmp_path / "other.html").is_file()
-    assert all(words in err for words in ("of context in use", "no command", "are forgotten", "no/where.html"))
+    assert all((tmp_path / name).is_file() for name in ("map.html", "other.html", "third.html"))
+    assert all(words in err for words in ("of context in use", "no command", "are forgotten", "no/where.html", "would overwrite"))
     first, second = out.split("\n")[:2]
     assert first == second
 
@@ -1088,12 +1126,55 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
     assert process.returncode == 0 and "of context in use" in err and "Traceback" not in err
 
 
+def test_two_ctrl_c_break_off_a_step():
+    with pytest.raises(KeyboardInterrupt), stop_between_tokens(True) as marks:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert marks == [True]
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
+    """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format wants it."""
+    make_checkpoint(tmp_path / "ckpt", vocab=300)
+    engine = slim.load(tmp_path / "ckpt", "cpu")
+    tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, {"<|im_start|>": 256, "<|im_end|>": 257}, None)
+    tok.chat_format = "qwen"
+    talk = Talk(engine, tok, parse_args(["--ckpt", "x", "--prompt", "x", "--chat", "--max-new-tokens", "1"]), Progress(True), lambda text: None)
+
+    def said():  # without what the random model answered
+        parts = bytes(i for i in engine.ids if i < 256).decode(errors="replace").split("assistant\n")
+        return [parts[0], *(part[part.index("\nuser") :] for part in parts[1:] if "\nuser" in part)]
+
+    talk.begin(tok.chat("DOC", end=False))
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="more tokens need"):
+        m.setattr(slim, "free_bytes", lambda device: -1)
+        talk.ask("too long " * 100)
+    talk.ask("A?")
+    talk.ask("B?")
+    head = "system\nYou are a helpful assistant.\nuser\nDOC\n\nA?\n"
+    assert said() == [head, "\nuser\nB?\n"]
+    talk.reset()
+    talk.ask("A?")
+    assert said() == [head]
+
+
 def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, monkeypatch):
     cli("--save", "text.slim")
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--gamma", "0.5", prompt=None)
     assert code == 2
     is_one_line(err, "gamma 0.9 where this run has 0.5")
+
+
+def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    for command, code in (("--chat >/dev/full", 2), ("--chat <&-", 2)):
+        run = f"printf 'CAB?\\nABBA?\\n' | {sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt --max-new-tokens 3 --quiet {command}"
+        done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
+        assert done.returncode in (code, 0) and done.stderr.count("\n") <= 3 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
@@ -1540,9 +1621,9 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypa
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
     good = recorder.record
     for path in (tmp_path, tmp_path / "none" / "map.html", tmp_path / ("long" * 99), "", "nul\0", 7, "/dev/null"):
-        with pytest.raises(ValueError, match="the map .*cannot be written: [^\n]+$"):
+        with pytest.raises(ValueError, match="cannot be written: [^\n]+$"):
             blockmap.write(path, engine, recorder, ids)
-    with monkeypatch.context() as m, pytest.raises(OSError, match="the map .*map.html cannot be written: no space left$"):
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="map.html cannot be written .*no space left"):
         m.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
         blockmap.write(tmp_path / "map.html", engine, recorder, ids)
     with pytest.raises(ValueError, match="all ids"):

@@ -14,7 +14,6 @@ import base64
 import codecs
 import hashlib
 import json
-import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +26,8 @@ HERE = Path(__file__).parent
 class Recorder:
     """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes the model's on_select hook.
 
-    record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"scores", "active"} of the
-    prompt step, scores in the order of the candidates (all blocks but the last, then the active
-    ones of the stage below), None where all of them stayed. A step: {"at": tokens before it,
+    record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"candidates", "scores",
+    "active"} of the prompt step, scores None where all candidates stayed. A step: {"at": tokens before it,
     "pending": how many of its own tokens the model wrote, "moves": [[stage, in, out, revived]]}.
     """
 
@@ -45,7 +43,7 @@ class Recorder:
                 self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
             if scores is not None:  # JSON has no infinity
                 scores = [float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]
-            self.record["stages"].append({"scores": scores, "active": sorted(active)})
+            self.record["stages"].append({"candidates": list(candidates), "scores": scores, "active": sorted(active)})
         elif self.record:
             if i == 1:
                 self.record["steps"].append({"at": kv.length, "pending": len(self.engine.pending), "moves": []})
@@ -57,7 +55,7 @@ class Recorder:
             self.riding = new
 
     def restart(self) -> None:
-        """After `Engine.rewind`: what is active now counts as the beginning."""
+        """After `Engine.rewind`: what is active now counts as active at first."""
         for stage, kept in zip(self.record.get("stages", []), self.engine.kv.stages[1:]):
             stage["active"] = sorted(kept.slots)
         self.record |= {"steps": []}
@@ -69,21 +67,8 @@ def write(path, engine, recorder: Recorder, ids) -> None:
     Raises ValueError for a path, ids or a record that cannot be used, and where writing fails.
     """
     html = page(describe(engine, recorder.record, ids)).encode("utf-8", "replace")
-    with slim.whole_file(check_path(path)) as part:
+    with slim.whole_file(path) as part:
         Path(part).write_bytes(html)
-
-
-def check_path(path) -> Path:
-    """Return the file a path stands for, links followed; raise ValueError if no page can be put there."""
-    try:
-        target = Path(os.path.realpath(path))
-        if target.is_dir() or target.exists() and not target.is_file():
-            raise ValueError("that is no file")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise ValueError("its folder does not exist or is closed to writing")
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"the map {path!s:.200} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    return target
 
 
 def page(data: dict) -> str:
@@ -132,10 +117,11 @@ def fits(record: dict, kv, whole: bool) -> bool:
         for step in record["steps"]:
             for i, came, left, _ in step["moves"]:
                 active[i - 1] = active[i - 1] - set(left) | set(came)
+        at = [step["at"] for step in record["steps"]]
         same = (record["n_prompt"], record["block_len"], len(active)) == (kv.n_prompt, kv.block_len, len(kv.stages) - 1)
     except (LookupError, TypeError, ValueError):
         return False
-    return same and (not whole or active == [set(stage.slots) for stage in kv.stages[1:]])
+    return same and at == sorted(set(at)) and (not whole or active == [set(stage.slots) for stage in kv.stages[1:]])
 
 
 def spoken(kv, steps: list[dict]):

@@ -38,7 +38,7 @@ def main(argv=None) -> int:
         return 2
     except KeyboardInterrupt:
         progress.clear()
-        print("slim: interrupted before the first step", file=sys.stderr)
+        print("slim: interrupted", file=sys.stderr)
         return 130
 
 
@@ -46,7 +46,7 @@ def run(args, progress: Progress) -> int:
     """Check everything, then load, then read, then answer."""
     say = status(args, progress)
     check_args(args)
-    header = adopt(args) if args.resume else None
+    header = adopt(args) if args.resume is not None else None
     settings = {f.name: getattr(args, f.name) for f in fields(slim.Settings) if hasattr(args, f.name)}
     ckpt = slim.Checkpoint.open(args.ckpt, args.device, args.dtype, "dense" if args.dense else args.schedule, overlap=not args.no_overlap, **settings)
     if args.compare and not ckpt.schedule:
@@ -73,6 +73,6 @@ def run(args, progress: Progress) -> int:
             talk.ask(question)
     if args.chat:
         chat(talk)
-    if args.map and engine.whole:
+    if args.map and engine.kv.length:
         say(f"slim: map {talk.draw(args.map)}")
     return 130 if talk.interrupted and not args.chat else 0

@@ -6,7 +6,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import blockmap
 import slim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,33 +67,52 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = argparse.Namespace(**defaults | given, given=given)
     args.ask = args.ask or []
     if args.ckpt is None and args.resume is None:
-        args.ckpt = DEMO["ckpt"]
-        if args.schedule == "auto" and not args.dense:
-            args.schedule = DEMO["schedule"]
-        if args.prompt is None:
-            args.prompt = DEMO["prompt"]
-            args.compare |= not (args.dense or args.chat or args.save or len(args.ask) > 1)
-            args.ask = args.ask or ([] if args.chat or args.save else [DEMO["ask"]])
+        choose_demo(args)
     return args
+
+
+def choose_demo(args) -> None:
+    """Without --ckpt: the demo checkpoint, and what is not given of its document, its question and a comparison with dense."""
+    args.ckpt = DEMO["ckpt"]
+    if args.schedule == "auto" and not args.dense:
+        args.schedule = DEMO["schedule"]
+    if args.prompt is None:
+        args.prompt = DEMO["prompt"]
+        args.compare |= not (args.dense or args.chat or args.save or len(args.ask) > 1)
+        args.ask = args.ask or ([] if args.chat or args.save else [DEMO["ask"]])
+
+
+EXCLUDED = {"dense": ("schedule", "compare"), "compare": ("chat", "save", "resume"), "resume": ("prompt", "save", "max_prompt_tokens"), "chat": ("json",)}
 
 
 def check_args(args) -> None:
     """Raise ValueError for arguments that do not go together."""
     slim.check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    for first, others in (("dense", ("schedule", "compare")), ("compare", ("chat", "save", "resume")), ("resume", ("prompt", "save", "max_prompt_tokens")), ("chat", ("json", "compare"))):
+    for first, others in EXCLUDED.items():
         if clash := [name for name in others if first in args.given and name in args.given]:
             raise ValueError(f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out")
     if args.compare and len(args.ask) > 1:
         raise ValueError(f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out")
     if any(not question.strip() for question in args.ask):
         raise ValueError("--ask is empty; put a question, or leave it out")
-    if args.resume and not (args.ask or args.chat):
+    if args.resume is not None and not (args.ask or args.chat):
         raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
-    for flag, path in (("save", args.save), ("map", args.map)):  # better now than after an hour of reading
-        try:
-            path is None or blockmap.check_path(path)
-        except ValueError as error:
-            raise ValueError(f"--{flag} {path!r}: {error}; give a file in a folder that exists") from None
+    if args.chat and sys.stdin is None:
+        raise ValueError("--chat reads standard input, and that is closed; give --ask TEXT instead")
+    for name in ("save", "map"):
+        if getattr(args, name) is not None:
+            check_output(args, name, getattr(args, name))
+
+
+def check_output(args, name: str, path: str) -> None:
+    """Raise ValueError if a file cannot be written, better now than after an hour of reading, or is another one of this run."""
+    try:
+        target = slim.check_path(path)
+    except ValueError as error:
+        raise ValueError(f"--{name} {error}; give a file in a folder that exists") from None
+    for other in ("prompt", "resume", "save", "map"):
+        if other != name and (taken := getattr(args, other)) and Path(taken).resolve() == target:
+            raise ValueError(f"--{name} {path} would overwrite the file of --{other}; give another one")
 
 
 def read_prompt(args) -> str:
@@ -140,8 +158,14 @@ def build_ids(args, text: str, tokenizer) -> list[int]:
 def adopt(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
     header, _ = slim.read_saved(args.resume)
-    saved = header["identity"] | {"ckpt": header.get("ckpt")}
-    for name in ("ckpt", "dtype", "schedule", "block_len", "unit_len", "window", "gamma", "chunk"):
+    saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}
+    for name in ("ckpt", "dtype", "schedule", "block_len", "unit_len", "window", "gamma", "chunk", "raw"):
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
+    if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
+        raise ValueError(f"{args.resume} was read with the checkpoint {args.ckpt}, which is not there any more; give its place with --ckpt")
+    if args.raw != saved["raw"]:
+        raise ValueError(f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; go on like that")
+    if args.map and "map" not in header["extra"]:
+        raise ValueError(f"{args.resume} holds no record for --map; read the text again with --save")
     return header

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import blockmap
 import slim
+from cli.options import check_output
 from cli.show import Progress, comparison, public, summary, timing
 
 
@@ -18,7 +19,8 @@ class Talk:
     def __init__(self, engine: slim.Engine, tokenizer, args, progress: Progress, say):
         self.engine, self.tokenizer, self.args, self.progress, self.say = engine, tokenizer, args, progress, say
         self.interrupted = False
-        self.open = False  # the text was read, and its turn waits for a question
+        self.open = self.open_at_first = False  # whether the turn of the text waits for a question
+        self.text_read = bool(args.resume or args.prompt)  # apart from the first question
         self.recorder = blockmap.Recorder(engine)
 
     def begin(self, ids: list[int]) -> None:
@@ -26,9 +28,9 @@ class Talk:
         engine, args = self.engine, self.args
         if args.resume:
             started = time.perf_counter()
-            extra = engine.resume(args.resume, args.max_new_tokens) or {}
-            self.open, record = extra.get("open") is True, extra.get("map")
-            self.recorder.record = record if isinstance(record, dict) and {"stages", "steps"} <= set(record) else {}
+            extra = engine.resume(args.resume, args.max_new_tokens)
+            self.open = self.open_at_first = extra.get("open", False)
+            self.recorder.record = extra.get("map", {})
             self.say(f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took {engine.prefill_s:.2f} s")
         elif ids and (args.chat or args.save):
             self.read(ids)
@@ -42,18 +44,29 @@ class Talk:
         self.progress.follow(engine)
         engine.prefill(ids, self.args.max_new_tokens)
         self.progress.done(engine)
-        self.open = True
+        self.open = self.open_at_first = True
         self.say(f"slim: read in {engine.prefill_s:.2f} s\n{summary(engine.stats, engine.kv.device)}")
         if path:
-            engine.save(path, {"open": True, "map": self.recorder.record})
+            self.save(path)
+
+    def save(self, path: str) -> None:
+        """Save the text as it was read; if that fails, the questions are answered all the same."""
+        try:
+            self.engine.save(path, {"open": True, "raw": self.args.raw, "map": self.recorder.record})
+        except ValueError as error:
+            if not (self.args.ask or self.args.chat):
+                raise
+            self.complain(error)
+        else:
             self.say(f"slim: saved to {path}, {slim.size(Path(path).stat().st_size)}; go on with --resume {path}")
 
     def ask(self, question: str) -> None:
         """Answer one more question."""
         tok, first = self.tokenizer, not self.engine.ids
         ids = tok.rest(question) if self.open else tok.chat(question, begin=first)
-        self.open = False
-        self.report(self.answer(ids, follow_up=not first))
+        r = self.answer(ids, follow_up=not first)
+        self.open = False  # only now: a question refused leaves the turn as it was
+        self.report(r)
 
     def compare(self, ids: list[int]) -> None:
         """Answer twice, dense and pruned."""
@@ -122,6 +135,21 @@ class Talk:
         return path
 
 
+    def complain(self, error: Exception) -> None:
+        """Say what is wrong, with --quiet too."""
+        self.progress.clear()
+        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+    def reset(self) -> None:
+        """Forget all questions but not the text; without a text, everything."""
+        if self.text_read:
+            self.engine.rewind()
+            self.recorder.restart()
+            self.open = self.open_at_first
+        else:
+            self.engine.ids = []  # the next question opens a conversation
+
+
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
     """Let Ctrl-C set a mark instead of breaking off a step, which would lose the conversation; a second one does break off."""
@@ -131,6 +159,7 @@ def stop_between_tokens(on: bool):
         if marks:
             raise KeyboardInterrupt
         marks.append(True)
+        print("slim: stopping after this step; Ctrl-C again gives the whole conversation up", file=sys.stderr, flush=True)
 
     usual = signal.signal(signal.SIGINT, mark) if on else None
     try:
@@ -141,32 +170,41 @@ def stop_between_tokens(on: bool):
 
 
 def chat(talk: Talk) -> None:
-    """Read questions and commands until /quit or the end of the input."""
+    """Read questions and commands, a line each, until /quit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its history and editing
-    engine, start = talk.engine, talk.open
     talk.say("slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C stops an answer")
-    while engine.whole or not engine.ids:
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while talk.engine.whole or not talk.engine.ids:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-            if line == "/quit":
-                return
-            elif line == "/stats":
-                talk.say(summary(engine.stats, engine.kv.device) + f"\nslim: {len(engine.ids):,} of {engine.config.max_len:,} tokens of context in use")
-            elif line.split(" ")[0] == "/map":
-                talk.say(f"slim: map {talk.draw(line[4:].strip() or talk.args.map or 'map.html')}")
-            elif line == "/reset":
-                engine.rewind()
-                talk.recorder.restart()
-                talk.open = start
-                talk.say("slim: all questions are forgotten, the text is not")
-            elif line.startswith("/"):
-                talk.say(f"slim: {line.split(' ')[0]} is no command; there are /stats, /map [FILE], /reset and /quit")
-            elif line:
-                talk.ask(line)
+            line = input(prompt).strip()
         except EOFError:
-            return print(file=sys.stderr)
+            return print(file=sys.stderr) if prompt else None
         except KeyboardInterrupt:
             print(file=sys.stderr)  # an empty line, and another try
+            continue
+        if line == "/quit":
+            return
+        try:
+            command(talk, line) if line.startswith("/") else line and talk.ask(line)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
-            talk.say(f"slim: error: {' '.join(str(error).split())}")
+            talk.complain(error)
+    raise ValueError("the conversation was broken off in the middle of a step and cannot go on; start again, from a saved text if there is one")
+
+
+def command(talk: Talk, line: str) -> None:
+    engine, (name, _, rest) = talk.engine, line.partition(" ")
+    if name == "/stats" and engine.whole:
+        used = f"slim: {len(engine.ids):,} of {engine.config.max_len:,} tokens of context in use"
+        print(summary(engine.stats, engine.kv.device) + "\n" + used, file=sys.stderr)
+    elif name == "/map":
+        path = str(Path(rest.strip() or talk.args.map or "map.html").expanduser())
+        check_output(talk.args, "map", path)
+        print(f"slim: map {talk.draw(path)}", file=sys.stderr)
+    elif name == "/reset":
+        talk.reset()
+        print("slim: the questions are forgotten" + (", the text is not" if talk.text_read else ""), file=sys.stderr)
+    else:
+        raise ValueError(f"{name} is no command here; there are /stats once there is something, /map [FILE], /reset and /quit")
