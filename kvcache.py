@@ -100,7 +100,10 @@ class Stage:
 
 
 class KVCache:
-    """KV of one conversation; `reset` lays it out for a prompt and a schedule {boundary: budget}."""
+    """KV of one conversation; `reset` lays it out for a prompt and a schedule {boundary: budget}.
+
+    A boundary whose budget lets all of the stage below through is none: stages get smaller, always.
+    """
 
     def __init__(self, n_layers, n_kv_heads, head_dim, dim, block_len, dtype, device, overlap=True, pool_mib=64.0):
         self.n_layers, self.block_len, self.dtype, self.device = n_layers, block_len, dtype, device
@@ -129,8 +132,9 @@ class KVCache:
             for entry in stage.home.values():
                 self.home_pool(stage).give(entry)
         self.schedule = schedule
-        edges = [0, *schedule, self.n_layers]
         sizes = stage_blocks(n_prompt, schedule, self.block_len)
+        pruning = {layer: n for layer, n, below in zip(schedule, sizes[1:], sizes) if n < below}  # others would choose all there is
+        edges, sizes = [0, *pruning, self.n_layers], [sizes[0], *pruning.values()]
         self.stages = [Stage(range(a, b), n - 1) for a, b, n in zip(edges, edges[1:], sizes)]
         self.activate(self.stages[0], set(range(sizes[0] - 1)))
         self.tail_start = (sizes[0] - 1) * self.block_len
@@ -150,8 +154,7 @@ class KVCache:
         """Allocate what the first step sends to the CPU, and a home for every active block, so that no copy waits for pinning."""
         self.aux_pool.reserve(sizes[0] - sizes[-1])
         for stage in self.stages[1:]:
-            if stage.n_slots < sizes[0] - 1:
-                self.home_pool(stage).reserve(stage.n_slots)
+            self.home_pool(stage).reserve(stage.n_slots)
 
     def home_pool(self, stage: Stage) -> Pool:
         n = len(stage.layers)

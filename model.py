@@ -262,7 +262,7 @@ class Model:
 
     Two hooks watch a step: `on_chunk(layer, rows, keys)` its progress, and `on_select(stage,
     candidates, scores, active)` each choice of blocks, before it takes effect; scores (N,) are
-    in the candidates' order, None where all of them stay.
+    in the candidates' order.
     """
 
     def __init__(self, config: Config, weights: Weights, kv: KVCache, unit_len=8, window=4, gamma=0.9, chunk=1024, score=prune.block_scores):
@@ -366,11 +366,9 @@ class Model:
     def choose(self, i: int) -> set[int]:
         """Return the blocks to be active in stage i: the selection, or what is active if that overlaps enough."""
         kv, below, stage = self.kv, self.kv.stages[i - 1], self.kv.stages[i]
-        scores, new = None, set(below.slots)
-        if len(new) > stage.n_slots:
-            keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
-            scores = self.score(stage.ring, keys, below.blocks, self.unit_len)
-            new = set(prune.select(scores, below.slots, stage.n_slots))
+        keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
+        scores = self.score(stage.ring, keys, below.blocks, self.unit_len)
+        new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
         if kv.length and prune.overlap(new | last, set(stage.slots) | last) >= self.gamma:
             new = set(stage.slots)

@@ -369,13 +369,14 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(steps, n_prompt, pool
         kv.reset(n_prompt, {1: 24, 2: 12})
         written, hidden = [{}, {}, {}], [{}, {}, {}]  # layer -> slab content by position; boundary -> block -> rows
 
-        def write(layer, positions):
-            rows = kv.stages[layer].slots
+        def write(stage, positions):
+            rows = stage.slots
             dst = [rows.index(p // b) * b + p % b if p < kv.tail_start else len(rows) * b + p - kv.tail_start for p in positions]
-            k, v = torch.randn(2, len(positions), *shape)
-            kv.wait(layer)
-            kv.append(layer, torch.tensor(dst, dtype=torch.long), k, v)
-            written[layer] |= {p: (k[i], v[i]) for i, p in enumerate(positions)}
+            for layer in stage.layers:  # two where a budget covers the prompt, so that its boundary is none
+                k, v = torch.randn(2, len(positions), *shape)
+                kv.wait(layer)
+                kv.append(layer, torch.tensor(dst, dtype=torch.long), k, v)
+                written[layer] |= {p: (k[i], v[i]) for i, p in enumerate(positions)}
 
         def choose(i, rng):
             below, n = sorted(kv.stages[i - 1].slots), kv.stages[i].n_slots
@@ -385,16 +386,15 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(steps, n_prompt, pool
             return [p for block in sorted(blocks) for p in range(block * b, block * b + b)]
 
         flight, length = list(kv.stages[0].slots), n_prompt
-        write(0, positions(flight) + list(range(kv.tail_start, n_prompt)))
+        write(kv.stages[0], positions(flight) + list(range(kv.tail_start, n_prompt)))
         for seed, grow in [(0, 0), *steps]:
             rng = random.Random(seed)
             new = list(range(length, length + grow)) if grow else list(range(kv.tail_start, n_prompt))
             kv.grow_tail(length + grow)
             if grow:
                 flight = []
-                write(0, new)
-            for i in (1, 2):
-                stage = kv.stages[i]
+                write(kv.stages[0], new)
+            for i, stage in list(enumerate(kv.stages))[1:]:
                 active = choose(i, rng) if rng.random() < 0.7 or not stage.slots else set(stage.slots)
                 gone = {block: torch.randn(b, 6) for block in flight if block not in active}
                 entering = sorted(active - stage.held - set(flight))
@@ -404,17 +404,17 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(steps, n_prompt, pool
                     assert torch.equal(kv.fetch(stage, entering), torch.cat([hidden[i].pop(block) for block in entering]))
                 kv.activate(stage, active)
                 flight = sorted({*flight, *entering} & active)
-                write(i, positions(flight) + new)
+                write(stage, positions(flight) + new)
             length += grow
             homes = sum(len(stage.home) for stage in kv.stages)
             assert homes == sum(pool.used for pool in kv.home_pools.values())  # written once
-            for layer, stage in enumerate(kv.stages):
+            for layer, i, stage in [(layer, i, stage) for i, stage in enumerate(kv.stages) for layer in stage.layers]:
                 assert len(set(stage.slots)) == len(stage.slots) == stage.n_slots  # no slot held twice
                 known = {p // b for p in written[layer] if p < kv.tail_start}
                 assert known == stage.held == set(stage.slots) | set(stage.home)  # no block homeless
-                if layer:
-                    assert set(stage.aux) == set(hidden[layer])
-                    assert known | set(stage.aux) == kv.stages[layer - 1].held  # pruned, but not lost
+                if i:
+                    assert set(stage.aux) == set(hidden[i])
+                    assert known | set(stage.aux) == kv.stages[i - 1].held  # pruned, but not lost
                 k, v = kv.read(layer, stage.n_slots * b + length - kv.tail_start)
                 for row, p in enumerate(positions_in_slab(kv, stage, length)):
                     assert torch.equal(k[row], written[layer][p][0]) and torch.equal(v[row], written[layer][p][1])
@@ -1530,7 +1530,7 @@ def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
     rng, below, stages = random.Random(0), list(range(n - 1)), []
     for budget in budgets:
         kept = [0, *sorted(rng.sample(below[1:], budget - 1))]
-        stages.append({"scores": [float(f"{rng.random():.4g}") for _ in below], "active": kept})
+        stages.append({"candidates": [*below], "scores": [float(f"{rng.random():.4g}") for _ in below], "active": kept})
         below = kept
     active, moves = [set(stage["active"]) for stage in stages], []
     for _ in range(steps):

@@ -110,6 +110,7 @@ RULES = {
 
 def ask(engine, ids: list[int], answer: list[int], schedule=None) -> bool:
     """Say whether greedy decoding gives exactly `answer` after ids."""
+    engine.prefix.prompt = ids
     return goes_on(engine, engine.prefill(ids, schedule=schedule), answer)
 
 
@@ -188,7 +189,7 @@ def load_engine(ckpt: str, device: str, dtype: str, settings: tuple):
 
 
 def load(args, **settings):
-    settings = {"block_len": args.block_len, "unit_len": args.unit_len} | settings
+    settings = {"block_len": args.block_len, "unit_len": args.unit_len, "gamma": args.gamma} | settings
     return load_engine(args.ckpt, args.device, args.dtype, tuple(settings.items()))
 
 
@@ -210,7 +211,7 @@ def hits(args, kind: str, length: int, tries: list[Try], depth, settings: dict, 
     for share, score, boundary in tries:
         single = {"block_len": 1, "unit_len": 1, "window": 1} if score is token_attention else {}
         engine = load(args, **settings | single)
-        engine.model.score, engine.prefix.prompt = score, ids
+        engine.model.score = score
         torch.manual_seed(i)
         block_len = engine.ckpt.settings.block_len
         found.append(ask(engine, ids, answer, {} if share is None else {boundary or args.boundary: max(int(len(ids) * share), 2 * block_len)}))
@@ -301,7 +302,6 @@ def without_facts(args, kind: str, length: int, i: int) -> list[bool]:
     gone = {p // b for start, end in zip(places[::2], places[1::2]) for p in range(start, end)} - {0, (len(ids) - 1) // b}
     engine.model.score = lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()])
     budget = (-(-len(ids) // b) - len(gone)) * b
-    engine.prefix.prompt = ids
     return [ask(engine, ids, answer, {layer: budget} if gone else {}) for layer in range(1, engine.config.n_layers)]
 
 
@@ -401,6 +401,7 @@ def parse_args() -> tuple[Parser, argparse.Namespace]:
     p.add_argument("--method", choices=METHODS, default="slim", help="of boundary, settings, depth and questions")
     p.add_argument("--block-len", type=int, default=16)
     p.add_argument("--unit-len", type=int, default=8)
+    p.add_argument("--gamma", type=float, default=0.9)
     p.add_argument("--seed-base", type=int, default=10**6, help="number of the first document; another gives fresh ones")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")

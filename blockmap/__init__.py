@@ -27,7 +27,7 @@ class Recorder:
     """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes the model's on_select hook.
 
     record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"candidates", "scores",
-    "active"} of the prompt step, scores None where all candidates stayed. A step: {"at": tokens before it,
+    "active"} of the prompt step. A step: {"at": tokens before it,
     "pending": how many of its own tokens the model wrote, "moves": [[stage, in, out, revived]]}.
     """
 
@@ -41,8 +41,7 @@ class Recorder:
         if kv.length == 0:
             if i == 1:
                 self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
-            if scores is not None:  # JSON has no infinity
-                scores = [float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]
+            scores = [float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]  # JSON has no infinity
             self.record["stages"].append({"candidates": list(candidates), "scores": scores, "active": sorted(active)})
         elif self.record:
             if i == 1:
