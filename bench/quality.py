@@ -13,14 +13,15 @@ An answer counts if the whole of it, its end of line included, is generated gree
 Every method prunes through the engine's own boundary, so it differs in nothing but the
 scores; budgets are shares of the prompt. Documents and the random method are seeded: a
 second run prints the same figures, by however many --workers. `questions` and `rules` have
-documents that no other experiment sees. A cell in which random blocks lose less than ten
-points against dense cannot tell methods apart and is marked with a ~. Rows go to stderr
-and into --out as they come, so a stopped run keeps what it has.
+documents that no other experiment sees. A row of `main` in which random blocks lose less
+than ten points against dense cannot tell methods apart and is marked with a ~. Rows go
+to stderr and into --out as they come, so a stopped run keeps what it has.
 """
 
 import argparse
 import json
 import multiprocessing
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -430,7 +431,7 @@ def main() -> None:
             rows.append(row)
             print(line(row), file=sys.stderr, flush=True)
             if args.out:
-                Path(args.out).write_text(json.dumps({**vars(args), "ckpt": Path(args.ckpt).name, "head": head, "rows": rows}, indent=1) + "\n")
+                Path(args.out).write_text(json.dumps({**vars(args), "ckpt": Path(args.ckpt).name, "machine": platform.machine(), "torch": torch.__version__, "head": head, "rows": rows}, indent=1) + "\n")
     except (ValueError, OSError) as error:
         p.error(error)
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", *map(line, rows), sep="\n")

@@ -187,7 +187,7 @@ def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: 
                 out[name] = {"error": str(error)}
                 del runs[name]
     for name, (_, *results) in runs.items():  # the first round warms up
-        out[name] = dict(results[-1])
+        out[name] = {key: value for key, value in results[-1].items() if not key.endswith("_s")}
         for key in ("ttft_s", "decode_s", "total_s"):
             values = sorted(result[key] for result in results)
             out[name] |= {key: statistics.median(values), key + "_range": [values[0], values[-1]]}
@@ -292,7 +292,7 @@ def hardware(device) -> dict:
 
 
 def rss_table(args) -> None:
-    """Prefill each length in a process of its own and print the peak of its memory, and the slope between lengths."""
+    """Prefill each length in a process of its own and print the peak of its memory, and what a token adds to that of a short prompt."""
     lengths, peak = [int(n) for n in args.lengths.split(",")], {}
     for length in [64, *lengths]:
         code = (f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
@@ -328,6 +328,20 @@ def main() -> None:
     p.add_argument("--out", help="write the figures as JSON")
     p.add_argument("--rss", action="store_true", help="peak memory of CPU prefills instead")
     args = p.parse_args()
+    try:
+        run(p, args)
+    except (ValueError, OSError) as error:
+        p.error(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        p.error(f"{error}; install it, or leave it out with --no-transformers")
+
+
+def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Measure every length and print what was found."""
+    if args.out:
+        slim.check_path(args.out)  # better now than after the first length
+    if args.rounds < 1 or args.new < 1 or any(int(n) < 2 for n in args.lengths.split(",")):
+        p.error(f"--rounds {args.rounds} and --new {args.new} must be at least 1, --lengths {args.lengths} at least 2 each")
     if args.rss:
         return rss_table(args)
     device = slim.pick_device(args.device)

@@ -70,7 +70,7 @@ class Talk:
 
     def compare(self, ids: list[int]) -> None:
         """Answer twice, dense and pruned."""
-        self.engine.prefill(ids[:256])  # the first kernels of a process are slow: neither side shall pay for them
+        self.engine.prefill(ids[: self.engine.ckpt.chunk])  # the first kernels of a process are slow: neither side shall pay for them
         results = {}
         for name, budgets in (("dense", {}), ("slim", self.engine.ckpt.schedule)):
             results[name] = r = self.answer(ids, budgets)
@@ -133,7 +133,6 @@ class Talk:
         """Write the map of the conversation; return where."""
         blockmap.write(path, self.engine, self.recorder, self.engine.ids + self.engine.pending)
         return path
-
 
     def complain(self, error: Exception) -> None:
         """Say what is wrong, with --quiet too."""
