@@ -151,7 +151,7 @@ TABLES = {
 def cells(f: dict):
     """Yield every figure of a table as (panel, curve, x, y in %, whether marked ~)."""
     n = f["questions"] // (4 if f["experiment"] == "depth" else 1)
-    about = f", {n} questions" + (f", {f['ckpt']}" if f["ckpt"] != "demo" else "")
+    about = f", {n} questions" + (f", gamma {f['gamma']:g}" if f.get("gamma", 0.9) != 0.9 else "") + (f", {f['ckpt']}" if f["ckpt"] != "demo" else "")
     for label, *figures in f["rows"]:
         found = {key: re.search(pattern, f"{label}; {f['head'][0]}") for key, pattern in (("tokens", r"[\d,]+ tokens"), ("share", r"1/[\d.]+"))}
         row = {key: match and match[0] for key, match in found.items()} | {"task": label.split(", ")[0], "last": label.split(", ")[-1]}
