@@ -33,8 +33,7 @@ def main(argv=None) -> int:
         return 141
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         with contextlib.suppress(OSError):  # standard error may be what cannot be written
-            progress.clear()
-            print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            progress.complain(error)
         return 2
     except KeyboardInterrupt:
         progress.clear()

@@ -48,6 +48,11 @@ class Progress:
         if self.on:
             engine.model.on_chunk = on_chunk
 
+    def complain(self, error: Exception) -> None:
+        """Say in one line what is wrong, with --quiet too."""
+        self.clear()
+        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
     def done(self, engine: slim.Engine) -> None:
         engine.model.on_chunk = lambda *_: None
         self.clear()

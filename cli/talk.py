@@ -56,7 +56,7 @@ class Talk:
         except ValueError as error:
             if not (self.args.ask or self.args.chat):
                 raise
-            self.complain(error)
+            self.progress.complain(error)
         else:
             self.say(f"slim: saved to {path}, {slim.size(Path(path).stat().st_size)}; go on with --resume {path}")
 
@@ -134,11 +134,6 @@ class Talk:
         blockmap.write(path, self.engine, self.recorder, self.engine.ids + self.engine.pending)
         return path
 
-    def complain(self, error: Exception) -> None:
-        """Say what is wrong, with --quiet too."""
-        self.progress.clear()
-        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-
     def reset(self) -> None:
         """Forget all questions but not the text; without a text, everything."""
         if self.text_read:
@@ -189,7 +184,7 @@ def chat(talk: Talk) -> None:
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            talk.complain(error)
+            talk.progress.complain(error)
     raise ValueError("the conversation was broken off in the middle of a step and cannot go on; start again, from a saved text if there is one")
 
 
