@@ -16,7 +16,6 @@ Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V 
 import json
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -185,8 +184,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend q (t, H, D), the newest t of S positions, to k and v (S, G, D) causally; return (t, H*D)."""
     (t, h, d), (s, g, _) = q.shape, k.shape
-    if t == 1:  # no key is later: the heads of a group are rows, and every key is read once
-        return F.scaled_dot_product_attention(q.view(1, g, h // g, d), k.transpose(0, 1)[None], v.transpose(0, 1)[None]).reshape(1, -1)
     if q.is_cuda:
         q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # (1, heads, rows, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(t, s), enable_gqa=True)
@@ -202,6 +199,44 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(t, -1)
 
 
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Return the causal softmax weights (t, H, S) of q (t, H, D), the newest t of S positions, on k (S, G, D).
+
+    In at least float32. Only for few rows: `look_rows` says how many at a time.
+    """
+    (t, h, d), (s, g, _) = q.shape, k.shape
+    q = q.view(t, g, h // g, d).transpose(0, 1).reshape(g, -1, d)  # (G, t*H/G, D)
+    logits = product(q, k.permute(1, 2, 0)).mul_(d**-0.5).view(g, t, -1, s)  # (G, t, H/G, S)
+    if t > 1:
+        later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., s - t :].masked_fill_(later[:, None], -torch.inf)
+    return logits.softmax(-1).transpose(0, 1).reshape(t, h, s)
+
+
+def row_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend one newest q (1, H, D) to k and v (S, G, D); return (1, H*D) and the weights (1, H, S).
+
+    Two products and a softmax read keys and values once, as a fused kernel does, and leave
+    the weights for ranking the blocks.
+    """
+    weights = attention_weights(q, k)
+    by_group = weights.view(k.shape[1], -1, len(k))  # (G, H/G, S)
+    return product(by_group, v.transpose(0, 1)).to(v.dtype).reshape(1, -1), weights
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply (G, m, K) with (G, K, n), b in the dtype of the KV, and return it in at least float32."""
+    if b.is_cuda and b.dtype.itemsize < 4:
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)  # widening b would read and write it once more
+    wide = torch.promote_types(b.dtype, torch.float32)  # on a CPU half-precision products are slow, and round the logits
+    return a.to(wide) @ b.to(wide)
+
+
+def look_rows(n_heads: int, n_keys: int) -> int:
+    """Return how many rows' weights are made at a time, so that they take some 16 MiB, or what one row takes."""
+    return max(1, 2**22 // (n_heads * n_keys))
+
+
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attend q (t, H, D), amid k and v (S, G, D), where mask (t, S) is true; return (t, H*D)."""
     out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
@@ -213,6 +248,17 @@ def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (t, h, d), g = q.shape, k.shape[1]
     k, v = (y.transpose(0, 1)[:, None].expand(-1, h // g, -1, -1) for y in (k, v))
     return q.view(t, g, h // g, d).permute(1, 2, 0, 3), k, v
+
+
+def prefill_flops(c: Config, length: int, schedule: dict, block_len: int = 64) -> float:
+    """Return the floating-point operations of a prefill: matrices and causal attention, the head once."""
+    sizes = prune.stage_blocks(length, schedule, block_len)
+    rows = [length - (sizes[0] - n) * block_len for n in sizes]
+    alive = [r for a, b, r in zip([0, *schedule], [*schedule, c.n_layers], rows) for _ in range(a, b)]
+    after = alive[1:] + alive[-1:]  # the FFN below a boundary runs on its survivors
+    projections, ffn = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim, 3 * c.dim * c.hidden_dim
+    attention = sum(2 * n * n * c.n_heads * c.head_dim for n in alive)
+    return 2 * projections * sum(alive) + 2 * ffn * sum(after) + attention + 2 * c.dim * c.vocab_size
 
 
 # ---- the model --------------------------------------------------------------------------
@@ -258,23 +304,25 @@ class Rows:
 
 
 class Model:
-    """Weights, KV and the step. `score` is the method.
+    """Weights, KV and the step; `rule` ranks the blocks.
 
-    Two hooks watch a step: `on_chunk(layer, rows, keys)` its progress, and `on_select(stage,
-    candidates, scores, active)` each choice of blocks, before it takes effect; scores (N,) are
-    in the candidates' order.
+    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_look(layer, worth)`
+    what the newest queries (w, N) have found in the blocks of the prompt so far; and
+    `on_select(stage, candidates, scores, active)` each choice of blocks, before it takes
+    effect, scores (N,) in the candidates' order.
     """
 
-    def __init__(self, config: Config, weights: Weights, kv: KVCache, unit_len=8, window=4, gamma=0.9, chunk=1024, score=prune.block_scores):
-        self.config, self.weights, self.kv = config, weights, kv
-        self.unit_len, self.window, self.gamma, self.chunk, self.score = unit_len, window, gamma, chunk, score
+    def __init__(self, config: Config, weights: Weights, kv: KVCache, rule: prune.Rule, unit_len, window, gamma, chunk):
+        self.config, self.weights, self.kv, self.rule = config, weights, kv, rule
+        self.unit_len, self.window, self.gamma, self.chunk = unit_len, window, gamma, chunk
         self.inv_freq = inverse_frequencies(config).to(kv.device)
         self.on_chunk = lambda layer, rows, keys: None
+        self.on_look = lambda layer, worth: None
         self.on_select = lambda stage, candidates, scores, active: None
 
     @torch.inference_mode()
-    def step(self, ids: Tensor) -> Tensor:
-        """Run new token ids (T,) after what the KV holds; return the logits (V,) after the last one.
+    def step(self, ids: Tensor, n_logits: int = 1) -> Tensor:
+        """Run new token ids (T,) after what the KV holds; return the logits (n_logits, V) after the last ones.
 
         Prefill when the KV is empty, else decode or follow-up. Mutates the KV.
         """
@@ -283,17 +331,24 @@ class Model:
         x = w.embed[ids.to(kv.device)]  # (T, C)
         flight = [] if start else list(kv.stages[0].slots)  # prompt blocks among the rows, ascending
         end = start + len(ids)
+        wide = torch.promote_types(kv.dtype, torch.float32)
+        shape = min(self.window, len(ids)), kv.stages[0].n_slots
+        worth = torch.full(shape, -torch.inf, dtype=wide, device=kv.device)  # (w, N) of the blocks, to the newest queries
         for i, stage in enumerate(kv.stages):
             rows = self.place(stage, flight, max(start, kv.tail_start), end)
             above = kv.stages[i + 1] if i + 1 < len(kv.stages) else None
             for layer in stage.layers:
                 at_boundary = above is not None and layer == stage.layers[-1]
-                self.attention(layer, x, rows, above if at_boundary else None)
+                queries, weights = self.attention(layer, x, rows)
+                if above is not None and self.rule.sees == "weights" and (at_boundary or self.rule.every_layer):
+                    self.look(layer, stage, rows.before + len(x), queries, weights, worth)
                 if at_boundary:
+                    newest = worth.clone() if self.rule.sees == "weights" else queries
+                    above.ring = torch.cat([newest[:0] if above.ring is None else above.ring, newest])[-self.window :]
                     x, flight = self.boundary(i + 1, x, flight)
                 self.ffn(layer, x)
         kv.length = end
-        last = F.rms_norm(x[-1], (self.config.dim,), w.norm, self.config.norm_eps)
+        last = F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)
         logits = F.linear(last, w.head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -314,10 +369,15 @@ class Model:
         before = tail_row + start - kv.tail_start - n_flight
         return Rows(angle.cos().to(wide), angle.sin().to(wide), dst, before, pos, revived, key_pos)
 
-    def attention(self, layer: int, x: Tensor, rows: Rows, above: Stage | None) -> None:
-        """Add attention to x (T, C) in place, appending keys and values; feed the ring of a boundary above."""
+    def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Add attention to x (T, C) in place, appending keys and values.
+
+        Returns the queries (w, H, D) of the newest rows, never of revived ones, and for a single
+        new row its weights (1, H, S), which come for nothing.
+        """
         c, w, kv = self.config, self.weights.layers[layer], self.kv
         h, g, d = c.n_heads, c.n_kv_heads, c.head_dim
+        newest, weights = x.new_empty(0, h, d), None
         kv.wait(layer)
         starts = [*range(0, rows.revived, self.chunk), *range(rows.revived, len(x), self.chunk), len(x)]
         for a, b in zip(starts, starts[1:]):
@@ -329,11 +389,39 @@ class Model:
             n = rows.before + b if fresh else len(rows.key_pos)
             self.on_chunk(layer, b - a, n)
             keys, values = kv.read(layer, n)  # (S, G, D)
-            attend = causal_attention if fresh else partial(masked_attention, mask=rows.key_pos <= rows.pos[a:b, None])  # (t, S)
-            x[a:b].addmm_(attend(q, keys, values), w.wo.t())  # (t, H*D)
-            if above is not None and fresh:  # the ring holds queries of new tokens, never of revived rows
-                newest = q[-self.window :]  # (<=W, H, D)
-                above.ring = torch.cat([newest[:0] if above.ring is None else above.ring, newest])[-self.window :]
+            if not fresh:
+                out = masked_attention(q, keys, values, rows.key_pos <= rows.pos[a:b, None])  # (t, S)
+            elif b - a == 1:
+                out, weights = row_attention(q, keys, values)
+            else:
+                out = causal_attention(q, keys, values)
+            x[a:b].addmm_(out, w.wo.t())  # (t, H*D)
+            if fresh:
+                newest = torch.cat([newest, q[-self.window :]])[-self.window :]
+        return newest, weights if len(x) - rows.revived == 1 else None
+
+    def look(self, layer: int, stage: Stage, n: int, queries: Tensor, weights: Tensor | None, worth: Tensor) -> None:
+        """Let the rule see what a layer's newest queries (w, H, D) attend to among n keys; raise worth (w, N) to it.
+
+        weights: theirs (1, H, S), if attention made them. Raises ValueError for a rule's result of another shape.
+        """
+        n_rows, w = stage.n_slots * self.kv.block_len, len(queries)
+        keys, _ = self.kv.read(layer, n)  # (S, G, D)
+        step = look_rows(self.config.n_heads, n)
+        for a in range(0, w, step):
+            b = min(w, a + step)
+            part = attention_weights(queries[a:b], keys[: n - w + b]) if weights is None else weights
+            part = part[..., :n_rows].view(b - a, -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
+            found = self.rule.score(part)
+            if not isinstance(found, Tensor) or found.shape != (b - a, stage.n_slots) or not found.is_floating_point():
+                raise ValueError(
+                    f"the scoring function returned {found!r:.60}; of weights {tuple(part.shape)} it must return "
+                    f"floating-point scores ({b - a}, {stage.n_slots}), one a query and block"
+                )
+            if not self.rule.every_layer:
+                worth[a:b] = -torch.inf
+            worth[a:b, stage.blocks] = torch.maximum(worth[a:b, stage.blocks], found.to(worth.dtype))
+        self.on_look(layer, worth)
 
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
@@ -366,8 +454,11 @@ class Model:
     def choose(self, i: int) -> set[int]:
         """Return the blocks to be active in stage i: the selection, or what is active if that overlaps enough."""
         kv, below, stage = self.kv, self.kv.stages[i - 1], self.kv.stages[i]
-        keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
-        scores = self.score(stage.ring, keys, below.blocks, self.unit_len)
+        if self.rule.sees == "weights":
+            scores = stage.ring.amax(0)[below.blocks]  # (N,)
+        else:
+            keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
+            scores = self.rule.score(stage.ring, keys, below.blocks, self.unit_len)
         new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
         if kv.length and prune.overlap(new | last, set(stage.slots) | last) >= self.gamma:

@@ -2,48 +2,88 @@
 
 SlimInfer (arXiv 2508.06447) rests on *information diffusion*: on its way up the layers,
 what the critical tokens know spreads over the whole sequence, so whole blocks of prompt
-tokens can leave the hidden states. At a *boundary* every block is scored by the newest
-queries against the mean keys of its units, and the best blocks within a token budget
-stay for the layers above.
+tokens can leave the hidden states. At a *boundary* the candidate blocks are ranked, and the
+best within a token budget stay for the layers above.
 
-Nothing here has state or knows a device. A method of your own is one function with the
-signature of `block_scores`, handed to `slim.load(..., score=yours)`.
+Two rules rank them. `peak`, the default: a block is worth the strongest softmax attention
+weight that any of the newest queries, in any head of any layer so far, has cast on one of
+its tokens. `paper`: SlimInfer's, the mean query of the boundary's layer against the mean
+keys of a block's units. A rule of your own is a `Rule`, handed to `slim.load(..., score=yours)`.
 
-Shapes: W window queries, H heads, G KV heads, D head_dim, N candidate blocks, B block_len.
+Nothing here has state or knows a device.
+
+Shapes: W window queries, H heads, G KV heads, D head_dim, N blocks, B block_len.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-# {boundary: token budget} for 32 layers (paper); Qwen2's budgets are its own.
-FRACTIONS = (10, 20, 30)  # boundaries, in 32nds of the depth
-BUDGETS = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}
+# ---- schedules: {boundary: budget} ------------------------------------------------------
+
+Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
+
+AUTO = ((9, 30, Fraction(1, 4)), (19, 30, Fraction(1, 8)), (28, 30, Fraction(1, 16)))  # boundary, of so many layers, share
+PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}  # tokens at 10, 20 and 30 of 32 layers
+SHARED_FROM = 1024  # tokens: of a shorter prompt every share is the whole, as there is nothing to gain
+LEAST_BLOCKS = 4  # blocks that a share keeps at least: sink, tail, and two to choose
 
 
-def default_schedule(n_layers: int, model_type: str = "llama") -> dict[int, int]:
-    """Return {boundary: token budget} for a depth: the paper's for 32 layers (Llama) and 28 (Qwen2).
+def at_depth(n_layers: int, layer: int, of: int) -> int:
+    """Return the layer that lies as deep in n_layers as `layer` in `of`, rounded half up."""
+    return int(n_layers * layer / of + 0.5)
 
-    Boundaries that rounding pushes out of 1..n_layers-1, or onto an earlier one, are dropped.
-    """
-    schedule: dict[int, int] = {}
-    for fraction, budget in zip(FRACTIONS, BUDGETS[model_type]):
-        boundary = int(n_layers * fraction / 32 + 0.5)  # round half up
-        if 1 <= boundary < n_layers:
-            schedule.setdefault(boundary, budget)
+
+def auto_schedule(n_layers: int) -> dict[int, Budget]:
+    """Return the schedule that our measurements chose, as shares of the prompt, for any depth."""
+    return first_of_each([(at_depth(n_layers, layer, of), share) for layer, of, share in AUTO], n_layers)
+
+
+def paper_schedule(n_layers: int, model_type: str = "llama") -> dict[int, Budget]:
+    """Return the paper's token budgets: for 32 layers (Llama) and 28 (Qwen2), by depth for others."""
+    budgets = PAPER["qwen2" if model_type == "qwen2" else "llama"]
+    return first_of_each([(at_depth(n_layers, 10 * i, 32), n) for i, n in enumerate(budgets, 1)], n_layers)
+
+
+def first_of_each(pairs: list[tuple[int, Budget]], n_layers: int) -> dict[int, Budget]:
+    """Return {boundary: budget} of the boundaries within 1..n_layers-1; where rounding made two the same, the first."""
+    schedule: dict[int, Budget] = {}
+    for layer, budget in pairs:
+        if 1 <= layer < n_layers:
+            schedule.setdefault(layer, budget)
     return schedule
 
 
-def parse_schedule(text: str) -> dict[int, int] | str:
-    """Read '10:8192,20:4096' as {10: 8192, 20: 4096}; 'auto' and 'dense' pass through."""
-    if text in ("auto", "dense"):
+def parse_schedule(text: str) -> dict[int, Budget] | str:
+    """Read '9:1/4,20:4096' as {9: 1/4, 20: 4096}; the names auto, paper and dense pass through."""
+    if text in ("auto", "paper", "dense"):
         return text
     try:
-        pairs = [tuple(int(n) for n in part.split(":")) for part in text.split(",")]
-        layers = [layer for layer, _ in pairs]
-    except ValueError:
-        raise ValueError(f"--schedule {text!r} is not of the form LAYER:TOKENS,LAYER:TOKENS, as in 10:8192,20:4096") from None
-    check_increasing(layers)  # before a dict would hide a boundary given twice
+        pairs = [part.split(":") for part in text.split(",")]
+        pairs = [(int(layer), int(budget) if budget.isdecimal() else Fraction(budget)) for layer, budget in pairs]
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"--schedule {text!r} is not of the form LAYER:BUDGET,LAYER:BUDGET, a budget being tokens or a share of the prompt, "
+            "as in 10:8192,20:4096 or 9:1/4,19:1/8"
+        ) from None
+    check_increasing([layer for layer, _ in pairs])  # before a dict would hide a boundary given twice
     return dict(pairs)
+
+
+def format_schedule(schedule: dict[int, Budget]) -> str:
+    """Write a schedule as --schedule takes it."""
+    return ",".join(f"{layer}:{n if is_tokens(n) else share(n)}" for layer, n in schedule.items()) or "dense"
+
+
+def share(budget: float | Fraction) -> Fraction:
+    return Fraction(budget).limit_denominator(10**6)
+
+
+def is_tokens(budget) -> bool:
+    return type(budget) is int
 
 
 def check_increasing(layers: list[int]) -> None:
@@ -51,30 +91,86 @@ def check_increasing(layers: list[int]) -> None:
         raise ValueError(f"schedule boundaries {layers} do not increase; give them in ascending layer order, each once")
 
 
-def check_schedule(schedule: dict[int, int], n_layers: int, block_len: int) -> None:
-    """Raise ValueError unless boundaries rise within 1..n_layers-1 and budgets fall, each at least 2 blocks."""
-    layers, budgets = list(schedule), list(schedule.values())
-    if not all(type(n) is int for n in layers + budgets):
-        raise ValueError(f"schedule {schedule} must map whole layer numbers to whole token budgets")
+def check_schedule(schedule: dict[int, Budget], n_layers: int, block_len: int) -> None:
+    """Raise ValueError unless boundaries rise within 1..n_layers-1 and budgets of a kind fall.
+
+    A budget is a whole number of tokens, at least 2 blocks, or a share within 0..1, both excluded.
+    """
+    layers = list(schedule)
+    if not all(map(is_tokens, layers)) or not all(type(n) in (int, float, Fraction) for n in schedule.values()):
+        raise ValueError(f"schedule {schedule} must map whole layer numbers to token budgets or shares of the prompt")
     check_increasing(layers)
     for layer, budget in schedule.items():
         if not 1 <= layer < n_layers:
-            raise ValueError(f"schedule boundary {layer} is outside 1..{n_layers - 1}, the boundaries of a {n_layers}-layer model")
-        if budget < 2 * block_len:
-            raise ValueError(f"schedule budget {budget} at layer {layer} is below 2 blocks = {2 * block_len} tokens; raise it or lower --block-len")
-    if any(b >= a for a, b in zip(budgets, budgets[1:])):
-        raise ValueError(f"schedule budgets {budgets} do not decrease; a later boundary must keep fewer tokens")
+            raise ValueError(
+                f"schedule boundary {layer} is outside 1..{n_layers - 1}, the boundaries of a {n_layers}-layer model"
+            )
+        if is_tokens(budget) and budget < 2 * block_len:
+            raise ValueError(
+                f"schedule budget {budget} at layer {layer} is below 2 blocks = {2 * block_len} tokens; "
+                "raise it or lower --block-len"
+            )
+        if not is_tokens(budget) and not 1e-6 <= budget < 1:
+            raise ValueError(f"schedule budget {budget} at layer {layer} is no share within 0..1; give one such as 1/4")
+    for kind in (True, False):
+        budgets = [n for n in schedule.values() if is_tokens(n) is kind]
+        if any(b >= a for a, b in zip(budgets, budgets[1:])):
+            shown = ", ".join(str(n if kind else share(n)) for n in budgets)
+            raise ValueError(f"schedule budgets {shown} do not decrease; a later boundary must keep fewer tokens")
 
 
-def stage_blocks(n_prompt: int, schedule: dict[int, int], block_len: int) -> list[int]:
+def tokens(budget: Budget, n_prompt: int, block_len: int) -> int:
+    """Return a budget in tokens for a prompt of n_prompt; a share keeps LEAST_BLOCKS at least, and all of a short prompt."""
+    if is_tokens(budget):
+        return budget
+    if n_prompt < SHARED_FROM:
+        return n_prompt
+    return max(LEAST_BLOCKS * block_len, int(share(budget) * n_prompt))
+
+
+def stage_blocks(n_prompt: int, schedule: dict[int, Budget], block_len: int) -> list[int]:
     """Return the number of active blocks of every stage, sink and last block counted; it never changes later.
 
     A budget that covers the prompt prunes nothing, even if the prompt's last block is partial.
     """
     sizes = [-(-n_prompt // block_len)]
     for budget in schedule.values():
-        sizes.append(sizes[-1] if budget >= n_prompt else min(sizes[-1], max(2, budget // block_len)))
+        n = tokens(budget, n_prompt, block_len)
+        sizes.append(sizes[-1] if n >= n_prompt else min(sizes[-1], max(2, n // block_len)))
     return sizes
+
+
+# ---- rules: what a block is worth -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How blocks are ranked: a function, and what it is given.
+
+    sees "weights": score(weights (W, H, N, B)) -> (W, N), what each block is worth to each query,
+    from the softmax attention weights of one layer. It is asked in every layer (or only in the
+    boundary's, without `every_layer`), and a block counts by its maximum over those layers and
+    the newest queries. A block that a layer does not hold keeps what the layers below gave it.
+
+    sees "keys": score(queries (W, H, D), keys (N, B, G, D), blocks (N,), unit_len) -> (N,), from the
+    post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
+
+    Higher is kept. The name belongs to a saved conversation; a rule without one cannot be saved.
+    """
+
+    name: str
+    score: Callable
+    sees: str = "weights"
+    every_layer: bool = True
+
+
+def peak(weights: Tensor) -> Tensor:
+    """Return each query's strongest weight on a token of each block (W, N), of weights (W, H, N, B).
+
+    A maximum keeps the few heads that retrieve, where a mean over heads, queries or tokens
+    drowns them; and it is the same, bit for bit, in any order of heads, layers and devices.
+    """
+    return weights.amax((1, 3))
 
 
 def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
@@ -85,7 +181,7 @@ def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
 
 
 def block_scores(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
-    """Score candidate blocks: max over units of the mean over heads of |mean query . unit key| (paper).
+    """Score candidate blocks as SlimInfer does: max over units of the mean over heads of |mean query . unit key| (paper).
 
     queries: (W, H, D) newest post-RoPE queries; keys: (N, B, G, D) post-RoPE keys of the
     candidates; blocks: (N,) their block numbers (unused here, for methods that go by
@@ -96,6 +192,24 @@ def block_scores(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -
     query = queries.to(units.dtype).mean(0).view(g, -1, d)  # (G, H/G, D)
     dots = query @ units.view(n * u, g, d).permute(1, 2, 0)  # (G, H/G, N*U)
     return dots.abs().mean((0, 1)).view(n, u).amax(1)  # (N,)
+
+
+RULES = {"peak": Rule("peak", peak), "paper": Rule("paper", block_scores, sees="keys")}
+
+
+def find_rule(score) -> Rule:
+    """Return the rule of a name, a Rule as it is, or one without a name for a plain function of weights."""
+    if isinstance(score, Rule):
+        if isinstance(score.name, str) and callable(score.score) and score.sees in ("weights", "keys"):
+            return score
+    elif isinstance(score, str) and score in RULES:
+        return RULES[score]
+    elif callable(score):
+        return Rule("", score)
+    raise ValueError(f"--score {score!r:.60} is unknown; use {', '.join(RULES)}, or from Python a function or a prune.Rule")
+
+
+# ---- selection --------------------------------------------------------------------------
 
 
 def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:

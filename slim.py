@@ -264,10 +264,10 @@ def check_memory(ckpt: "Checkpoint", n_prompt: int, n_new: int, loaded: int = 0)
     need, free = plan(ckpt, n_prompt, n_new), free_bytes(ckpt.device)
     if need.total - loaded <= free:
         return need
-    default = prune.default_schedule(ckpt.config.n_layers, ckpt.config.model_type)
+    default = prune.auto_schedule(ckpt.config.n_layers)
     small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
-    ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
+    ways |= {f"--schedule {prune.format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
     fits = [flag for flag, way in ways.items() if plan(way, n_prompt, n_new).total - loaded <= free]
@@ -286,10 +286,6 @@ def size(n: float) -> str:
     return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.2f} {unit}"
 
 
-def format_schedule(schedule: dict[int, int]) -> str:
-    return ",".join(f"{layer}:{budget}" for layer, budget in schedule.items()) or "dense"
-
-
 # ---- the engine -------------------------------------------------------------------------
 
 
@@ -303,24 +299,28 @@ class Checkpoint:
     stop: set[int]  # ids that end an answer
     device: torch.device
     dtype: torch.dtype
-    schedule: dict[int, int]
+    schedule: dict[int, prune.Budget]
+    rule: prune.Rule
     settings: Settings
 
     @staticmethod
-    def open(ckpt, device="auto", dtype="auto", schedule="auto", **settings) -> "Checkpoint":
+    def open(ckpt, device="auto", dtype="auto", schedule="auto", score="peak", **settings) -> "Checkpoint":
         """Find a checkpoint and check it, its tensors and the settings; see `load`."""
-        options, where, folder = Settings(**settings), pick_device(device), find_checkpoint(ckpt)
+        options, rule, where, folder = Settings(**settings), prune.find_rule(score), pick_device(device), find_checkpoint(ckpt)
         config = Config.read(folder / "config.json")
         kind, budgets = pick_dtype(dtype, config, where), resolve_schedule(schedule, config, options)
         tensors = open_shards(folder)
         check_tensors(folder, config, tensors)
-        return Checkpoint(folder, config, tensors, stop_tokens(folder, config.vocab_size), where, kind, budgets, options)
+        return Checkpoint(folder, config, tensors, stop_tokens(folder, config.vocab_size), where, kind, budgets, rule, options)
 
-    def identity(self, score) -> dict:
-        """Return what a saved conversation depends on: settings, schedule, dtype, score and weights."""
-        kept = {name: getattr(self.settings, name) for name in ("block_len", "unit_len", "window", "gamma", "chunk")}
-        name = getattr(score, "__qualname__", type(score).__qualname__)
-        return kept | {"schedule": format_schedule(self.schedule), "dtype": str(self.dtype).removeprefix("torch."), "score": name, "weights": self.fingerprint}
+    @property
+    def identity(self) -> dict:
+        """What a saved conversation depends on: settings, schedule, dtype, rule and weights."""
+        return {
+            **{name: getattr(self.settings, name) for name in ("block_len", "unit_len", "window", "gamma", "chunk")},
+            "schedule": prune.format_schedule(self.schedule), "dtype": str(self.dtype).removeprefix("torch."),
+            "score": self.rule.name, "weights": self.fingerprint,
+        }  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> str:
@@ -335,31 +335,30 @@ class Checkpoint:
     def chunk(self) -> int:
         return self.settings.chunk or (2048 if self.device.type == "cuda" else 1024)
 
-    def engine(self, score=prune.block_scores, reserve=(1, 0), progress=None) -> "Engine":
+    def engine(self, reserve=(1, 0), progress=None) -> "Engine":
         """Load the weights, with pinned memory for a prompt and new tokens of `reserve`, and return the Engine."""
         c, s = self.config, self.settings
         if not (isinstance(reserve, tuple) and len(reserve) == 2 and all(type(n) is int for n in reserve) and reserve[0] >= 1 and reserve[1] >= 0):
             raise ValueError(f"reserve is {reserve!r}; it must be (prompt tokens, at least 1; new tokens, at least 0)")
-        for name, f, like in (("score", score, "prune.block_scores"), ("progress", progress or print, "print")):
-            if not callable(f):
-                raise ValueError(f"{name} is {f!r}; it must be a function like {like}")
+        if not callable(progress or print):
+            raise ValueError(f"progress is {progress!r}; it must be a function like print")
         check_memory(self, *reserve)
         kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, self.dtype, self.device, s.overlap, s.pool_mib)
         kv.reset(reserve[0], self.schedule, reserve[1])
         weights = load_weights(self.tensors, c, self.device, self.dtype, progress)
-        return Engine(self, Model(c, weights, kv, s.unit_len, s.window, s.gamma, self.chunk, score))
+        return Engine(self, Model(c, weights, kv, self.rule, s.unit_len, s.window, s.gamma, self.chunk))
 
 
-def load(ckpt, device="auto", dtype="auto", schedule="auto", score=prune.block_scores, reserve=(1, 0), progress=None, **settings) -> "Engine":
+def load(ckpt, device="auto", dtype="auto", schedule="auto", score="peak", reserve=(1, 0), progress=None, **settings) -> "Engine":
     """Load a checkpoint and return an Engine.
 
-    schedule: "auto" (by depth), "dense", {} or {boundary: token budget}; score: a function
-    like prune.block_scores; reserve: (prompt, new) tokens to plan and pin memory for, so
+    schedule: "auto", "paper", "dense", {} or {boundary: tokens, or a share of the prompt};
+    score: a name in prune.RULES, a prune.Rule, or a function of attention weights; reserve: (prompt, new) tokens to plan and pin memory for, so
     that the first token does not wait for it; progress(done, total) follows the weights;
     settings: fields of Settings. Raises ValueError or FileNotFoundError, in one line, before
     anything is allocated.
     """
-    return Checkpoint.open(ckpt, device, dtype, schedule, **settings).engine(score, reserve, progress)
+    return Checkpoint.open(ckpt, device, dtype, schedule, score, **settings).engine(reserve, progress)
 
 
 def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
@@ -373,16 +372,18 @@ def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
 
 
 def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, int]:
-    """Return {boundary: budget} for "auto", "dense", a string or a dict, checked against the model."""
+    """Return {boundary: budget} for "auto", "paper", "dense", a string or a dict, checked against the model."""
     if isinstance(schedule, str):
         schedule = prune.parse_schedule(schedule)
     if schedule == "auto":
-        schedule = prune.default_schedule(config.n_layers, config.model_type)
+        schedule = prune.auto_schedule(config.n_layers)
+    elif schedule == "paper":
+        schedule = prune.paper_schedule(config.n_layers, config.model_type)
     schedule = {} if schedule == "dense" else schedule
     if not isinstance(schedule, dict):
-        raise ValueError(f"schedule {schedule!r} must be 'auto', 'dense' or a dict of boundary: token budget")
+        raise ValueError(f"schedule {schedule!r} must be 'auto', 'paper', 'dense' or a dict of boundary: budget")
     prune.check_schedule(schedule, config.n_layers, settings.block_len)
-    return schedule
+    return dict(schedule)  # the caller's may change later
 
 
 def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
@@ -397,7 +398,7 @@ def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
     return set()
 
 
-SAVED = "slim 1"  # the format of a saved conversation
+SAVED = "slim 2"  # the format of a saved conversation
 
 
 def check_path(path) -> Path:
@@ -503,14 +504,14 @@ class Engine:
         started = time.perf_counter()
         self.whole = False
         kv.reset(len(ids), ckpt.schedule, reserve)
-        logits = self.run(ids)
+        logits = self.run(ids)[0]
         self.prefill_s = time.perf_counter() - started
         return logits
 
-    def extend(self, ids=()) -> Tensor:
+    def extend(self, ids=(), all_logits=False) -> Tensor:
         """Append ids, one (a decode step) or many (a follow-up), and return the logits (V,) after them.
 
-        Tokens that `generate` has yielded but not run are run first. Raises ValueError
+        all_logits: those after each of the tokens run, (T, V). Tokens that `generate` has yielded but not run are run first. Raises ValueError
         before any prefill, after a step that was broken off, for wrong ids, or too little memory.
         """
         ids = self.check_ids([*self.pending, *ids] if self.pending else ids)
@@ -519,16 +520,16 @@ class Engine:
         if (need := self.kv.growth_bytes(self.kv.length + len(ids))) > 0 and need > free_bytes(self.kv.device):
             raise ValueError(f"{len(ids):,} more tokens need {size(need)} on {self.kv.device}, more than is free; ask less, or start afresh with a larger reserve")
         started = time.perf_counter()
-        logits = self.run(ids)
+        logits = self.run(ids, len(ids) if all_logits else 1)
         self.pending = []
         self.extend_s += time.perf_counter() - started
         self.extend_tokens += len(ids)
-        return logits
+        return logits if all_logits else logits[0]
 
-    def run(self, ids: list[int]) -> Tensor:
+    def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         self.whole = False
         self.steps += 1
-        logits = self.model.step(torch.tensor(ids)).clone()  # of inference mode no more: callers may write to it
+        logits = self.model.step(torch.tensor(ids), n_logits).clone()  # of inference mode no more: callers may write to it
         if not logits.isfinite().all():  # waits for the device too, so the seconds in stats are of finished work
             raise ValueError(f"the logits are not finite numbers: the weights are damaged, or too large for {self.kv.dtype}; try a wider --dtype")
         self.whole = True
@@ -556,8 +557,10 @@ class Engine:
         """
         if not self.whole:
             raise ValueError("there is no whole conversation to save; call prefill first")
+        if not self.model.rule.name:
+            raise ValueError("the scoring function has no name to know it by when the file is opened; give it one: score=prune.Rule('name', function)")
         layout, tensors = self.kv.dump()
-        identity = replace(self.ckpt, schedule=self.kv.schedule).identity(self.model.score)
+        identity = replace(self.ckpt, schedule=self.kv.schedule).identity
         header = json.dumps({"format": SAVED, "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
                              "ids": self.ids, "pending": self.pending, "prefill_s": self.prefill_s, "extra": extra or {}})  # fmt: skip
         with whole_file(path) as part:
@@ -570,7 +573,7 @@ class Engine:
         does not fit into memory; what the engine held before is then untouched.
         """
         header, file = read_saved(path)
-        check_saved(path, header, self.ckpt.identity(self.model.score))
+        check_saved(path, header, self.ckpt.identity)
         tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
         if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):
             raise ValueError(f"{path} is damaged; read the document again")

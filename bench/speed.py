@@ -34,7 +34,7 @@ import model
 import prune
 import slim
 from kvcache import CopyLane
-from model import Config
+from model import Config, prefill_flops
 
 LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=131072)
 LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -87,17 +87,6 @@ def make_transformers(engine: slim.Engine, shape: dict):
 
 
 # ---- floors -----------------------------------------------------------------------------
-
-
-def prefill_flops(c: Config, length: int, schedule: dict, block_len: int = 64) -> float:
-    """Return the floating-point operations of a prefill: matrices and causal attention, the head once."""
-    sizes = prune.stage_blocks(length, schedule, block_len)
-    rows = [length - (sizes[0] - n) * block_len for n in sizes]
-    alive = [r for a, b, r in zip([0, *schedule], [*schedule, c.n_layers], rows) for _ in range(a, b)]
-    after = alive[1:] + alive[-1:]  # the FFN below a boundary runs on its survivors
-    projections, ffn = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim, 3 * c.dim * c.hidden_dim
-    attention = sum(2 * n * n * c.n_heads * c.head_dim for n in alive)
-    return 2 * projections * sum(alive) + 2 * ffn * sum(after) + attention + 2 * c.dim * c.vocab_size
 
 
 def decode_bytes(engine: slim.Engine) -> float:

@@ -47,7 +47,7 @@ def run(args, progress: Progress) -> int:
     check_args(args)
     header = adopt(args) if args.resume is not None else None
     settings = {f.name: getattr(args, f.name) for f in fields(slim.Settings) if hasattr(args, f.name)}
-    ckpt = slim.Checkpoint.open(args.ckpt, args.device, args.dtype, "dense" if args.dense else args.schedule, overlap=not args.no_overlap, **settings)
+    ckpt = slim.Checkpoint.open(args.ckpt, args.device, args.dtype, "dense" if args.dense else args.schedule, args.score, overlap=not args.no_overlap, **settings)
     if args.compare and not ckpt.schedule:
         raise ValueError("--compare has nothing to compare: the schedule is dense; give one with --schedule LAYER:TOKENS")
     c, tokenizer = ckpt.config, tokenizers.load(ckpt.folder)
@@ -56,11 +56,11 @@ def run(args, progress: Progress) -> int:
     if args.raw:
         tokenizer.chat_format = None
     if header:
-        slim.check_saved(args.resume, header, ckpt.identity(prune.block_scores))
+        slim.check_saved(args.resume, header, ckpt.identity)
     ids = [] if header else build_ids(args, read_prompt(args), tokenizer)
     n_prompt = max(1, len(header["ids"]) if header else len(ids))
     engine = ckpt.engine(reserve=(n_prompt, args.max_new_tokens), progress=progress.loading)
-    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {slim.format_schedule(ckpt.schedule)}, {n_prompt:,} prompt tokens")
+    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {prune.format_schedule(ckpt.schedule)}, {n_prompt:,} prompt tokens")
     say(f"slim: {ckpt.device}, {str(ckpt.dtype).removeprefix('torch.')}: {slim.plan(ckpt, n_prompt, args.max_new_tokens)}, {slim.size(slim.free_bytes(ckpt.device))} more free")
     talk = Talk(engine, tokenizer, args, progress, say)
     if args.compare:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import prune
 import slim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--json", action="store_true", help="print one JSON object an answer instead of the text")
     g.add_argument("--quiet", action="store_true", help="print the answer alone")
     g = p.add_argument_group("pruning")
-    g.add_argument("--schedule", default="auto", help="boundaries and token budgets as in 10:8192,20:4096,30:2048; auto goes by depth (%(default)s)")
+    g.add_argument("--schedule", default="auto", help="layers and what is kept from there on, shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192,20:4096; or auto, paper (%(default)s)")
+    g.add_argument("--score", default="peak", help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)")
     g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
     g.add_argument("--block-len", type=int, default=d["block_len"], metavar="N", help="tokens a block (%(default)s)")
     g.add_argument("--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens a unit of a block (%(default)s)")
@@ -159,7 +161,7 @@ def adopt(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
     header, _ = slim.read_saved(args.resume)
     saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}
-    for name in ("ckpt", "dtype", "schedule", "block_len", "unit_len", "window", "gamma", "chunk", "raw"):
+    for name in ("ckpt", "dtype", "schedule", "score", "block_len", "unit_len", "window", "gamma", "chunk", "raw"):
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():

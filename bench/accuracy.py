@@ -1,0 +1,399 @@
+"""Does pruning keep the answer? Rules for choosing blocks, compared on a real model and real prose.
+
+    python bench/accuracy.py --text BOOK.txt --set rivals --lengths 4096 --samples 60 --out rivals.jsonl
+    python bench/accuracy.py --set rivals --out rivals.jsonl --table       # what is there so far
+    python bench/accuracy.py --text BOOK.txt --set choose --part 0 ...     # the texts that nothing is reported on
+
+Every entry of a set answers the same samples (bench/prose.py). The answer is teacher-forced: after the prompt its
+tokens are fed, whatever the model would have said, and each counts that the model would have chosen. `frozen` entries
+choose blocks once, after the prompt, and then take the whole answer at once; the others go token by token and choose
+anew at each, as the engine does for a user. The layers below an entry's first boundary are computed once a sample, by
+the dense run. A line of --out is one entry's result on one sample; a second call computes only what is missing.
+
+Rivals stand here as their authors define the choice, at the FLOPs of the paper's schedule. They prune tokens where
+Slim prunes blocks; SnapKV and OmniKV select after a dense prefill, so here their choice is made at the boundaries.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from bisect import bisect
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import prose
+import prune
+import slim
+from kvcache import KVCache
+from model import attention_weights, prefill_flops
+
+MOST_QUERIES = 64  # kept of the dense run: the widest window of any rule, and the longest answer
+
+
+class Entry(NamedTuple):
+    """One way to answer; an empty schedule is dense."""
+
+    rule: prune.Rule = prune.RULES["peak"]
+    schedule: Callable = lambda bench, n: {}  # (bench, prompt tokens) -> {boundary: budget}
+    window: int = 4
+    block_len: int = 64
+    gamma: float = 1.0
+    frozen: bool = True
+    second_run: bool = False  # GemFilter: choose tokens, then run them alone
+
+
+# ---- schedules ---------------------------------------------------------------------------
+
+
+def steps(*pairs):
+    """Return a schedule of (boundary of 30 layers, one over the share), for a model of any depth."""
+    return lambda bench, n: {prune.at_depth(bench.n_layers, p, 30): Fraction(1) / Fraction(s) for p, s in pairs}
+
+
+PAPER = steps((9, 4), (19, 8), (28, 16))  # the paper's boundaries by depth, shares for its budgets at 32k
+
+
+def at_equal_flops(boundary: int):
+    """Return a schedule with one boundary (of 30 layers) that costs what PAPER does."""
+
+    def schedule(bench, n):
+        goal, layer = bench.flops(PAPER, n), prune.at_depth(bench.n_layers, boundary, 30)
+        return {layer: bisect(range(n), goal, key=lambda kept: prefill_flops(bench.config, n, {layer: kept}, 1)) - 1}
+
+    return schedule
+
+
+# ---- rules of others: queries (W, H, D), keys (N, B, G, D), blocks (N,) -> (N,) -------------
+
+
+def token_weights(queries, keys):
+    """Return softmax weights (W, H, N*B) of the queries on all candidates' tokens, and no mask: all came before."""
+    (w, h, d), (n, b, g, _) = queries.shape, keys.shape
+    logits = queries.float().view(w, g, h // g, d).permute(1, 0, 2, 3).reshape(g, -1, d) @ keys.float().view(n * b, g, d).permute(1, 2, 0)
+    return (logits / d**0.5).softmax(-1).view(g, w, h // g, -1).transpose(0, 1).flatten(1, 2)
+
+
+def pooled(scores, width, how):  # (N,) -> (N,)
+    pool = F.avg_pool1d if how == "mean" else F.max_pool1d
+    return pool(scores[None, None], width, stride=1, padding=width // 2)[0, 0]
+
+
+def newest(scores, n):
+    """Keep the n newest tokens whatever their scores."""
+    scores[-n:] = math.inf
+    return scores
+
+
+def summed(queries, keys, blocks, unit_len):
+    """Attention summed over a block's tokens, mean over heads and queries."""
+    return token_weights(queries, keys).mean((0, 1)).view(len(blocks), -1).sum(1)
+
+
+def snapkv(queries, keys, blocks, unit_len):
+    """Sum over the last 64 queries and the heads, average pool of 5; the window stays."""
+    return newest(pooled(token_weights(queries, keys).sum((0, 1)), 5, "mean"), 64)
+
+
+def fastkv(queries, keys, blocks, unit_len):
+    """Sum over the last 8 queries and the heads, max pool of 7; the window stays."""
+    return newest(pooled(token_weights(queries, keys).sum((0, 1)), 7, "max"), 8)
+
+
+def lazyllm(queries, keys, blocks, unit_len):
+    """The last query's attention, mean over heads."""
+    return token_weights(queries[-1:], keys).mean((0, 1))
+
+
+def omnikv(queries, keys, blocks, unit_len):
+    """The last query's attention, the strongest head's."""
+    return token_weights(queries[-1:], keys).amax((0, 1))
+
+
+def gemfilter(queries, keys, blocks, unit_len):
+    """Products with the last query, summed over heads without a softmax, average pool of 5."""
+    q, k = queries[-1].float(), keys[:, 0].float()  # (H, D), (N, G, D)
+    return pooled(torch.einsum("grd,ngd->n", q.view(k.shape[1], -1, k.shape[2]), k), 5, "mean")
+
+
+def recent(queries, keys, blocks, unit_len):
+    return blocks.float()
+
+
+def by_chance(queries, keys, blocks, unit_len):
+    return torch.rand(len(blocks))
+
+
+def of_keys(score) -> prune.Rule:
+    return prune.Rule(score.__name__, score, sees="keys")
+
+
+ORACLE = prune.Rule("oracle", None, sees="keys")  # its scores are made of the dense run of each sample
+TOKENS = dict(schedule=PAPER, block_len=1)
+MEAN = prune.Rule("mean", lambda weights: weights.mean(1).sum(-1))
+BOUNDARY_ONLY = prune.Rule("peak at the boundary", prune.peak, every_layer=False)
+
+RIVALS = {
+    "dense": Entry(),
+    "peak, frozen": Entry(schedule=PAPER),
+    "peak": Entry(schedule=PAPER, frozen=False),
+    "default": Entry(schedule=lambda bench, n: prune.auto_schedule(bench.n_layers), frozen=False),
+    "paper's rule, frozen": Entry(prune.RULES["paper"], PAPER),
+    "paper's rule": Entry(prune.RULES["paper"], PAPER, gamma=0.9, frozen=False),
+    "summed attention, frozen": Entry(of_keys(summed), PAPER),
+    "SnapKV, frozen": Entry(of_keys(snapkv), window=64, **TOKENS),
+    "FastKV, frozen": Entry(of_keys(fastkv), at_equal_flops(9), window=8, block_len=1),
+    "GemFilter, frozen": Entry(of_keys(gemfilter), steps((9, 1)), window=1, block_len=1, second_run=True),
+    "LazyLLM": Entry(of_keys(lazyllm), window=1, frozen=False, **TOKENS),
+    "OmniKV, frozen": Entry(of_keys(omnikv), window=1, **TOKENS),
+    "recent, frozen": Entry(of_keys(recent), PAPER),
+    "random, frozen": Entry(of_keys(by_chance), PAPER),
+    "oracle, frozen": Entry(ORACLE, PAPER),
+}
+SETS = {
+    "rivals": RIVALS,
+    "choose": {
+        "dense": Entry(),
+        **{f"peak, window {w}": Entry(schedule=PAPER, window=w) for w in (4, 8, 16)},
+        **{f"{name}, window 8": Entry(schedule=s, window=8) for name, s in {
+            "9:3/8 15:1/8 21:1/16": steps((9, "8/3"), (15, 8), (21, 16)),
+            "9:1/4 15:1/8 21:1/16": steps((9, 4), (15, 8), (21, 16)),
+            "7:1/2 12:1/4 19:1/8 25:1/16": steps((7, 2), (12, 4), (19, 8), (25, 16)),
+            "7:3/8 15:1/8 24:1/16": steps((7, "8/3"), (15, 8), (24, 16)),
+            "5:1/2 9:1/4 15:1/8 24:1/16": steps((5, 2), (9, 4), (15, 8), (24, 16)),
+            "3:1/2 9:1/4 19:1/8": steps((3, 2), (9, 4), (19, 8)),
+        }.items()},
+        "paper's rule": Entry(prune.RULES["paper"], PAPER),
+        "random": Entry(of_keys(by_chance), PAPER),
+        "oracle": Entry(ORACLE, PAPER),
+    },
+}  # fmt: skip
+
+
+# ---- one sample, every entry ---------------------------------------------------------------
+
+
+class Bench:
+    """A model whose layers below a boundary are taken from the sample's dense run."""
+
+    def __init__(self, ckpt: str, device: str, dtype: str):
+        self.engine = slim.load(ckpt, device, dtype, schedule="dense")
+        self.model, self.config, self.n_layers = self.engine.model, self.engine.config, self.engine.config.n_layers
+        self.caches: dict = {}
+        self.attention, self.ffn = self.model.attention, self.model.ffn
+        self.model.attention, self.model.ffn = self.attend, self.feed
+        self.first, self.recording = 0, False
+
+    def flops(self, schedule: Callable, n: int, block_len: int = 64) -> float:
+        return prefill_flops(self.config, n, schedule(self, n), block_len)
+
+    def cache(self, block_len, key=None) -> KVCache:
+        c, kv = self.config, self.engine.kv
+        if (block_len, key) not in self.caches:
+            self.caches[block_len, key] = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, block_len, kv.dtype, kv.device)
+        return self.caches[block_len, key]
+
+    # the model's attention and ffn: record them, or put in what was recorded
+
+    def attend(self, layer, x, rows):
+        kv = self.model.kv
+        if kv.length == 0 and layer < self.first:
+            n = len(x)
+            kv.slabs[layer][:, :n] = self.dense.slabs[layer][:, :n]
+            if layer == self.first - 1:
+                x.copy_(self.x[self.first])
+            return self.queries[layer][-self.model.window :], None
+        queries, weights = self.attention(layer, x, rows)
+        if self.recording:
+            if kv.length == 0:
+                self.queries.append(queries)
+                if layer + 1 in self.wanted:
+                    self.x[layer + 1] = x.clone()
+            else:
+                self.answer_queries.append(queries)
+        return queries, weights
+
+    def feed(self, layer, x):
+        if self.model.kv.length or layer >= self.first - 1:
+            self.ffn(layer, x)
+
+    def run_dense(self, sample: prose.Sample, wanted: set[int]) -> torch.Tensor:
+        """Answer without pruning, and keep what others go on from; return the logits (answer tokens, V)."""
+        self.queries, self.answer_queries, self.x, self.wanted = [], [], {}, wanted
+        self.first, self.recording, self.dense = 0, True, self.cache(64, "dense")
+        self.model.window = MOST_QUERIES
+        self.dense.reset(len(sample.prompt), {}, len(sample.answer))
+        logits = self.answer(self.dense, sample, True)
+        self.recording = False
+        return logits
+
+    def oracle(self, n: int) -> torch.Tensor:
+        """Return (n,): the strongest weight that a row which names an answer's token casts on each prompt token."""
+        best = torch.zeros(n)
+        for layer in range(self.n_layers * 9 // 30, self.n_layers):
+            rows = torch.cat([self.queries[layer][-1:], self.answer_queries[layer]])
+            for i, row in enumerate(rows):
+                keys, _ = self.dense.read(layer, n + i)
+                best = torch.maximum(best, attention_weights(row[None], keys)[0, :, :n].amax(0).float().cpu())
+        return best
+
+    def answer(self, kv: KVCache, sample: prose.Sample, at_once: bool) -> torch.Tensor:
+        """Return the logits (answer tokens, V) of a prompt and a fed answer, on a cache that was laid out for it."""
+        self.model.kv, fed = kv, torch.tensor(sample.answer[:-1])
+        logits = [self.model.step(torch.tensor(sample.prompt))]
+        if at_once and len(fed):
+            logits.append(self.model.step(fed, len(fed)))
+        else:
+            logits += [self.model.step(token[None]) for token in fed]
+        return torch.cat(logits)
+
+    def run(self, entry: Entry, sample: prose.Sample, oracle: torch.Tensor) -> torch.Tensor:
+        n, b = len(sample.prompt), entry.block_len
+        schedule, rule = entry.schedule(self, n), entry.rule
+        if rule is ORACLE:
+            scores = F.pad(oracle, (0, -n % b)).view(-1, b).amax(1)
+            rule = of_keys(lambda queries, keys, blocks, unit_len: scores[blocks.cpu()])
+        if entry.second_run:
+            layer = next(iter(schedule)) - 1
+            keys, _ = self.dense.read(layer, n)
+            k = self.second_run_tokens(layer + 1, n)
+            best = rule.score(self.queries[layer][-1:], keys[:, None], None, 1).topk(k).indices.sort().values.tolist()
+            sample, schedule = sample._replace(prompt=[sample.prompt[i] for i in best]), {}
+        kv = self.cache(b)
+        self.model.rule, self.model.window, self.model.gamma = rule, entry.window, 0.0 if entry.frozen else entry.gamma
+        self.model.unit_len = min(8, b)
+        kv.reset(len(sample.prompt), schedule, len(sample.answer))
+        self.first = kv.stages[0].layers[-1] + 1 if len(kv.stages) > 1 else 0
+        return self.answer(kv, sample, entry.frozen)
+
+    def second_run_tokens(self, layers: int, n: int) -> int:
+        """Return how many tokens a second run may have that starts anew after `layers` layers of a first, at PAPER's FLOPs."""
+        left = self.flops(PAPER, n) - prefill_flops(self.config, n, {}, 1) * layers / self.n_layers
+        return bisect(range(1, n), left, key=lambda k: prefill_flops(self.config, k, {}, 1))
+
+
+def measure(logits: torch.Tensor, answer: list[int]) -> dict:
+    truth, logits = torch.tensor(answer), logits.cpu()
+    right = logits.argmax(-1) == truth
+    return {"nll": F.cross_entropy(logits.float(), truth).item(), "right": right.float().mean().item(), "whole": right.all().item()}
+
+
+# ---- results: a line each --------------------------------------------------------------------
+
+
+def read_results(path: Path) -> dict:
+    """Return {(task, n, part, seed, entry): result} of a file that may not be there yet."""
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be cut
+    return {(r["task"], r["n"], r["part"], r["seed"], r["entry"]): r for r in rows}
+
+
+def error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def tables(results: dict, entries: dict, part: int) -> list[str]:
+    """Return a Markdown table a length: answer tokens right, whole answers, against dense, with standard errors."""
+    lines = []
+    for n in sorted({key[1] for key in results if key[2] == part}):
+        tasks = [t for t in prose.TASKS if any(key[:3] == (t, n, part) for key in results)]
+        seeds = {t: {k[3] for k in results if k[:3] == (t, n, part) and k[4] == "dense"} for t in tasks}
+        lines += [f"\n{n:,} tokens: answer tokens right, % (whole answers right); continuation: perplexity over dense's. "
+                  "± standard error of the difference to dense", "",
+                  "| | FLOPs, times fewer | " + " | ".join(f"{t}, {len(seeds[t])}" for t in tasks) + " |", "|---" * (len(tasks) + 2) + "|"]  # fmt: skip
+        for name in entries:
+            cells, ratio = [], []
+            for t in tasks:
+                both = [(results[t, n, part, s, name], results[t, n, part, s, "dense"]) for s in sorted(seeds[t]) if (t, n, part, s, name) in results]
+                ratio += [r["flops"] for r, _ in both]
+                if not both:
+                    cells.append("")
+                elif t == "continuation":
+                    gap = [r["nll"] - d["nll"] for r, d in both]
+                    cells.append(f"{math.exp(mean(gap)):.3f} ± {error(gap):.3f}")
+                else:
+                    right, gap = mean(r["right"] for r, _ in both), error([r["right"] - d["right"] for r, d in both])
+                    cells.append(f"{right:.1%} ± {100 * gap:.1f} ({mean(r['whole'] for r, _ in both):.0%})")
+            if ratio:
+                lines.append(f"| {name} | {mean(ratio):.2f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def run(args, entries: dict) -> dict:
+    out, results = Path(args.out), read_results(Path(args.out))
+    bench = Bench(args.ckpt, args.device, args.dtype)
+    book = prose.Book(Path(args.text).read_text(encoding="utf-8"), bench.engine.tokenizer, args.part)
+    wanted = {next(iter(schedule)) for e in entries.values() if (schedule := e.schedule(bench, 4096))}
+    with out.open("a") as file, torch.inference_mode():
+        for seed, n, task in ((s, n, t) for s in range(args.samples) for n in args.lengths for t in args.tasks):
+            key = task, n, args.part, seed
+            missing = [name for name in entries if (*key, name) not in results]
+            if not missing:
+                continue
+            sample, started = prose.make(book, task, n, seed), time.perf_counter()
+            dense_logits, oracle = bench.run_dense(sample, wanted), None
+            if any(entries[name].rule is ORACLE for name in missing):
+                oracle = bench.oracle(len(sample.prompt))
+            dense_flops = bench.flops(lambda b, n: {}, len(sample.prompt))
+            for name in missing:
+                entry = entries[name]
+                torch.manual_seed(seed)
+                logits = dense_logits if name == "dense" else bench.run(entry, sample, oracle)
+                cost = bench.flops(PAPER if entry.second_run else entry.schedule, len(sample.prompt), entry.block_len)
+                row = {"task": task, "n": n, "part": args.part, "seed": seed, "entry": name, **measure(logits, sample.answer),
+                       "flops": dense_flops / cost}  # fmt: skip
+                results[*key, name] = row
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(f"{task} {n} #{seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return results
+
+
+def parse_args() -> argparse.Namespace:
+    data = os.environ.get("SLIM_TEST_DATA")
+    p = argparse.ArgumentParser(prog="accuracy.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--ckpt", default="smollm2-135m-instruct")
+    p.add_argument("--text", default=data and f"{data}/texts/war_and_peace.txt", help="a long text, UTF-8")
+    p.add_argument("--set", choices=SETS, default="rivals")
+    p.add_argument("--only", help="entries of the set, by the start of their names, with semicolons between")
+    p.add_argument("--tasks", type=lambda s: s.split(","), default=",".join(prose.TASKS))
+    p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096")
+    p.add_argument("--samples", type=int, default=60)
+    p.add_argument("--part", type=int, choices=(0, 1), default=1, help="0: texts for choosing, 1: for reporting")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--out", required=True, help="results, a line each; a call computes only what is missing")
+    p.add_argument("--table", action="store_true", help="compute nothing")
+    args = p.parse_args()
+    if unknown := set(args.tasks) - set(prose.TASKS):
+        p.error(f"--tasks {min(unknown)!r} is unknown; there are {', '.join(prose.TASKS)}")
+    if not args.table and not args.text:
+        p.error("--text is needed: a long text to make questions of, such as War and Peace from Project Gutenberg")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    entries = SETS[args.set]
+    if args.only:
+        entries = {k: e for k, e in entries.items() if k == "dense" or k.startswith(tuple(args.only.split(";")))}
+    try:
+        results = read_results(Path(args.out)) if args.table else run(args, entries)
+    except (ValueError, OSError) as err:
+        sys.exit(f"accuracy: error: {err}")
+    print("\n".join(tables(results, entries, args.part)))
+
+
+if __name__ == "__main__":
+    main()
