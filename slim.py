@@ -35,7 +35,7 @@ from torch import Tensor
 import prune
 import tokenizer as tokenizers
 from kvcache import KVCache
-from model import DTYPES, Config, Layer, Model, Weights, read_json
+from model import DTYPES, Config, Layer, Model, Weights, look_rows, read_json
 
 ALIASES = {
     "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
@@ -256,7 +256,10 @@ def plan(ckpt: "Checkpoint", n_prompt: int, n_new: int = 0) -> Plan:
     hidden = (n_prompt + rows[min(1, len(rows) - 1)]) * c.dim * item + n_prompt * c.head_dim * 16  # x, its survivors, cos and sin
     attention = chunk * 3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4  # q, k, v, output
     pruned = (rows[0] - rows[-1]) * c.dim * item if ckpt.device.type == "cpu" else 0  # aux shares this memory
-    return Plan(weights, kv, hidden + pruned + max(attention, chunk * 4 * c.hidden_dim * item))
+    wide = torch.promote_types(ckpt.dtype, torch.float32).itemsize
+    looks = min(ckpt.settings.window, look_rows(c.n_heads, n_prompt)) * c.n_heads * n_prompt * 3  # products, softmax, a copy
+    looks = (looks + n_prompt * c.n_kv_heads * c.head_dim) * wide  # and the keys, wider or laid out anew
+    return Plan(weights, kv, hidden + pruned + max(attention, looks, chunk * 4 * c.hidden_dim * item))
 
 
 def check_memory(ckpt: "Checkpoint", n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
@@ -362,13 +365,20 @@ def load(ckpt, device="auto", dtype="auto", schedule="auto", score="peak", reser
 
 
 def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
-    """Return the dtype of a run; auto is the checkpoint's own, but float32 for float16 on a CPU."""
+    """Return the dtype of a run; auto is the checkpoint's own, but float32 on a CPU that is slow in half precision."""
     if not isinstance(name, str) or name != "auto" and name not in DTYPES:
         raise ValueError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     dtype = config.dtype if name == "auto" else DTYPES[name]
     if dtype == torch.float64 and device.type == "cuda":
         raise ValueError("--dtype float64 is for exactness tests on a CPU; use float32, bfloat16 or float16 on CUDA")
-    return torch.float32 if (name, device.type, dtype) == ("auto", "cpu", torch.float16) else dtype
+    slow = dtype == torch.float16 or dtype == torch.bfloat16 and not multiplies_bfloat16()
+    return torch.float32 if name == "auto" and device.type == "cpu" and slow else dtype
+
+
+def multiplies_bfloat16() -> bool:
+    """Say whether this CPU has instructions for bfloat16; without them a prefill takes some six times as long."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
+    return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, int]:

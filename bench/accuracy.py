@@ -162,6 +162,12 @@ RIVALS = {
 }
 SETS = {
     "rivals": RIVALS,
+    "gamma": {
+        "dense": Entry(),
+        "frozen": Entry(schedule=PAPER, window=8),
+        **{f"gamma {g}, window {w}": Entry(schedule=PAPER, window=w, gamma=g, frozen=False) for w in (4, 8) for g in (0.5, 0.9, 1.0)},
+        "gamma 1, window 32": Entry(schedule=PAPER, window=32, frozen=False),
+    },
     "choose": {
         "dense": Entry(),
         **{f"peak, window {w}": Entry(schedule=PAPER, window=w) for w in (4, 8, 16)},
@@ -336,7 +342,7 @@ def run(args, entries: dict) -> dict:
     book = prose.Book(Path(args.text).read_text(encoding="utf-8"), bench.engine.tokenizer, args.part)
     wanted = {next(iter(schedule)) for e in entries.values() if (schedule := e.schedule(bench, 4096))}
     with out.open("a") as file, torch.inference_mode():
-        for seed, n, task in ((s, n, t) for s in range(args.samples) for n in args.lengths for t in args.tasks):
+        for seed, n, task in ((s, n, t) for s in range(args.first, args.first + args.samples) for n in args.lengths for t in args.tasks):
             key = task, n, args.part, seed
             missing = [name for name in entries if (*key, name) not in results]
             if not missing:
@@ -370,6 +376,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--tasks", type=lambda s: s.split(","), default=",".join(prose.TASKS))
     p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096")
     p.add_argument("--samples", type=int, default=60)
+    p.add_argument("--first", type=int, default=0, help="number of the first sample")
+    p.add_argument("--threads", type=int, default=0, help="of torch; two processes with one thread each, and files of their own, finish sooner than one with two")
     p.add_argument("--part", type=int, choices=(0, 1), default=1, help="0: texts for choosing, 1: for reporting")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
@@ -386,6 +394,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     entries = SETS[args.set]
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.only:
         entries = {k: e for k, e in entries.items() if k == "dense" or k.startswith(tuple(args.only.split(";")))}
     try:

@@ -27,13 +27,21 @@ class Recorder:
     """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes the model's on_select hook.
 
     record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"candidates", "scores",
-    "active"} of the prompt step. A step: {"at": tokens before it,
+    "seen", "active"} of the prompt step, "seen" being the layer whose look gave the score. A step: {"at": tokens before it,
     "pending": how many of its own tokens the model wrote, "moves": [[stage, in, out, revived]]}.
     """
 
     def __init__(self, engine, record: dict | None = None):
         self.engine, self.record = engine, record or {}
-        engine.model.on_select = self.on_select
+        engine.model.on_select, engine.model.on_look = self.on_select, self.on_look
+
+    def on_look(self, layer: int, worth) -> None:
+        if self.engine.kv.length == 0:
+            best = worth.amax(0)  # (N,)
+            if layer == 0 or not self.engine.model.rule.every_layer:
+                self.best, self.seen = best, best.new_zeros(len(best)).long() + layer
+            self.seen = self.seen.where(best <= self.best, layer)
+            self.best = best
 
     def on_select(self, i: int, candidates: list[int], scores, active: set[int]) -> None:
         kv = self.engine.kv
@@ -42,7 +50,10 @@ class Recorder:
             if i == 1:
                 self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
             scores = [float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]  # JSON has no infinity
-            self.record["stages"].append({"candidates": list(candidates), "scores": scores, "active": sorted(active)})
+            seen = [stage.layers[0] - 1] * len(candidates)  # a rule that sees keys looks at the boundary's layer alone
+            if self.engine.model.rule.sees == "weights":
+                seen = self.seen[candidates].tolist()
+            self.record["stages"].append({"candidates": list(candidates), "scores": scores, "seen": seen, "active": sorted(active)})
         elif self.record:
             if i == 1:
                 self.record["steps"].append({"at": kv.length, "pending": len(self.engine.pending), "moves": []})
