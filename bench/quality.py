@@ -75,7 +75,7 @@ def max_pooled(queries, keys, blocks, unit_len):
     return prune.block_scores(queries, keys.amax(1, keepdim=True), blocks, 1)
 
 
-METHODS = {"slim": prune.block_scores, "average pool": average_pooled, "max pool": max_pooled, "attention mass": attention_mass, "token attention": token_attention,
+METHODS = {"peak": prune.RULES["peak"], "slim": prune.block_scores, "average pool": average_pooled, "max pool": max_pooled, "attention mass": attention_mass, "token attention": token_attention,
            "recent blocks": recent_blocks, "random blocks": random_blocks}  # fmt: skip
 
 
@@ -161,20 +161,21 @@ class Prefix:
     def below(self, layer: int) -> bool:
         return self.kv.length == 0 and len(self.kv.stages) > 1 and layer in self.kv.stages[0].layers
 
-    def attend(self, layer, x, rows, above):
-        known = self.prompt, self.kv.stages[0].layers
+    def attend(self, layer, x, rows):
+        known, last = (self.prompt, self.kv.stages[0].layers), self.kv.stages[0].layers[-1]
         if not self.below(layer):
-            self.attention(layer, x, rows, above)
-        elif self.of == known:
+            return self.attention(layer, x, rows)
+        if self.of == known:
             self.kv.slabs[layer].copy_(self.slabs[layer])
-            if above is not None:
+            if layer == last:
                 x.copy_(self.x)
-                above.ring = self.ring
-        else:
-            self.attention(layer, x, rows, above)
-            self.slabs = [*(self.slabs if layer else []), self.kv.slabs[layer].clone()]
-            if above is not None:
-                self.of, self.x, self.ring = known, x.clone(), above.ring
+            return self.queries[layer], None
+        queries, weights = self.attention(layer, x, rows)
+        self.slabs = [*(self.slabs if layer else []), self.kv.slabs[layer].clone()]
+        self.queries = [*(self.queries if layer else []), queries]
+        if layer == last:
+            self.of, self.x = known, x.clone()
+        return queries, weights
 
     def feed(self, layer, x):
         last = self.kv.stages[0].layers[-1]
@@ -192,6 +193,10 @@ def load_engine(ckpt: str, device: str, dtype: str, settings: tuple):
 def load(args, **settings):
     settings = {"block_len": args.block_len, "unit_len": args.unit_len, "gamma": args.gamma} | settings
     return load_engine(args.ckpt, args.device, args.dtype, tuple(settings.items()))
+
+
+def as_rule(score) -> prune.Rule:
+    return score if isinstance(score, prune.Rule) else prune.Rule("", score, sees="keys")
 
 
 class Try(NamedTuple):
@@ -212,7 +217,7 @@ def hits(args, kind: str, length: int, tries: list[Try], depth, settings: dict, 
     for share, score, boundary in tries:
         single = {"block_len": 1, "unit_len": 1, "window": 1} if score is token_attention else {}
         engine = load(args, **settings | single)
-        engine.model.score = score
+        engine.model.rule = as_rule(score)
         torch.manual_seed(i)
         block_len = engine.ckpt.settings.block_len
         found.append(ask(engine, ids, answer, {} if share is None else {boundary or args.boundary: max(int(len(ids) * share), 2 * block_len)}))
@@ -301,7 +306,7 @@ def without_facts(args, kind: str, length: int, i: int) -> list[bool]:
     sample, ids, answer = one_question(args.ckpt, kind, length, args.first_seed + i, None)
     places = [1 + len(tok.encode(sample.document[:at])) for span in sample.questions[0].fact_spans for at in span]
     gone = {p // b for start, end in zip(places[::2], places[1::2]) for p in range(start, end)} - {0, (len(ids) - 1) // b}
-    engine.model.score = lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()])
+    engine.model.rule = as_rule(lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()]))
     budget = (-(-len(ids) // b) - len(gone)) * b
     return [ask(engine, ids, answer, {layer: budget} if gone else {}) for layer in range(1, engine.config.n_layers)]
 
@@ -331,7 +336,7 @@ def conversation(args, length: int, i: int):
     engine, tok = load(args), load_tokenizer(args.ckpt)
     sample = tasks.make("lookalike", length, args.first_seed + i, tok, n_questions=8)
     spelled = [spell(tok, sample, question) for question in sample.questions]
-    engine.model.score = METHODS[args.method]
+    engine.model.rule = as_rule(METHODS[args.method])
     schedules = [{args.boundary: max(int(len(ids) * args.shares[0]), 2 * args.block_len)} for ids, _ in spelled]
     afresh = sum(ask(engine, ids, answer, schedule) for (ids, answer), schedule in list(zip(spelled, schedules))[1:])
     ask(engine, *spelled[0], schedules[-1])
