@@ -1135,12 +1135,15 @@ def test_two_ctrl_c_break_off_a_step():
         time.sleep(0.01)
 
 
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen's, as its template has it
+
+
 def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format wants it."""
     make_checkpoint(tmp_path / "ckpt", vocab=300)
     engine = slim.load(tmp_path / "ckpt", "cpu")
     tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, {"<|im_start|>": 256, "<|im_end|>": 257}, None)
-    tok.chat_format = "qwen"
+    tok.chat_format, tok.system = "qwen", SYSTEM
     talk = Talk(engine, tok, parse_args(["--ckpt", "x", "--prompt", "x", "--chat", "--max-new-tokens", "1"]), Progress(True), lambda text: None)
 
     def said():  # without what the random model answered
@@ -1365,11 +1368,28 @@ def test_llama3_chat_keeps_a_users_special_tokens_text(tmp_path, where):
     assert tok.chat_format == "llama3" and tok.chat(EVIL) == spell(tok, *head, "\n\n" + EVIL, *tail)
 
 
-def test_qwen_chat_has_no_bos(tmp_path):
-    tok = tokenizer.load(write(tmp_path, trained("qwen").to_str().encode(), {"chat_template": "<|im_start|>"}))
-    system = [["<|im_start|>"], "system\nYou are a helpful assistant.", ["<|im_end|>"], "\n"]
+GIVEN = "{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"  # the text of the user's own
+TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+SYSTEMS = {  # what the template writes in by itself: template
+    "You are SmolLM": "{% if it %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + TURN,
+    "You are Qwen. {}": GIVEN + "{%- else %}{{- '<|im_start|>system\\nYou are Qwen. {}<|im_end|>\\n' }}" + TURN,
+    "You're\n\"one\"": GIVEN + '{{ "<|im_start|>system\\nYou\'re\\n\\"one\\"<|im_end|>\\n" }}' + TURN,
+    "default": [{"name": "tools", "template": "{{ '<|im_start|>system\\ntools<|im_end|>' }}"},
+                {"name": "default", "template": "{{ '<|im_start|>system\\ndefault<|im_end|>' }}" + TURN}],
+    "": GIVEN + TURN,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SYSTEMS)
+def test_a_chat_opens_with_the_system_turn_of_its_own_template(tmp_path, text):
+    """And with no other, and without a BOS; "{}" in it is not where the user's text goes."""
+    tok = tokenizer.load(write(tmp_path, trained("qwen").to_str().encode(), {"chat_template": SYSTEMS[text]}))
+    system = [["<|im_start|>"], "system\n" + text, ["<|im_end|>"], "\n"] if text else []
     turn = [["<|im_start|>"], "user\n" + EVIL, ["<|im_end|>"], "\n", ["<|im_start|>"], "assistant\n"]
     assert tok.chat_format == "qwen" and tok.chat(EVIL) == spell(tok, *system, *turn)
+    assert tok.chat(EVIL, begin=False) == spell(tok, ["<|im_end|>"], "\n", *turn)
+    tok.chat_format = None  # what --raw does
+    assert tok.chat(EVIL) == tok.encode(EVIL)
 
 
 @needs_data
@@ -1399,7 +1419,7 @@ def test_a_conversation_keeps_its_turns(name):
     special = re.findall(r"<[^<>\s]+>", TURNS[name]) if name else []
     numbers = {token: 256 + i for i, token in enumerate(dict.fromkeys(special))}
     tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, numbers, None)
-    tok.chat_format = name
+    tok.chat_format, tok.system = name, SYSTEM if name == "qwen" else ""
     ids = tok.chat("DOC", end=False) + tok.rest("A?") + tok.encode("YES") + tok.chat("B?", begin=False)
     names = {i: token for token, i in numbers.items()}
     assert b"".join(names[i].encode() if i in names else tok.bytes(i) for i in ids).decode() == TURNS[name]

@@ -34,12 +34,14 @@ CHATS = {  # name: (what its chat template shows, a special token it needs, what
     #        later turn once the answer before it is closed, what closes a turn of the user's and opens the answer)
     "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
                "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>user\n",
              "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
     "llama2": (r"\[INST\]", "<s>", "<s>[INST] ", " </s><s>[INST] ", " [/INST]"),
     "zephyr": (r"^(?!.*<\|end\|>).*<\|user\|>", "</s>", "<|user|>\n", "</s>\n<|user|>\n", "</s>\n<|assistant|>\n"),  # <|end|>: Phi-3
     None: ("", "", "", "\n", ""),  # plain completion goes on in a new line
 }
+# The system turn that a template with <|im_start|> writes in by itself, as it stands in one of its strings.
+SYSTEM = re.compile(r"""(["'])<\|im_start\|>system(?:\n|\\n)(?P<text>(?:\\.|(?!\1)[^\\])*?)<\|im_end\|>""", re.DOTALL)
 # The regex engine overflows its stack on a very long run, so it gets text in pieces. All three splits end a
 # match after a letter or digit that one of these follows, whatever surrounds it: a cut there keeps the ids.
 PIECE, RUN = 400_000, 25_000
@@ -59,12 +61,26 @@ def load(folder: Path) -> "Tokenizer":
     if not isinstance(settings.get("add_bos_token"), bool | None):
         raise _bad(config, f"key 'add_bos_token' is {settings['add_bos_token']!r}", "make it true or false")
     tok = _parse(path, path.read_bytes(), add_bos=settings.get("add_bos_token") is not False)
-    template = str(settings.get("chat_template") or "")
+    template = _template(settings.get("chat_template") or "")
     template += jinja.read_text("utf-8", "replace") if jinja.is_file() else ""
     fits = (name for name, (mark, token, *_) in CHATS.items()
             if name and re.search(mark, template, re.DOTALL) and token in tok.special)
     tok.chat_format = next(fits, "unknown") if template else None
+    if tok.chat_format == "qwen" and (system := SYSTEM.search(template)):
+        tok.system = f"<|im_start|>system\n{_unescape(system['text'])}<|im_end|>\n"
     return tok
+
+
+def _template(value):
+    """Return the text of a config's chat template, or of a list of them, the default one first."""
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = sorted(value, key=lambda one: one.get("name") != "default")
+        return "\n".join(str(one.get("template")) for one in value)
+    return str(value)
+
+
+def _unescape(literal):
+    return re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), literal, flags=re.DOTALL)
 
 
 class Tokenizer:
@@ -75,6 +91,7 @@ class Tokenizer:
         self.special: dict[str, int] = special
         self.bos_id: int | None = bos_id
         self.chat_format: str | None = None
+        self.system = ""  # the turn before the user's first, if this is a chat model that has one
         self.vocab_size: int = 1 + max([*pieces, *special.values()])
 
     def encode(self, text: str) -> list[int]:
@@ -99,7 +116,8 @@ class Tokenizer:
         stays open, and what `rest` returns closes it.
         """
         _, _, first, later, close = self._format()
-        ids = self._fill((first if begin else later) + "{}" + (close if end else ""), user_text)
+        head = self._fill(self.system, "{}") if begin and self.chat_format else []  # apart: a "{}" in it stays
+        ids = head + self._fill((first if begin else later) + "{}" + (close if end else ""), user_text)
         return ids if not begin or self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def rest(self, user_text: str) -> list[int]:
