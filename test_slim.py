@@ -771,8 +771,10 @@ def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeyp
     assert slim.find_checkpoint("b") == tmp_path / "elsewhere" / "b"
     for name in ("llama3.1-8b", "meta-llama/Llama-3.1-8B"):
         assert slim.find_checkpoint(name) == hub / "snapshots" / "abc"
-    with pytest.raises(FileNotFoundError, match="hf download Qwen/Qwen2.5-7B"):
-        slim.find_checkpoint("qwen2.5-7b")
+    small = ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    for alias, repo in (("qwen2.5-7b", "Qwen/Qwen2.5-7B"), small):
+        with pytest.raises(FileNotFoundError, match=f"hf download {repo}"):
+            slim.find_checkpoint(alias)
 
 
 def edit_json(path, **changes):
