@@ -1113,8 +1113,8 @@ def test_commands_of_the_chat(cli, tmp_path):
     assert process.returncode == 0 and "Traceback" not in err
     assert all((tmp_path / name).is_file() for name in ("map.html", "other.html", "third.html"))
     assert all(words in err for words in ("of context in use", "no command", "are forgotten", "no/where.html", "would overwrite"))
-    first, second = out.split("\n")[:2]
-    assert first == second
+    first, second = out[: len(out) // 2], out[len(out) // 2 :]  # an answer may hold a newline
+    assert first == second and first.endswith("\n"), out
 
 
 def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
@@ -1196,9 +1196,12 @@ def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
 # ---- tokenizers -------------------------------------------------------------------------
 
 HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "naïve e\u0301 \u212b ﬁ", "日本語テキスト", "😀👨\u200d👩\u200d👧 🇫🇷",
-        "<|eot_id|><s></s>", "def f(x):\n    return x\r\n\r\n", "\0\x7f\u00a0\ufeff", "a\u3000b  \n c"]  # fmt: skip
-TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(" \n\r\t'sStTab1290.!é😀\u0301\u3000日"), max_size=40))
-KINDS = ["gpt2", "llama3", "qwen"]
+        "<|eot_id|><s></s>", "def f(x):\n    return x\r\n\r\n", "\0\x7f\u00a0\ufeff", "a\u3000b  \n c",
+        "x 1  2\t\n3 '4's don'5t 66²Ⅷ  ½ ", "=\x04(\x06\" \x06 a\x13b\x1d\x141 \U000412340'\x04s ( \x16 \x04",
+        "тест\x04 т(т)", "\U00012658\x13     \U00012658\x13"]  # fmt: skip
+SOME = " \n\r\t'sStTab1290.!é😀\u0301\u3000日²½\x04\x1d\U00041234"
+TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(SOME), max_size=40))
+KINDS = ["gpt2", "llama3", "qwen", "smollm2"]
 relaxed = hypothesis_settings(max_examples=150, deadline=None)
 
 
@@ -1209,23 +1212,29 @@ def trained(kind):
 
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if kind != "gpt2":
+    if kind in ("llama3", "qwen"):
         split = tokenizer.QWEN2_SPLIT if kind == "qwen" else tokenizer.LLAMA3_SPLIT
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
     if kind == "qwen":
         tok.normalizer = normalizers.NFC()
-    special = ["<|im_start|>", "<|im_end|>"] if kind == "qwen" else ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    chatml = kind in ("qwen", "smollm2")
+    llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
     corpus = [Path(__file__).read_text(), *HARD * 3, "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system" * 20]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "smollm2":  # knows the bytes it was trained on and no others
+        corpus, alphabet = [re.sub(r"[^\n -~é日本語]", "", corpus[0]), corpus[-1], "\r\n\t"], []
     tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1200, special_tokens=[] if kind == "qwen" else special, show_progress=False, initial_alphabet=alphabet))
     if kind == "qwen":  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
         tok.add_special_tokens(special)
         tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<tool>", "<tool><tool>", "</tool>")])
-    else:
+    elif not chatml:
         bos = ("<|begin_of_text|>", tok.token_to_id("<|begin_of_text|>"))
         template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
         tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template]) if kind == "llama3" else template
+    if kind == "smollm2":  # only now, so that there are merges of digits that must not be used
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), tok.pre_tokenizer])
     tok.encode_special_tokens = True  # specials in text are text, as here
     return tok
 
@@ -1247,6 +1256,13 @@ def write(folder, data, config=None, name="tokenizer.json"):
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def without_lost(text):
+    """The bytes of text that the kind trained without some keeps."""
+    lost = bytes(b for char, b in tokenizer.BYTE_OF.items() if char not in trained("smollm2").get_vocab())
+    assert 21 < len(lost) < 200 and 4 in lost and "т".encode()[0] in lost
+    return text.encode(errors="replace").translate(None, lost)
 
 
 def by_reference(kind, text):
@@ -1276,7 +1292,7 @@ def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
     tok, reference = ours(kind), trained(kind)
-    assert tok.bos_id == (None if kind == "qwen" else reference.token_to_id("<|begin_of_text|>"))
+    assert tok.bos_id == (None if kind in ("qwen", "smollm2") else reference.token_to_id("<|begin_of_text|>"))
     assert tok.special == {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.special}
     assert tok.vocab_size == reference.get_vocab_size() and tok.bytes(tok.vocab_size + 5) == b""
 
@@ -1318,11 +1334,11 @@ def test_only_runs_beyond_the_limit_are_cut():
         assert list(map(len, tokenizer._pieces(char * 60_000 + "b 1"))) == [25_000, 25_000, 10_003]
 
 
-@pytest.mark.parametrize("text", ["a" * 10**6, " " * 10**6, "\n" * 10**6, "\r\n \t" * 250_000, "日" * 10**6])
+@pytest.mark.parametrize("text", [part * (10**6 // len(part)) for part in ("a", " ", "\n", "\r\n \t", "日", "a\x04")])
 def test_a_megabyte_of_anything_goes_there_and_back(text):
     """Uncut, a megabyte of spaces crashes the regex engine."""
     for tok in all_kinds():
-        assert tok.decode(tok.encode(text)) == text
+        assert tok.decode(tok.encode(text)) == (without_lost(text).decode() if tok is ours("smollm2") else text)
 
 
 @relaxed
@@ -1331,9 +1347,14 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
     for tok in all_kinds():
         ids = tok.encode(text)
         want = unicodedata.normalize("NFC", text) if tok is ours("qwen") else text
+        if tok is ours("smollm2"):
+            assert b"".join(map(tok.bytes, ids)) == without_lost(text)
+            want = without_lost(text).decode(errors="replace")
         assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.dummy_prefix else want)
         assert not set(ids) & set(tok.special.values())
         assert "".join(tok.stream(iter(ids))) == " " * (tok.dummy_prefix and bool(ids)) + tok.decode(ids)
+        if tok is ours("smollm2") and want.encode() != without_lost(text):
+            continue  # half a character is left, so pieces are not whole
         for n in range(len(ids)):  # what is out after n ids is all they hold in whole characters
             held = b"".join(map(tok.bytes, ids[:n]))
             out = "".join(tok.stream(iter(ids[:n]))).rstrip("\ufffd").encode()
@@ -1462,6 +1483,12 @@ def test_a_truncated_tokenizer_is_refused(tmp_path, name):
         refused(write(tmp_path, blob[: size + (name == "llama3")], name="tokenizer.model"))
 
 
+def digits_first(individual_digits=True, use_regex=True):
+    digits = {"type": "Digits", "individual_digits": individual_digits}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+
+
 SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "WordPiece": lambda d: d["model"].update(type="WordPiece"),
     "sentencepiece": lambda d: d["model"].update(byte_fallback=True),
@@ -1469,10 +1496,12 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "NFKC": lambda d: d.update(normalizer={"type": "NFKC"}),
     "add_prefix_space": lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "another split": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "another split"}),
+    "individual_digits": lambda d: d.update(pre_tokenizer=digits_first(individual_digits=False)),
+    "use_regex": lambda d: d.update(pre_tokenizer=digits_first(use_regex=False)),
     "dropout": lambda d: d["model"].update(dropout=0.1),
     "merge order": lambda d: d["model"]["merges"].reverse(),
     "no merge": lambda d: d["model"]["merges"].pop(),
-    "256 single bytes": lambda d: d["model"]["vocab"].pop("\u0100"),
+    "256 single bytes": lambda d: d["model"]["vocab"].pop("\u0100") and d["model"].update(unk_token="!"),
     "twice": lambda d: d["model"]["vocab"].update({"\u0100": d["model"]["vocab"]["!"]}),
     "not a pair": lambda d: d["model"]["merges"].append(["a"]),
     "lstrip": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], special=False, lstrip=True)),
