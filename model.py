@@ -336,12 +336,13 @@ class Model:
         worth = torch.full(shape, -torch.inf, dtype=wide, device=kv.device)  # (w, N) of the blocks, to the newest queries
         for i, stage in enumerate(kv.stages):
             rows = self.place(stage, flight, max(start, kv.tail_start), end)
+            here = self.newest_here(flight, end, len(worth))
             above = kv.stages[i + 1] if i + 1 < len(kv.stages) else None
             for layer in stage.layers:
                 at_boundary = above is not None and layer == stage.layers[-1]
                 queries, weights = self.attention(layer, x, rows)
                 if above is not None and self.rule.sees == "weights" and (at_boundary or self.rule.every_layer):
-                    self.look(layer, stage, rows.before + len(x), queries, weights, worth)
+                    self.look(layer, stage, rows.before + len(x), queries, weights, worth, here)
                 if at_boundary:
                     newest = worth.clone() if self.rule.sees == "weights" else queries
                     above.ring = torch.cat([newest[:0] if above.ring is None else above.ring, newest])[-self.window :]
@@ -400,27 +401,35 @@ class Model:
                 newest = torch.cat([newest, q[-self.window :]])[-self.window :]
         return newest, weights if len(x) - rows.revived == 1 else None
 
-    def look(self, layer: int, stage: Stage, n: int, queries: Tensor, weights: Tensor | None, worth: Tensor) -> None:
-        """Let the rule see what a layer's newest queries (w, H, D) attend to among n keys; raise worth (w, N) to it.
+    def newest_here(self, flight: list[int], end: int, w: int) -> Tensor:
+        """Return which of the newest w tokens have a row in x, as indices (t,); of a short last block, others may be gone."""
+        kv = self.kv
+        position = range(end - w, end)
+        return kv.upload([i for i, p in enumerate(position) if p >= kv.tail_start or p // kv.block_len in flight])
 
-        weights: theirs (1, H, S), if attention made them. Raises ValueError for a rule's result of another shape.
+    def look(self, layer: int, stage: Stage, n: int, queries: Tensor, weights: Tensor | None, worth: Tensor, here: Tensor):
+        """Let the rule see what a layer's newest queries attend to among n keys; raise their worth (w, N) to it.
+
+        queries: (w, H, D), of which the newest len(here) belong to rows `here` of worth. weights: (1, H, S), if
+        attention made them. Raises ValueError for a rule's result of another shape.
         """
-        n_rows, w = stage.n_slots * self.kv.block_len, len(queries)
+        n_rows, t = stage.n_slots * self.kv.block_len, len(here)
         keys, _ = self.kv.read(layer, n)  # (S, G, D)
+        if not self.rule.every_layer:
+            worth.fill_(-torch.inf)
         step = look_rows(self.config.n_heads, n)
-        for a in range(0, w, step):
-            b = min(w, a + step)
-            part = attention_weights(queries[a:b], keys[: n - w + b]) if weights is None else weights
-            part = part[..., :n_rows].view(b - a, -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
-            found = self.rule.score(part)
-            if not isinstance(found, Tensor) or found.shape != (b - a, stage.n_slots) or not found.is_floating_point():
+        for part in range(0, t, step):
+            q = queries[len(queries) - t :][part : part + step]
+            made = attention_weights(q, keys[: n - t + part + len(q)]) if weights is None else weights
+            made = made[..., :n_rows].view(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
+            found = self.rule.score(made)
+            if not isinstance(found, Tensor) or found.shape != made.shape[::2] or not found.is_floating_point():
                 raise ValueError(
-                    f"the scoring function returned {found!r:.60}; of weights {tuple(part.shape)} it must return "
-                    f"floating-point scores ({b - a}, {stage.n_slots}), one a query and block"
+                    f"the scoring function returned {found!r:.60}; of weights {tuple(made.shape)} it must return "
+                    f"floating-point scores {tuple(made.shape[::2])}, one a query and block"
                 )
-            if not self.rule.every_layer:
-                worth[a:b] = -torch.inf
-            worth[a:b, stage.blocks] = torch.maximum(worth[a:b, stage.blocks], found.to(worth.dtype))
+            place = here[part : part + step, None], stage.blocks
+            worth[place] = torch.maximum(worth[place], found.to(worth.dtype))
         self.on_look(layer, worth)
 
     def ffn(self, layer: int, x: Tensor) -> None:

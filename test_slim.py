@@ -641,9 +641,10 @@ def go_on(engine, ids, steps=12):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("schedule", [{1: 64, 3: 32}, {}])
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
-def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedule, gamma):
+@pytest.mark.parametrize("score", ["peak", "paper", MASS])
+def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedule, gamma, score):
     """After a prompt, an answer and its unrun last token: tiers, active sets, ring, ids and counters are all in the file."""
-    settings = SLIM | dict(device=device, schedule=schedule, gamma=gamma)
+    settings = SLIM | dict(device=device, schedule=schedule, gamma=gamma, score=score)
     engine, other = slim.load(tiny, **settings), slim.load(tiny, **settings)
     for n in (3, 150):  # the second file takes the place of the first
         list(engine.generate(draw(n), 9))
@@ -935,6 +936,12 @@ WRONG = {  # arguments: what the one line must name
     "--schedule 0:512": "1..4",
     "--schedule 5:512": "1..4",
     "--schedule 2:127": "2 blocks",
+    "--schedule 2:1/0": "share of the prompt",
+    "--schedule 2:3/2": "0..1",
+    "--schedule 2:0.0": "0..1",
+    "--schedule 2:nan": "share of the prompt",
+    "--schedule 2:1/8,3:1/4": "decrease",
+    "--score peek": "peak, paper",
     "--unit-len 7": "does not divide",
     "--unit-len 0": "--unit-len",
     "--block-len -8": "--block-len",
