@@ -155,13 +155,17 @@ class Rule:
     sees "keys": score(queries (W, H, D), keys (N, B, G, D), blocks (N,), unit_len) -> (N,), from the
     post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
 
-    Higher is kept. The name belongs to a saved conversation; a rule without one cannot be saved.
+    Higher is kept. window: newest queries that count. gamma: overlap of the new choice with the active
+    blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name belongs to
+    a saved conversation; a rule without one cannot be saved.
     """
 
     name: str
     score: Callable
     sees: str = "weights"
     every_layer: bool = True
+    window: int = 8
+    gamma: float = 1.0
 
 
 def peak(weights: Tensor) -> Tensor:
@@ -194,7 +198,7 @@ def block_scores(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -
     return dots.abs().mean((0, 1)).view(n, u).amax(1)  # (N,)
 
 
-RULES = {"peak": Rule("peak", peak), "paper": Rule("paper", block_scores, sees="keys")}
+RULES = {"peak": Rule("peak", peak), "paper": Rule("paper", block_scores, sees="keys", window=4, gamma=0.9)}
 
 
 def find_rule(score) -> Rule:

@@ -55,20 +55,20 @@ class Settings:
 
     block_len: int = 64  # tokens a block
     unit_len: int = 8  # tokens a unit inside a block
-    window: int = 4  # newest queries that score
-    gamma: float = 0.9  # overlap from which the active set is kept
+    window: int = 0  # newest queries that count; 0: as many as the rule wants
+    gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
     pool_mib: float = 64.0  # CPU memory for pruned blocks is taken in pieces of this size
 
     def __post_init__(self):
-        for name, least, most in (("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 1, 2**16), ("chunk", 0, 2**24)):
+        for name, least, most in (("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 0, 2**16), ("chunk", 0, 2**24)):
             if type(value := getattr(self, name)) is not int or not least <= value <= most:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be a whole number within {least}..{most}")
         if self.block_len % self.unit_len:
             raise ValueError(f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}; choose a divisor")
-        if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
-            raise ValueError(f"--gamma {self.gamma!r} is outside 0..1, the range of an overlap")
+        if type(self.gamma) not in (int, float) or not (0 <= self.gamma <= 1 or self.gamma == -1):
+            raise ValueError(f"--gamma {self.gamma!r} is outside 0..1, the range of an overlap; -1 leaves it to the rule")
         if type(self.overlap) is not bool or type(self.pool_mib) not in (int, float) or not 0 <= self.pool_mib <= 2**20:
             raise ValueError(f"overlap {self.overlap!r} must be a bool, pool_mib {self.pool_mib!r} within 0..{2**20}")
 
@@ -258,7 +258,7 @@ def plan(ckpt: "Checkpoint", n_prompt: int, n_new: int = 0) -> Plan:
     attention = chunk * 3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4  # q, k, v, output
     pruned = (rows[0] - rows[-1]) * c.dim * item if ckpt.device.type == "cpu" else 0  # aux shares this memory
     wide = torch.promote_types(ckpt.dtype, torch.float32).itemsize
-    looks = min(ckpt.settings.window, look_rows(c.n_heads, n_prompt)) * c.n_heads * n_prompt * 3  # products, softmax, a copy
+    looks = min(ckpt.window, look_rows(c.n_heads, n_prompt)) * c.n_heads * n_prompt * 3  # products, softmax, a copy
     looks = (looks + n_prompt * c.n_kv_heads * c.head_dim) * wide  # and the keys, wider or laid out anew
     return Plan(weights, kv, hidden + pruned + max(attention, looks, chunk * 4 * c.hidden_dim * item))
 
@@ -321,7 +321,8 @@ class Checkpoint:
     def identity(self) -> dict:
         """What a saved conversation depends on: settings, schedule, dtype, rule and weights."""
         return {
-            **{name: getattr(self.settings, name) for name in ("block_len", "unit_len", "window", "gamma", "chunk")},
+            **{name: getattr(self.settings, name) for name in ("block_len", "unit_len", "chunk")},
+            "window": self.window, "gamma": self.gamma,
             "schedule": prune.format_schedule(self.schedule), "dtype": str(self.dtype).removeprefix("torch."),
             "score": self.rule.name, "weights": self.fingerprint,
         }  # fmt: skip
@@ -339,6 +340,14 @@ class Checkpoint:
     def chunk(self) -> int:
         return self.settings.chunk or (2048 if self.device.type == "cuda" else 1024)
 
+    @property
+    def window(self) -> int:
+        return self.settings.window or self.rule.window
+
+    @property
+    def gamma(self) -> float:
+        return self.rule.gamma if self.settings.gamma == -1 else self.settings.gamma
+
     def engine(self, reserve=(1, 0), progress=None) -> "Engine":
         """Load the weights, with pinned memory for a prompt and new tokens of `reserve`, and return the Engine."""
         c, s = self.config, self.settings
@@ -350,7 +359,7 @@ class Checkpoint:
         kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, self.dtype, self.device, s.overlap, s.pool_mib)
         kv.reset(reserve[0], self.schedule, reserve[1])
         weights = load_weights(self.tensors, c, self.device, self.dtype, progress)
-        return Engine(self, Model(c, weights, kv, self.rule, s.unit_len, s.window, s.gamma, self.chunk))
+        return Engine(self, Model(c, weights, kv, self.rule, s.unit_len, self.window, self.gamma, self.chunk))
 
 
 def load(ckpt, device="auto", dtype="auto", schedule="auto", score="peak", reserve=(1, 0), progress=None, **settings) -> "Engine":

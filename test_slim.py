@@ -206,14 +206,13 @@ class Oracle:
         return best
 
     def look(self, row, keys, weights):  # weights (H, S): what one query attends to in one layer
-        worth = {} if self.rule == "mass" else self.worth[row]
+        worth = self.worth[row]
         for j, key in enumerate(keys):
             block = key // self.block_len
             if self.rule == "mass":
                 worth[block] = worth.get(block, 0.0) + float(weights[:, j].mean())
             else:
                 worth[block] = max(worth.get(block, 0.0), float(weights[:, j].max()))
-        self.worth[row] = worth
 
     def boundary(self, p, x, queries, first, start):
         found = queries if self.rule == "paper" else {row: dict(worth) for row, worth in self.worth.items()}
@@ -251,9 +250,14 @@ class Oracle:
         self.worth = {row: {} for row in x}
         for layer in range(self.L):
             name, queries = f"model.layers.{layer}.", {}
+            if self.rule == "mass":
+                self.worth = {row: {} for row in self.worth}  # rows that left say nothing of later layers
             for row in x:
                 h = self.norm(x[row], name + "input_layernorm.weight")
-                q, k, v = ((self.w[f"{name}self_attn.{n}_proj.weight"] @ h).view(-1, self.D) for n in "qkv")
+                q, k, v = (
+                    (self.w[f"{name}self_attn.{n}_proj.weight"] @ h + self.w.get(f"{name}self_attn.{n}_proj.bias", 0))
+                    .view(-1, self.D) for n in "qkv"
+                )  # fmt: skip
                 queries[row] = self.rope(q, row)
                 self.kv[layer][row] = self.rope(k, row), v
             for row in x:
@@ -290,7 +294,7 @@ def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
     tiny, schedule, gamma, prompt, swaps, revived, rule, chunk
 ):
     oracle = Oracle(tiny, schedule, 8, 4, gamma=gamma, rule=getattr(rule, "name", rule))
-    engine = slim.load(tiny, "cpu", "float64", schedule, rule, block_len=8, unit_len=4, gamma=gamma, chunk=chunk)
+    engine = slim.load(tiny, "cpu", "float64", schedule, rule, block_len=8, unit_len=4, window=4, gamma=gamma, chunk=chunk)
     ids = draw(prompt + 24 + 10 + 2, seed=prompt)
     cuts = [0, prompt, *range(prompt + 1, prompt + 25), prompt + 34, prompt + 35, prompt + 36]
     for a, b in zip(cuts, cuts[1:]):
@@ -300,6 +304,30 @@ def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
     if rule != "paper":
         swaps, revived = 1, 0  # others change their mind less often
     assert oracle.swaps >= swaps and oracle.revived >= revived
+
+
+@pytest.mark.parametrize("family", ["llama3-gqa", "llama2-mha", "qwen2-bias"])
+@pytest.mark.parametrize("rule", ["paper", "peak"])
+@pytest.mark.parametrize("window, block_len, unit_len", [(1, 8, 8), (11, 8, 2), (3, 12, 4)])
+def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
+    checkpoints, tmp_path, family, rule, window, block_len, unit_len
+):
+    folder, prompt = checkpoints[family][0], 131
+    schedule = {1: 8 * block_len, 3: 5 * block_len}
+    oracle = Oracle(folder, schedule, block_len, unit_len, window, 1.0, rule)
+    settings = dict(window=window, block_len=block_len, unit_len=unit_len, gamma=1.0)
+    engine = slim.load(folder, "cpu", "float64", schedule, rule, **settings)
+    ids = draw(prompt + 30, seed=window)
+    cuts = [0, prompt, *range(prompt + 1, prompt + 12), prompt + 25, prompt + 26]
+    for a, b in zip(cuts, cuts[1:]):
+        if a == prompt + 6:  # the rest is what a resumed conversation says
+            engine.save(tmp_path / "talk.slim")
+            engine = slim.load(folder, "cpu", "float64", schedule, rule, **settings)
+            engine.resume(tmp_path / "talk.slim")
+        want, got = oracle.step(ids[a:b]), engine.extend(ids[a:b]) if a else engine.prefill(ids[:b])
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+    assert (engine.stats["swaps"], engine.stats["revived"]) == (oracle.swaps, oracle.revived)
+    assert oracle.swaps > 0
 
 
 def conversation(engine, prompt, n=30, follow=11):
@@ -945,7 +973,7 @@ WRONG = {  # arguments: what the one line must name
     "--unit-len 7": "does not divide",
     "--unit-len 0": "--unit-len",
     "--block-len -8": "--block-len",
-    "--window 0": "--window",
+    "--window -1": "--window",
     "--gamma 1.5": "0..1",
     "--gamma nan": "0..1",
     "--temperature -1": "--temperature",
@@ -1261,7 +1289,7 @@ def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, 
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--gamma", "0.5", prompt=None)
     assert code == 2
-    is_one_line(err, "gamma 0.9 where this run has 0.5")
+    is_one_line(err, "gamma 1.0 where this run has 0.5")
 
 
 def test_a_chat_whose_output_is_full_ends_in_one_line(cli):

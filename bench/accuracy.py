@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
     rule: prune.Rule = prune.RULES["peak"]
     schedule: Callable = lambda bench, n: {}  # (bench, prompt tokens) -> {boundary: budget}
-    window: int = 4
+    window: int = 8
     block_len: int = 64
     gamma: float = 1.0
     frozen: bool = True
@@ -145,12 +145,10 @@ BOUNDARY_ONLY = prune.Rule("peak at the boundary", prune.peak, every_layer=False
 
 RIVALS = {
     "dense": Entry(),
-    "peak, frozen": Entry(schedule=PAPER),
-    "peak": Entry(schedule=PAPER, frozen=False),
-    "default": Entry(schedule=lambda bench, n: prune.auto_schedule(bench.n_layers), frozen=False),
-    "paper's rule, frozen": Entry(prune.RULES["paper"], PAPER),
-    "paper's rule": Entry(prune.RULES["paper"], PAPER, gamma=0.9, frozen=False),
-    "summed attention, frozen": Entry(of_keys(summed), PAPER),
+    "Slim, peak": Entry(schedule=PAPER, frozen=False),
+    "Slim, peak, frozen": Entry(schedule=PAPER),
+    "paper's rule": Entry(prune.RULES["paper"], PAPER, window=4, gamma=0.9, frozen=False),
+    "summed attention, frozen": Entry(of_keys(summed), PAPER, window=4),
     "SnapKV, frozen": Entry(of_keys(snapkv), window=64, **TOKENS),
     "FastKV, frozen": Entry(of_keys(fastkv), at_equal_flops(9), window=8, block_len=1),
     "GemFilter, frozen": Entry(of_keys(gemfilter), steps((9, 1)), window=1, block_len=1, second_run=True),
@@ -179,7 +177,7 @@ SETS = {
             "5:1/2 9:1/4 15:1/8 24:1/16": steps((5, 2), (9, 4), (15, 8), (24, 16)),
             "3:1/2 9:1/4 19:1/8": steps((3, 2), (9, 4), (19, 8)),
         }.items()},
-        "paper's rule": Entry(prune.RULES["paper"], PAPER),
+        "paper's rule": Entry(prune.RULES["paper"], PAPER, window=4),
         "random": Entry(of_keys(by_chance), PAPER),
         "oracle": Entry(ORACLE, PAPER),
     },
