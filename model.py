@@ -1,22 +1,21 @@
 """The LLaMA model, and the one step that is prefill, decode and follow-up alike.
 
 A step takes new token ids and returns the logits after the last. It goes layer by layer,
-and chunk by chunk inside a layer, because a boundary scores blocks with the queries of
-the *last* token: the usual loop, each chunk through all layers, could not prune. `x`
-holds all rows and is updated in place, so the biggest temporary is one chunk's FFN.
+and chunk by chunk inside a layer, because a boundary ranks blocks by the queries of the
+*last* tokens: the usual loop, each chunk through all layers, could not prune. `x` holds
+all rows and is updated in place, so the biggest temporary is one chunk's FFN.
 
 A boundary p stands inside layer p-1, after its attention and before its FFN (SlimInfer,
-arXiv 2508.06447). There rows leave `x` (pruned) and come back (revived). Rows are always
-in ascending position: first the prompt blocks *in flight*, then the rows of the tail.
-The first step has every block in flight; a decoded token is one tail row, no more.
+arXiv 2508.06447). There rows leave `x` (pruned) and return to it (revived). Rows are always
+in ascending position: first those of prompt blocks, then those of the tail. The first step
+has the rows of every block; a decoded token is one tail row and no more.
 
-Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab, B block_len.
+Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab,
+N prompt blocks, B block_len, w newest tokens that rank the blocks.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,23 +25,14 @@ from torch.nn.attention.bias import causal_lower_right
 import prune
 from kvcache import KVCache, Stage
 
-# Keys of other families or variants that change the numbers, with the value that leaves them unchanged.
-NEUTRAL = {
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-    "quantization_config": None, "partial_rotary_factor": 1.0, "rope_interleaved": False,
-    "attn_logit_softcapping": None, "final_logit_softcapping": None, "logit_scale": 1.0, "clip_qkv": None,
-    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": None,
-    "use_qk_norm": False, "pretraining_tp": 1, "no_rope_layers": None, "num_local_experts": None, "num_experts": None,
-}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Shape and constants of a checkpoint, from its config.json; anything not understood raises ValueError."""
+    """Shape and constants of a model."""
 
-    model_type: str
+    model_type: str  # "llama" or "qwen2"
     dim: int
     n_layers: int
     n_heads: int
@@ -52,216 +42,14 @@ class Config:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict  # {} or {"rope_type": ..., ...}
+    rope_scaling: dict  # {"rope_type": "default", "linear" or "llama3", ...}
     max_len: int  # trained context
     tied: bool  # the embedding is the LM head too
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the checkpoint
 
     @property
     def qkv_bias(self) -> bool:
         return self.model_type == "qwen2"
-
-    @staticmethod
-    def read(path: Path) -> "Config":
-        """Read config.json; raise FileNotFoundError, or a ValueError that names the key."""
-        return Config.from_dict(read_json(path), path)
-
-    @staticmethod
-    def from_dict(c: dict, path) -> "Config":
-        def want(key, default=None, kind=int, most=2**20):
-            value = default if c.get(key) is None else c[key]
-            return positive(value, f"{path}: key {key!r}", kind, most)
-
-        names = c.get("architectures")
-        architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else str(names)
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-        model_type = ARCHITECTURES[architecture]
-        if c.get("model_type") not in (model_type, None):
-            raise ValueError(f"{path}: key 'model_type' is {c['model_type']!r}, but {architecture} is {model_type!r}")
-        rope = rope_keys(c, path)
-        for key, value in {**c, **rope}.items():
-            if key in NEUTRAL and value not in (NEUTRAL[key], None):
-                raise ValueError(f"{path}: key {key!r} is {value!r}; only {NEUTRAL[key]!r} is supported")
-        if model_type == "llama" and c.get("sliding_window") is not None:
-            raise ValueError(f"{path}: key 'sliding_window' is {c['sliding_window']!r}; only full attention is supported")
-        theta = rope.pop("rope_theta", 10000.0)  # Llama 2 files may leave it out
-        given = [c[key] for key in ("torch_dtype", "dtype") if c.get(key) is not None]
-        name = str(given[0]).removeprefix("torch.") if given else "float32"
-        if name not in DTYPES:
-            raise ValueError(f"{path}: key 'torch_dtype' is {name!r}; supported are {', '.join(DTYPES)}")
-        tied = False if c.get("tie_word_embeddings") is None else c["tie_word_embeddings"]
-        if not isinstance(tied, bool):
-            raise ValueError(f"{path}: key 'tie_word_embeddings' is {tied!r}; true or false is needed")
-        dim, n_heads = want("hidden_size"), want("num_attention_heads")
-        config = Config(
-            model_type=model_type, dim=dim, n_layers=want("num_hidden_layers", most=1000), n_heads=n_heads,
-            n_kv_heads=want("num_key_value_heads", n_heads), head_dim=want("head_dim", max(1, dim // n_heads)),
-            hidden_dim=want("intermediate_size"), vocab_size=want("vocab_size", most=2**24),
-            norm_eps=want("rms_norm_eps", kind=float, most=1), max_len=want("max_position_embeddings", most=2**40),
-            rope_theta=positive(theta, f"{path}: key 'rope_theta'", float, 1e12), rope_scaling=rope, tied=tied, dtype=DTYPES[name],
-        )  # fmt: skip
-        if n_heads % config.n_kv_heads or config.head_dim % 2:
-            raise ValueError(f"{path}: {n_heads} heads over {config.n_kv_heads} KV heads of size {config.head_dim} do not divide evenly")
-        if c.get("layer_types") not in (None, ["full_attention"] * config.n_layers):
-            raise ValueError(f"{path}: key 'layer_types' is {c['layer_types']!r:.200}; only full attention in every layer is supported")
-        inverse_frequencies(config)  # raises for a RoPE type or key that is not understood
-        return config
-
-
-def rope_keys(c: dict, path) -> dict:
-    """Gather what a config says of RoPE under its older and newer names; raise ValueError where it contradicts itself."""
-    rope = {"rope_theta": c["rope_theta"]} if c.get("rope_theta") is not None else {}
-    for key in ("rope_scaling", "rope_parameters"):
-        part = {} if c.get(key) is None else c[key]
-        if not isinstance(part, dict):
-            raise ValueError(f"{path}: key {key!r} is {part!r}, not an object")
-        for name, value in part.items():
-            name = "rope_type" if name == "type" else name
-            if value is not None and rope.setdefault(name, value) != value:
-                raise ValueError(f"{path}: {name!r} is given twice, as {rope[name]!r} and as {value!r}; leave one")
-    return rope
-
-
-def positive(value, what: str, kind: type, most: float):
-    """Return value as `kind`, int or float; raise ValueError unless it is a number within 0..most, 0 excluded."""
-    fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and 0 < value <= most
-    if not fits:  # so also for NaN
-        raise ValueError(f"{what} is {value!r}; a positive {kind.__name__} up to {most:g} is needed")
-    return kind(value)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raise FileNotFoundError or ValueError with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a checkpoint is a folder in Hugging Face layout")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-# ---- rotary position embedding ----------------------------------------------------------
-
-
-ROPE_KEYS = {"default": [], "linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-
-
-def inverse_frequencies(config: Config) -> Tensor:
-    """Return RoPE's inverse frequencies (D/2,) in float64, scaled as the checkpoint's rope type asks.
-
-    Types: default, linear (positions divided by factor) and llama3 (long wavelengths
-    divided by factor, short ones kept, a ramp between). Raises ValueError for any other,
-    and for a key that is missing, unknown or out of range.
-    """
-    r = {k: v for k, v in config.rope_scaling.items() if k not in NEUTRAL}
-    kind = r.pop("rope_type", None if r else "default")
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
-    if unknown := set(r) - {"original_max_position_embeddings", *ROPE_KEYS[kind]}:
-        raise ValueError(f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
-    v = {key: positive(r.get(key), f"rope_scaling key {key!r}", float, 2**40) for key in ROPE_KEYS[kind]}
-    inv = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    if kind != "llama3":
-        return inv / v.get("factor", 1.0)
-    low, high = v["low_freq_factor"], v["high_freq_factor"]
-    if high <= low:
-        raise ValueError(f"rope_scaling key 'high_freq_factor' is {high}; it must be above low_freq_factor, {low}")
-    turns = v["original_max_position_embeddings"] * inv / (2 * math.pi)  # full turns within the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is, 0: divided by factor
-    return inv * keep + inv / v["factor"] * (1 - keep)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in split-half layout to x (T, heads, D), with cos and sin (T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend q (t, H, D), the newest t of S positions, to k and v (S, G, D) causally; return (t, H*D)."""
-    (t, h, d), (s, g, _) = q.shape, k.shape
-    if q.is_cuda:
-        q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # (1, heads, rows, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(t, s), enable_gqa=True)
-        return out[0].transpose(0, 1).reshape(t, -1)
-    # The CPU kernel would want this mask written out and the keys repeated for every head, 1.2 to 3 times
-    # slower. So: the keys before these rows without a mask, their own with a square one, joined by softmax weight.
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    q, k, v = by_group(q, k, v)
-    out, weight = flash(q, k[:, :, s - t :], v[:, :, s - t :], 0.0, True)
-    if s > t:
-        past, past_weight = flash(q, k[:, :, : s - t], v[:, :, : s - t])
-        out = out.lerp(past, torch.sigmoid(past_weight - weight)[..., None].to(out.dtype))
-    return out.permute(2, 0, 1, 3).reshape(t, -1)
-
-
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return the causal softmax weights (t, H, S) of q (t, H, D), the newest t of S positions, on k (S, G, D).
-
-    In at least float32. Only for few rows: `look_rows` says how many at a time.
-    """
-    (t, h, d), (s, g, _) = q.shape, k.shape
-    q = q.view(t, g, h // g, d).transpose(0, 1).reshape(g, -1, d)  # (G, t*H/G, D)
-    logits = product(q, k.permute(1, 2, 0)).mul_(d**-0.5).view(g, t, -1, s)  # (G, t, H/G, S)
-    if t > 1:
-        later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-        logits[..., s - t :].masked_fill_(later[:, None], -torch.inf)
-    return logits.softmax(-1).transpose(0, 1).reshape(t, h, s)
-
-
-def row_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend one newest q (1, H, D) to k and v (S, G, D); return (1, H*D) and the weights (1, H, S).
-
-    Two products and a softmax read keys and values once, as a fused kernel does, and leave
-    the weights for ranking the blocks.
-    """
-    weights = attention_weights(q, k)
-    by_group = weights.view(k.shape[1], -1, len(k))  # (G, H/G, S)
-    return product(by_group, v.transpose(0, 1)).to(v.dtype).reshape(1, -1), weights
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply (G, m, K) with (G, K, n), b in the dtype of the KV, and return it in at least float32."""
-    if b.is_cuda and b.dtype.itemsize < 4:
-        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)  # widening b would read and write it once more
-    wide = torch.promote_types(b.dtype, torch.float32)  # on a CPU half-precision products are slow, and round the logits
-    return a.to(wide) @ b.to(wide)
-
-
-def look_rows(n_heads: int, n_keys: int) -> int:
-    """Return how many rows' weights are made at a time, so that they take some 16 MiB, or what one row takes."""
-    return max(1, 2**22 // (n_heads * n_keys))
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attend q (t, H, D), amid k and v (S, G, D), where mask (t, S) is true; return (t, H*D)."""
-    out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
-    return out.permute(2, 0, 1, 3).reshape(len(q), -1)
-
-
-def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay out q (t, H, D) as (G, H/G, t, D), k and v (S, G, D) as (G, H/G, S, D), no key copied."""
-    (t, h, d), g = q.shape, k.shape[1]
-    k, v = (y.transpose(0, 1)[:, None].expand(-1, h // g, -1, -1) for y in (k, v))
-    return q.view(t, g, h // g, d).permute(1, 2, 0, 3), k, v
-
-
-def prefill_flops(c: Config, length: int, schedule: dict, block_len: int = 64) -> float:
-    """Return the floating-point operations of a prefill: matrices and causal attention, the head once."""
-    sizes = prune.stage_blocks(length, schedule, block_len)
-    rows = [length - (sizes[0] - n) * block_len for n in sizes]
-    alive = [r for a, b, r in zip([0, *schedule], [*schedule, c.n_layers], rows) for _ in range(a, b)]
-    after = alive[1:] + alive[-1:]  # the FFN below a boundary runs on its survivors
-    projections, ffn = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim, 3 * c.dim * c.hidden_dim
-    attention = sum(2 * n * n * c.n_heads * c.head_dim for n in alive)
-    return 2 * projections * sum(alive) + 2 * ffn * sum(after) + attention + 2 * c.dim * c.vocab_size
-
-
-# ---- the model --------------------------------------------------------------------------
 
 
 @dataclass
@@ -292,24 +80,24 @@ class Weights:
 
 @dataclass
 class Rows:
-    """Where the rows of x stand in the text and in the slabs of one stage."""
+    """Where the rows of x stand in the text, and their keys in the slabs of one stage."""
 
     cos: Tensor  # (T, 1, D/2)
     sin: Tensor
-    dst: Tensor  # (T,) slab rows their keys go to
-    before: int  # slab rows before row 0, were all rows the newest keys
+    slab_rows: Tensor  # (T,) where their keys go
+    n_older: int  # keys in the slab older than row 0, if all rows are newer than the rest
     pos: Tensor  # (T,)
-    revived: int  # leading rows that stand amid their keys; the others are the newest keys
-    key_pos: Tensor | None  # (S,) only if there are such rows: their mask goes by position
+    n_revived: int  # leading rows that stand amid older keys
+    key_pos: Tensor | None  # (S,) positions in the slab, only if there are revived rows: their mask goes by position
+    newest: Tensor  # (t,) which of the w newest tokens have a row here: of a short last block, others may be gone
 
 
 class Model:
     """Weights, KV and the step; `rule` ranks the blocks.
 
-    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_look(layer, worth)`
-    what the newest queries (w, N) have found in the blocks of the prompt so far; and
-    `on_select(stage, candidates, scores, active)` each choice of blocks, before it takes
-    effect, scores (N,) in the candidates' order.
+    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_look(layer, worth)` what
+    the newest tokens (w, N) have found in the prompt's blocks so far; `on_select(stage, candidates,
+    scores, active)` each choice of blocks before it takes effect, scores (N,) in the candidates' order.
     """
 
     def __init__(self, config: Config, weights: Weights, kv: KVCache, rule: prune.Rule, unit_len, window, gamma, chunk):
@@ -327,110 +115,79 @@ class Model:
         Prefill when the KV is empty, else decode or follow-up. Mutates the KV.
         """
         kv, w, start = self.kv, self.weights, self.kv.length
-        kv.grow_tail(start + len(ids))
-        x = w.embed[ids.to(kv.device)]  # (T, C)
-        flight = [] if start else list(kv.stages[0].slots)  # prompt blocks among the rows, ascending
         end = start + len(ids)
-        wide = torch.promote_types(kv.dtype, torch.float32)
-        shape = min(self.window, len(ids)), kv.stages[0].n_slots
-        worth = torch.full(shape, -torch.inf, dtype=wide, device=kv.device)  # (w, N) of the blocks, to the newest queries
+        kv.grow_tail(end)
+        x = w.embed[ids.to(kv.device)]  # (T, C)
+        blocks = [] if start else list(kv.stages[0].slots)  # prompt blocks with rows in x, ascending
+        worth = self.new_worth(len(ids))  # (w, N)
         for i, stage in enumerate(kv.stages):
-            rows = self.place(stage, flight, max(start, kv.tail_start), end)
-            here = self.newest_here(flight, end, len(worth))
+            rows = self.locate(stage, blocks, max(start, kv.tail_start), end, len(worth))
             above = kv.stages[i + 1] if i + 1 < len(kv.stages) else None
             for layer in stage.layers:
-                at_boundary = above is not None and layer == stage.layers[-1]
                 queries, weights = self.attention(layer, x, rows)
+                at_boundary = above is not None and layer == stage.layers[-1]
                 if above is not None and self.rule.sees == "weights" and (at_boundary or self.rule.every_layer):
-                    self.look(layer, stage, rows.before + len(x), queries, weights, worth, here)
+                    self.look(layer, stage, rows, rows.n_older + len(x), queries, weights, worth)
                 if at_boundary:
-                    newest = worth.clone() if self.rule.sees == "weights" else queries
-                    above.ring = torch.cat([newest[:0] if above.ring is None else above.ring, newest])[-self.window :]
-                    x, flight = self.boundary(i + 1, x, flight)
+                    above.remember(worth if self.rule.sees == "weights" else queries, self.window)
+                    x, blocks = self.boundary(i + 1, x, blocks)
                 self.ffn(layer, x)
         kv.length = end
         last = F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)
         logits = F.linear(last, w.head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def place(self, stage: Stage, flight: list[int], start: int, end: int) -> Rows:
-        """Say where the rows of the blocks in flight and of tail positions start..end-1 belong in a stage."""
-        kv = self.kv
+    def locate(self, stage: Stage, blocks: list[int], start: int, end: int, w: int) -> Rows:
+        """Say where the rows of prompt blocks and of tail positions start..end-1 belong in a stage."""
+        kv, b = self.kv, self.kv.block_len
         tail = torch.arange(start, end, device=kv.device)
-        b, n_flight, tail_row = kv.block_len, len(flight) * kv.block_len, stage.n_slots * kv.block_len  # tail_row: in the slab
+        n_rows, tail_row = len(blocks) * b, stage.n_slots * b  # tail_row: where the tail begins in the slab
         slot = {block: s for s, block in enumerate(stage.slots)}
-        pos = torch.cat([kv.spread([block * b for block in flight]), tail])
-        dst = torch.cat([kv.spread([slot[block] * b for block in flight]), tail - kv.tail_start + tail_row])
-        revived = n_flight if kv.length else 0  # in the first step rows and keys are the same
+        pos = torch.cat([kv.block_rows([block * b for block in blocks]), tail])
+        slab_rows = torch.cat([kv.block_rows([slot[block] * b for block in blocks]), tail - kv.tail_start + tail_row])
+        n_revived = n_rows if kv.length else 0  # in the first step rows and keys are the same
         key_pos = None
-        if revived:
-            key_pos = torch.cat([kv.spread([block * b for block in stage.slots]), torch.arange(kv.tail_start, end, device=kv.device)])
+        if n_revived:
+            tail_pos = torch.arange(kv.tail_start, end, device=kv.device)
+            key_pos = torch.cat([kv.block_rows([block * b for block in stage.slots]), tail_pos])
         wide = torch.promote_types(kv.dtype, torch.float32)
         angle = pos[:, None, None] * self.inv_freq  # (T, 1, D/2) in float64: exact at any position
-        before = tail_row + start - kv.tail_start - n_flight
-        return Rows(angle.cos().to(wide), angle.sin().to(wide), dst, before, pos, revived, key_pos)
+        n_older = tail_row + start - kv.tail_start - n_rows
+        newest = [i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot]
+        return Rows(
+            angle.cos().to(wide), angle.sin().to(wide), slab_rows, n_older, pos, n_revived, key_pos, kv.upload(newest)
+        )
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Add attention to x (T, C) in place, appending keys and values.
 
         Returns the queries (w, H, D) of the newest rows, never of revived ones, and for a single
-        new row its weights (1, H, S), which come for nothing.
+        new row its weights (1, H, S), which cost nothing.
         """
         c, w, kv = self.config, self.weights.layers[layer], self.kv
         h, g, d = c.n_heads, c.n_kv_heads, c.head_dim
         newest, weights = x.new_empty(0, h, d), None
         kv.wait(layer)
-        starts = [*range(0, rows.revived, self.chunk), *range(rows.revived, len(x), self.chunk), len(x)]
+        starts = [*range(0, rows.n_revived, self.chunk), *range(rows.n_revived, len(x), self.chunk), len(x)]
         for a, b in zip(starts, starts[1:]):
-            fresh = a >= rows.revived
+            revived = a < rows.n_revived
             qkv = F.linear(F.rms_norm(x[a:b], (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
             q, k, v = qkv.view(b - a, -1, d).split([h, g, g], dim=1)  # (t, H, D), (t, G, D), (t, G, D)
             q, k = rotate(q, rows.cos[a:b], rows.sin[a:b]), rotate(k, rows.cos[a:b], rows.sin[a:b])
-            kv.append(layer, rows.dst[a:b], k, v)
-            n = rows.before + b if fresh else len(rows.key_pos)
+            kv.append(layer, rows.slab_rows[a:b], k, v)
+            n = len(rows.key_pos) if revived else rows.n_older + b
             self.on_chunk(layer, b - a, n)
             keys, values = kv.read(layer, n)  # (S, G, D)
-            if not fresh:
+            if revived:
                 out = masked_attention(q, keys, values, rows.key_pos <= rows.pos[a:b, None])  # (t, S)
             elif b - a == 1:
                 out, weights = row_attention(q, keys, values)
             else:
                 out = causal_attention(q, keys, values)
             x[a:b].addmm_(out, w.wo.t())  # (t, H*D)
-            if fresh:
+            if not revived:
                 newest = torch.cat([newest, q[-self.window :]])[-self.window :]
-        return newest, weights if len(x) - rows.revived == 1 else None
-
-    def newest_here(self, flight: list[int], end: int, w: int) -> Tensor:
-        """Return which of the newest w tokens have a row in x, as indices (t,); of a short last block, others may be gone."""
-        kv = self.kv
-        position = range(end - w, end)
-        return kv.upload([i for i, p in enumerate(position) if p >= kv.tail_start or p // kv.block_len in flight])
-
-    def look(self, layer: int, stage: Stage, n: int, queries: Tensor, weights: Tensor | None, worth: Tensor, here: Tensor):
-        """Let the rule see what a layer's newest queries attend to among n keys; raise their worth (w, N) to it.
-
-        queries: (w, H, D), of which the newest len(here) belong to rows `here` of worth. weights: (1, H, S), if
-        attention made them. Raises ValueError for a rule's result of another shape.
-        """
-        n_rows, t = stage.n_slots * self.kv.block_len, len(here)
-        keys, _ = self.kv.read(layer, n)  # (S, G, D)
-        if not self.rule.every_layer:
-            worth.fill_(-torch.inf)
-        step = look_rows(self.config.n_heads, n)
-        for part in range(0, t, step):
-            q = queries[len(queries) - t :][part : part + step]
-            made = attention_weights(q, keys[: n - t + part + len(q)]) if weights is None else weights
-            made = made[..., :n_rows].view(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
-            found = self.rule.score(made)
-            if not isinstance(found, Tensor) or found.shape != made.shape[::2] or not found.is_floating_point():
-                raise ValueError(
-                    f"the scoring function returned {found!r:.60}; of weights {tuple(made.shape)} it must return "
-                    f"floating-point scores {tuple(made.shape[::2])}, one a query and block"
-                )
-            place = here[part : part + step, None], stage.blocks
-            worth[place] = torch.maximum(worth[place], found.to(worth.dtype))
-        self.on_look(layer, worth)
+        return newest, weights if len(x) - rows.n_revived == 1 else None
 
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
@@ -439,38 +196,207 @@ class Model:
             gate, up = F.linear(F.rms_norm(part, (c.dim,), w.ffn_norm, c.norm_eps), w.w_gate_up).chunk(2, dim=-1)  # (t, F)
             part.addmm_(F.silu(gate).mul_(up), w.w_down.t())
 
+    # ---- ranking ------------------------------------------------------------------------
+
+    def new_worth(self, n_tokens: int) -> Tensor:
+        """Return what the newest of n_tokens have found in each prompt block (w, N): nothing yet."""
+        wide = torch.promote_types(self.kv.dtype, torch.float32)
+        shape = min(self.window, n_tokens), self.kv.stages[0].n_slots
+        return torch.full(shape, -torch.inf, dtype=wide, device=self.kv.device)
+
+    def look(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights: Tensor | None, worth: Tensor):
+        """Show the rule what a layer's newest queries (w, H, D) attend to among n keys; raise worth (w, N) to it.
+
+        weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep their worth.
+        Raises ValueError for a rule's result of another shape.
+        """
+        n_slot_rows, t = stage.n_slots * self.kv.block_len, len(rows.newest)
+        keys, _ = self.kv.read(layer, n)  # (S, G, D)
+        if not self.rule.every_layer:
+            worth.fill_(-torch.inf)
+        few = look_rows(self.config.n_heads, n)
+        for a in range(0, t, few):
+            q = queries[len(queries) - t :][a : a + few]
+            made = attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
+            made = made[..., :n_slot_rows].view(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
+            found = self.rule.score(made)
+            if not isinstance(found, Tensor) or found.shape != made.shape[::2] or not found.is_floating_point():
+                raise ValueError(
+                    f"the scoring function returned {found!r:.60}; of weights {tuple(made.shape)} it must return "
+                    f"floating-point scores {tuple(made.shape[::2])}, one a query and block"
+                )
+            where = rows.newest[a : a + few, None], stage.blocks
+            worth[where] = torch.maximum(worth[where], found.to(worth.dtype))
+        self.on_look(layer, worth)
+
     # ---- a boundary ---------------------------------------------------------------------
 
-    def boundary(self, i: int, x: Tensor, flight: list[int]) -> tuple[Tensor, list[int]]:
-        """Choose stage i's blocks, move rows out of and into x (T, C); return the new x and its blocks in flight."""
+    def boundary(self, i: int, x: Tensor, blocks: list[int]) -> tuple[Tensor, list[int]]:
+        """Choose stage i's blocks, move rows out of and into x (T, C); return the new x and its prompt blocks."""
         kv, stage, b = self.kv, self.kv.stages[i], self.kv.block_len
+        # choose
         active = self.choose(i)
-        kept = [block for block in flight if block in active]
-        entering = sorted(active - stage.held - set(flight))  # pruned when the prompt came through, wanted now
-        row = {block: j * b for j, block in enumerate(flight)}
-        kv.stash(stage, {block: x[row[block] : row[block] + b] for block in flight if block not in active})
-        revived = kv.fetch(stage, entering) if entering else None
+        # rows leave: blocks that are not active wait on the CPU
+        first_row = {block: j * b for j, block in enumerate(blocks)}
+        kv.offload(stage, {block: x[r : r + b] for block, r in first_row.items() if block not in active})
+        kept = [block for block in blocks if block in active]
+        # rows return: active blocks that were pruned when the prompt came through
+        revived = sorted(active - stage.held - set(blocks))
+        returned = kv.restore(stage, revived) if revived else x[:0]
+        # KV moves: between slots and homes, while the FFN runs
         kv.activate(stage, active)
-        if revived is None and len(kept) == len(flight):
-            return x, flight
-        row |= {block: len(x) + j * b for j, block in enumerate(entering)}
-        flight_above = sorted(kept + entering)
-        tail = torch.arange(len(flight) * b, len(x), device=kv.device)
-        index = torch.cat([kv.spread([row[block] for block in flight_above]), tail])
-        x = x if revived is None else torch.cat([x, revived])
-        return x[index], flight_above
+        if len(kept) == len(blocks) and not revived:
+            return x, blocks
+        first_row |= {block: len(x) + j * b for j, block in enumerate(revived)}
+        blocks_above = sorted(kept + revived)
+        tail = torch.arange(len(blocks) * b, len(x), device=kv.device)
+        index = torch.cat([kv.block_rows([first_row[block] for block in blocks_above]), tail])
+        return torch.cat([x, returned])[index] if revived else x[index], blocks_above
 
     def choose(self, i: int) -> set[int]:
-        """Return the blocks to be active in stage i: the selection, or what is active if that overlaps enough."""
+        """Return the blocks to be active in stage i: the new choice, or those active now if the two overlap enough."""
         kv, below, stage = self.kv, self.kv.stages[i - 1], self.kv.stages[i]
         if self.rule.sees == "weights":
-            scores = stage.ring.amax(0)[below.blocks]  # (N,)
+            scores = stage.seen.amax(0)[below.blocks]  # (N,)
         else:
             keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
-            scores = self.rule.score(stage.ring, keys, below.blocks, self.unit_len)
+            scores = self.rule.score(stage.seen, keys, below.blocks, self.unit_len)
         new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
         if kv.length and prune.overlap(new | last, set(stage.slots) | last) >= self.gamma:
             new = set(stage.slots)
         self.on_select(i, below.slots, scores, new)
         return new
+
+
+# ---- rotary position embedding ----------------------------------------------------------
+
+
+def inverse_frequencies(c: Config) -> Tensor:
+    """Return RoPE's inverse frequencies (D/2,) in float64, scaled as the checkpoint's rope type asks.
+
+    default; linear: all divided by factor; llama3: long wavelengths divided by factor, short ones
+    kept, a ramp between.
+    """
+    r = c.rope_scaling
+    inv = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    if r["rope_type"] != "llama3":
+        return inv / r.get("factor", 1.0)
+    low, high = r["low_freq_factor"], r["high_freq_factor"]
+    turns = r["original_max_position_embeddings"] * inv / (2 * math.pi)  # full turns within the old context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is, 0: divided by factor
+    return inv * keep + inv / r["factor"] * (1 - keep)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE in split-half layout to x (T, heads, D), with cos and sin (T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+# ---- attention: of the newest rows, of one row, of rows amid their keys -------------------
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend q (t, H, D), the newest t of S positions, to k and v (S, G, D) causally; return (t, H*D)."""
+    return (causal_attention_cuda if q.is_cuda else causal_attention_cpu)(q, k, v)
+
+
+def causal_attention_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel's own lower-right mask, for flash and the memory-efficient kernel alike: no mask is written out.
+
+    Groups are the batch, and a group's heads share its keys as a view, because the memory-efficient
+    kernel, which float32 needs, has no grouped heads of its own.
+    """
+    t, s = len(q), len(k)
+    out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=causal_lower_right(t, s))
+    return out.permute(2, 0, 1, 3).reshape(t, -1)
+
+
+def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Older keys without a mask, the rows' own with a square one, joined by softmax weight.
+
+    The CPU kernel would want the lower-right mask written out and the keys repeated for every head,
+    1.2 to 3 times slower. It is called directly because the public function does not return the
+    log-sum-exp that the join needs.
+    """
+    t, s = len(q), len(k)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = by_group(q, k, v)
+    out, weight = flash(q, k[:, :, s - t :], v[:, :, s - t :], 0.0, True)
+    if s > t:
+        older, older_weight = flash(q, k[:, :, : s - t], v[:, :, : s - t])
+        wide = older_weight.dtype  # half-precision weights of the join would cost five times the error
+        share = torch.sigmoid(older_weight - weight)[..., None]
+        out = out.to(wide).lerp(older.to(wide), share).to(q.dtype)
+    return out.permute(2, 0, 1, 3).reshape(t, -1)
+
+
+def row_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend one newest q (1, H, D) to k and v (S, G, D); return (1, H*D) and the weights (1, H, S).
+
+    Two products and a softmax read keys and values once, as a fused kernel does, and leave
+    the weights for ranking the blocks.
+    """
+    weights = attention_weights(q, k)
+    grouped = weights.view(k.shape[1], -1, len(k))  # (G, H/G, S)
+    return product(grouped, v.transpose(0, 1)).to(v.dtype).reshape(1, -1), weights
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attend q (t, H, D), amid k and v (S, G, D), where mask (t, S) is true; return (t, H*D)."""
+    out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
+    return out.permute(2, 0, 1, 3).reshape(len(q), -1)
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Return the causal softmax weights (t, H, S) of q (t, H, D), the newest t of S positions, on k (S, G, D).
+
+    In at least float32. Only for few rows: `look_rows` says how many at a time.
+    """
+    (t, h, d), (s, g, _) = q.shape, k.shape
+    q = q.view(t, g, h // g, d).transpose(0, 1).reshape(g, -1, d)  # (G, t*H/G, D)
+    logits = product(q, k.permute(1, 2, 0)).mul_(d**-0.5).view(g, t, -1, s)  # (G, t, H/G, S)
+    if t > 1:
+        later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., s - t :].masked_fill_(later[:, None], -torch.inf)
+    return logits.softmax(-1).transpose(0, 1).reshape(t, h, s)
+
+
+def look_rows(n_heads: int, n_keys: int) -> int:
+    """Return how many rows' weights are made at a time, so that they take some 16 MiB, or what one row takes."""
+    return max(1, 2**22 // (n_heads * n_keys))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply (G, m, K) with (G, K, n), b in the dtype of the KV, and return it in at least float32."""
+    if b.is_cuda and b.dtype.itemsize < 4:
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)  # widening b would read and write it once more
+    wide = torch.promote_types(b.dtype, torch.float32)  # on a CPU half-precision products are slow, and round the logits
+    return a.to(wide) @ b.to(wide)
+
+
+def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay out q (t, H, D) as (G, H/G, t, D), k and v (S, G, D) as (G, H/G, S, D), no key copied."""
+    (t, h, d), g = q.shape, k.shape[1]
+    k, v = (y.transpose(0, 1)[:, None].expand(-1, h // g, -1, -1) for y in (k, v))
+    return q.view(t, g, h // g, d).permute(1, 2, 0, 3), k, v
+
+
+# ---- what it costs ----------------------------------------------------------------------
+
+
+def layer_flops(c: Config, rows: int, keys: float, ffn_rows: int | None = None) -> float:
+    """Return a layer's operations: rows that attend to `keys` keys each on average, and rows of its FFN if others."""
+    projections, ffn = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim, 3 * c.dim * c.hidden_dim
+    ffn_rows = rows if ffn_rows is None else ffn_rows
+    return 2 * rows * projections + 2 * ffn_rows * ffn + 4 * rows * keys * c.n_heads * c.head_dim
+
+
+def prefill_flops(c: Config, n_prompt: int, schedule: dict, block_len: int = 64) -> float:
+    """Return the floating-point operations of a prefill: matrices and causal attention, the head once."""
+    sizes = prune.stage_blocks(n_prompt, schedule, block_len)
+    rows = [n_prompt - (sizes[0] - n) * block_len for n in sizes]
+    alive = [r for a, b, r in zip([0, *schedule], [*schedule, c.n_layers], rows) for _ in range(a, b)]
+    ffn_rows = alive[1:] + alive[-1:]  # the FFN below a boundary runs on its survivors
+    return sum(layer_flops(c, n, n / 2, m) for n, m in zip(alive, ffn_rows)) + 2 * c.dim * c.vocab_size

@@ -10,15 +10,11 @@ So does the test of SmolLM2 where that is neither at hand nor, with SLIM_REAL=1,
 
 import base64
 import functools
-import itertools
 import json
 import math
 import os
-import pty
 import random
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,23 +31,25 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import blockmap
 import kvcache
+import loading.plan
 import model
 import prune
 import slim
 import tokenizer
 from bench import smollm2
-from cli.options import DEMO, parse_args
-from cli.show import Progress
-from cli.talk import Talk, stop_between_tokens
+from cli.options import DEMO
 from kvcache import KVCache, Pool
-from model import Config, inverse_frequencies, rotate
+from loading.config import read_config
+from loading.find import find_checkpoint
+from model import inverse_frequencies, rotate
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("SLIM_TEST_DATA", HERE / "no-data"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"$SLIM_TEST_DATA does not name a folder with goldens ({DATA})")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"$SLIM_TEST_DATA does not name a folder with goldens ({DATA})"
+)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 ATOL = {  # largest difference of a logit of order 1 from transformers in float32
@@ -59,14 +57,22 @@ ATOL = {  # largest difference of a logit of order 1 from transformers in float3
     torch.float16: 3e-2,  # 11 bits of weight over some 10 roundings in a row
     torch.bfloat16: 2e-1,  # 8 bits
 }
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 FAMILIES = {
     "llama2-mha": dict(num_key_value_heads=4),
     "llama3-gqa": dict(num_key_value_heads=2, rope_theta=500000.0),
     "llama3.1-rope": dict(num_key_value_heads=2, rope_parameters={**LLAMA3_ROPE, "rope_theta": 500000.0}),
     "llama3.2-tied": dict(num_key_value_heads=1, tie_word_embeddings=True),
     "head-dim": dict(num_key_value_heads=2, head_dim=16),
-    "linear-rope": dict(num_key_value_heads=2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
+    "linear-rope": dict(
+        num_key_value_heads=2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
     "qwen2-bias": dict(num_key_value_heads=2, qwen=True),
 }
 
@@ -76,7 +82,14 @@ def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch
     options = dict(FAMILIES[family])
     qwen = options.pop("qwen", False)
     torch.manual_seed(seed)
-    shape = dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=4096)
+    shape = dict(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+    )
     config = (transformers.Qwen2Config if qwen else transformers.LlamaConfig)(**shape, initializer_range=0.3, **options)
     model = (transformers.Qwen2ForCausalLM if qwen else transformers.LlamaForCausalLM)(config).eval()
     with torch.no_grad():
@@ -100,6 +113,12 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(checkpoints):
     return checkpoints["llama3-gqa"][0]
+
+
+def set_free(monkeypatch, n):
+    """Let a device have n bytes free."""
+    for module in (slim, loading.plan):
+        monkeypatch.setattr(module, "free_bytes", lambda device: n)
 
 
 def draw(n, seed=0, vocab=64):
@@ -139,7 +158,9 @@ def test_decode_and_follow_up_continue_the_prefill(checkpoints, device):
 def test_greedy_generation_is_that_of_transformers(checkpoints):
     folder, reference = checkpoints["qwen2-bias"]
     ids = draw(70)
-    want = reference.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 70:].tolist()
+    want = reference.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[
+        0, 70:
+    ].tolist()
     assert list(slim.load(folder, "cpu").generate(ids, 20)) == want
 
 
@@ -157,7 +178,7 @@ def test_half_precision_stays_near_float32(checkpoints, dtype, device):
 def test_rope_by_position_and_scaled_like_transformers(checkpoints):
     for family in ("llama3.1-rope", "linear-rope"):
         folder, reference = checkpoints[family]
-        ours = inverse_frequencies(Config.read(folder / "config.json"))
+        ours = inverse_frequencies(read_config(folder / "config.json"))
         torch.testing.assert_close(ours.float(), reference.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
     x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 4)
     assert torch.equal(rotate(x, angle.cos(), angle.sin()), x)
@@ -172,7 +193,13 @@ class Oracle:
     def __init__(self, folder, schedule, block_len, unit_len, window=4, gamma=0.9, rule="paper"):
         self.w = {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}
         self.c = c = json.loads((folder / "config.json").read_text())
-        self.schedule, self.block_len, self.unit_len, self.window, self.gamma = schedule, block_len, unit_len, window, gamma
+        self.schedule, self.block_len, self.unit_len, self.window, self.gamma = (
+            schedule,
+            block_len,
+            unit_len,
+            window,
+            gamma,
+        )
         self.H, self.G, self.L = c["num_attention_heads"], c["num_key_value_heads"], c["num_hidden_layers"]
         self.D = c.get("head_dim") or c["hidden_size"] // self.H
         theta = c["rope_parameters"]["rope_theta"]
@@ -262,11 +289,16 @@ class Oracle:
                 self.kv[layer][row] = self.rope(k, row), v
             for row in x:
                 keys = [key for key in self.kv[layer] if self.attends(layer, row, key)]
-                k, v = (torch.stack([self.kv[layer][key][i] for key in keys]).repeat_interleave(self.H // self.G, 1) for i in (0, 1))
+                k, v = (
+                    torch.stack([self.kv[layer][key][i] for key in keys]).repeat_interleave(self.H // self.G, 1)
+                    for i in (0, 1)
+                )
                 weights = (torch.einsum("hd,shd->hs", queries[row], k) / math.sqrt(self.D)).softmax(-1)
                 if row >= start:
                     self.look(row, keys, weights)
-                x[row] = x[row] + self.w[name + "self_attn.o_proj.weight"] @ torch.einsum("hs,shd->hd", weights, v).flatten()
+                x[row] = (
+                    x[row] + self.w[name + "self_attn.o_proj.weight"] @ torch.einsum("hs,shd->hd", weights, v).flatten()
+                )
             if layer + 1 in self.schedule:
                 self.boundary(layer + 1, x, queries, first, start)
             for row in x:
@@ -294,7 +326,9 @@ def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
     tiny, schedule, gamma, prompt, swaps, revived, rule, chunk
 ):
     oracle = Oracle(tiny, schedule, 8, 4, gamma=gamma, rule=getattr(rule, "name", rule))
-    engine = slim.load(tiny, "cpu", "float64", schedule, rule, block_len=8, unit_len=4, window=4, gamma=gamma, chunk=chunk)
+    engine = slim.load(
+        tiny, "cpu", "float64", schedule, rule, block_len=8, unit_len=4, window=4, gamma=gamma, chunk=chunk
+    )
     ids = draw(prompt + 24 + 10 + 2, seed=prompt)
     cuts = [0, prompt, *range(prompt + 1, prompt + 25), prompt + 34, prompt + 35, prompt + 36]
     for a, b in zip(cuts, cuts[1:]):
@@ -349,7 +383,9 @@ def test_budgets_that_cover_the_prompt_give_the_dense_logits_bit_for_bit(tiny, d
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_copies_and_pools_change_nothing_and_chunks_only_rounding(tiny, device):
-    play = lambda **kw: conversation(slim.load(tiny, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, **kw), draw(150))
+    play = lambda **kw: conversation(
+        slim.load(tiny, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, **kw), draw(150)
+    )
     logits, tokens = play()
     for other in (dict(overlap=False), dict(pool_mib=0), dict(pool_mib=64)):
         assert torch.equal(play(**other)[0], logits), other
@@ -360,7 +396,9 @@ def test_copies_and_pools_change_nothing_and_chunks_only_rounding(tiny, device):
 
 
 def play(folder, device):
-    return conversation(slim.load(folder, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4), draw(150))[0]
+    return conversation(
+        slim.load(folder, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4), draw(150)
+    )[0]
 
 
 def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
@@ -384,7 +422,7 @@ def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
 @pytest.mark.parametrize("late", ["copies", "compute"])
 def test_results_survive_a_late_stream(tiny, monkeypatch, late):
     """A wait that is missing shows when one stream is far behind the other."""
-    want, after_compute, append = play(tiny, "cuda"), kvcache.CopyLane.after_compute, KVCache.append
+    want, after_compute, append = play(tiny, "cuda"), kvcache.CopyStream.after_compute, KVCache.append
 
     def late_copies(lane):
         context = after_compute(lane)
@@ -397,7 +435,7 @@ def test_results_survive_a_late_stream(tiny, monkeypatch, late):
         append(kv, *args)
 
     if late == "copies":
-        monkeypatch.setattr(kvcache.CopyLane, "after_compute", late_copies)
+        monkeypatch.setattr(kvcache.CopyStream, "after_compute", late_copies)
     else:
         monkeypatch.setattr(KVCache, "append", late_compute)
     assert torch.equal(play(tiny, "cuda"), want)
@@ -429,7 +467,10 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(steps, n_prompt, pool
 
         def write(stage, positions):
             rows = stage.slots
-            dst = [rows.index(p // b) * b + p % b if p < kv.tail_start else len(rows) * b + p - kv.tail_start for p in positions]
+            dst = [
+                rows.index(p // b) * b + p % b if p < kv.tail_start else len(rows) * b + p - kv.tail_start
+                for p in positions
+            ]
             for layer in stage.layers:  # two where a budget covers the prompt, so that its boundary is none
                 k, v = torch.randn(2, len(positions), *shape)
                 kv.wait(layer)
@@ -456,10 +497,12 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(steps, n_prompt, pool
                 active = choose(i, rng) if rng.random() < 0.7 or not stage.slots else set(stage.slots)
                 gone = {block: torch.randn(b, 6) for block in flight if block not in active}
                 entering = sorted(active - stage.held - set(flight))
-                kv.stash(stage, gone)
+                kv.offload(stage, gone)
                 hidden[i] |= {block: x.clone() for block, x in gone.items()}
                 if entering:
-                    assert torch.equal(kv.fetch(stage, entering), torch.cat([hidden[i].pop(block) for block in entering]))
+                    assert torch.equal(
+                        kv.restore(stage, entering), torch.cat([hidden[i].pop(block) for block in entering])
+                    )
                 kv.activate(stage, active)
                 flight = sorted({*flight, *entering} & active)
                 write(stage, positions(flight) + new)
@@ -496,7 +539,9 @@ def test_a_pool_grows_in_pieces_and_reuses_what_is_given_back():
     assert len(pool.free) == 16 and pool.nbytes == 0
 
 
-@pytest.mark.parametrize("prompt, gib", [(8192, 0.80), (16384, 1.11), (24576, 1.42), (32768, 1.73), (65536, 2.98), (131072, 5.48)])
+@pytest.mark.parametrize(
+    "prompt, gib", [(8192, 0.80), (16384, 1.11), (24576, 1.42), (32768, 1.73), (65536, 2.98), (131072, 5.48)]
+)
 def test_the_kv_of_llama_3_1_8b_takes_what_the_paper_says(prompt, gib):
     """The layout alone, on no device: 32 layers, 8 KV heads of 128, bfloat16; dense would be 4.00 at 32k."""
     kv = KVCache(32, 8, 128, 4096, 64, torch.bfloat16, torch.device("meta"))
@@ -681,7 +726,16 @@ def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedu
     assert other.resume(tmp_path / "talk.slim") == {"any": ["JSON"]}
     assert other.pending == engine.pending != [] and other.ids == engine.ids and len(other.ids) == 158
     assert torch.equal(go_on(engine, draw(20, seed=2)), go_on(other, draw(20, seed=2)))
-    for counter in ("kept", "tokens", "swaps", "revived", "kv_cpu_bytes", "aux_cpu_bytes", "to_cpu_bytes", "to_gpu_bytes"):
+    for counter in (
+        "kept",
+        "tokens",
+        "swaps",
+        "revived",
+        "kv_cpu_bytes",
+        "aux_cpu_bytes",
+        "to_cpu_bytes",
+        "to_gpu_bytes",
+    ):
         assert engine.stats[counter] == other.stats[counter], counter
     assert not schedule or engine.stats["revived"] > 0
 
@@ -693,7 +747,7 @@ def edit_saved(path, change, sign=False):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     change(header, tensors)
     text = json.dumps(header)
-    save_file(tensors, path, {"slim": text, "crc": slim.checksum(text, sorted(tensors.items())) if sign else crc})
+    save_file(tensors, path, {"slim": text, "crc": kvcache.checksum(text, sorted(tensors.items())) if sign else crc})
 
 
 def flip(path, at):
@@ -713,19 +767,34 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
     "a header of nothing": (lambda p: save_file({"x": torch.ones(1)}, p, {"slim": "[]"}), "no conversation"),
     "no ids": (lambda p: edit_saved(p, lambda h, t: h.update(ids=None)), "parts are missing"),
     "no extra": (lambda p: edit_saved(p, lambda h, t: h.update(extra=5)), "parts are missing"),
-    "other weights": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(weights="0"), sign=True), "other weights"),
+    "other weights": (
+        lambda p: edit_saved(p, lambda h, t: h["identity"].update(weights="0"), sign=True),
+        "other weights",
+    ),
     "gamma": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True), "gamma 0.1"),
     "a bit of a tensor": (lambda p: flip(p, -100), "damaged"),
     "tensor missing": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2.keys")), "damaged"),
-    "tensor short": (lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"][1:]})), "damaged"),
-    "tensor of another type": (lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"].view(torch.int32)})), "damaged"),
-    "tensors exchanged": (lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.values"].clone()})), "damaged"),
+    "tensor short": (
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"][1:]})),
+        "damaged",
+    ),
+    "tensor of another type": (
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"].view(torch.int32)})),
+        "damaged",
+    ),
+    "tensors exchanged": (
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.values"].clone()})),
+        "damaged",
+    ),
     "a slot": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(1, 10**6)), "damaged"),
     "length": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(length=-5)), "damaged"),
     "an id": (lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 63 - h["ids"][0])), "damaged"),
     "seconds": (lambda p: edit_saved(p, lambda h, t: h.update(prefill_s="x")), "damaged"),
     "no checksum": (lambda p: edit_saved(p, lambda h, t: h.update(x=1)), "damaged"),
-    "ids of another vocabulary": (lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 10**9), sign=True), "vocabulary"),
+    "ids of another vocabulary": (
+        lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 10**9), sign=True),
+        "vocabulary",
+    ),
 }
 
 
@@ -741,7 +810,17 @@ def test_a_spoiled_save_is_refused_and_the_engine_goes_on(tiny, tmp_path, what):
     assert len(engine.ids) == 153 and go_on(engine, [1, 2], 2).isfinite().all()
 
 
-@pytest.mark.parametrize("change", [dict(gamma=0.5), dict(schedule={1: 64}), dict(window=2), dict(dtype="bfloat16"), dict(score="paper"), dict(score=prune.Rule("mine", newest_of_weights))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(gamma=0.5),
+        dict(schedule={1: 64}),
+        dict(window=2),
+        dict(dtype="bfloat16"),
+        dict(score="paper"),
+        dict(score=prune.Rule("mine", newest_of_weights)),
+    ],
+)
 def test_a_save_of_other_settings_is_refused(tiny, tmp_path, change):
     engine = slim.load(tiny, **SLIM)
     engine.prefill(draw(150))
@@ -835,11 +914,13 @@ def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
     engine.prefill(draw(150))
     go_on(engine, draw(30, seed=1))
     engine.rewind()
-    assert all(stage.ring is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
+    assert all(stage.seen is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
     other = slim.load(tiny, **SLIM | dict(gamma=1.0))
     other.prefill(draw(150))
     engine.extend(draw(9, seed=2)), other.extend(draw(9, seed=2))
-    assert set(engine.kv.stages[1].slots) == set(other.kv.stages[1].slots)  # those above see what was chosen below before
+    assert set(engine.kv.stages[1].slots) == set(
+        other.kv.stages[1].slots
+    )  # those above see what was chosen below before
 
 
 def test_resuming_checks_memory_first_and_ends_a_generator(tiny, tmp_path, monkeypatch):
@@ -874,20 +955,25 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path):
 def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3.1-8B"
-    for folder in (tmp_path / "checkpoints" / "a", tmp_path / "elsewhere" / "b", hub / "snapshots" / "abc", hub / "refs"):
+    for folder in (
+        tmp_path / "checkpoints" / "a",
+        tmp_path / "elsewhere" / "b",
+        hub / "snapshots" / "abc",
+        hub / "refs",
+    ):
         folder.mkdir(parents=True)
     (hub / "refs" / "main").write_text("abc")
     monkeypatch.setenv("SLIM_CHECKPOINTS", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert slim.find_checkpoint(tiny) == tiny
-    assert slim.find_checkpoint("a").resolve() == tmp_path / "checkpoints" / "a"
-    assert slim.find_checkpoint("b") == tmp_path / "elsewhere" / "b"
+    assert find_checkpoint(tiny) == tiny
+    assert find_checkpoint("a").resolve() == tmp_path / "checkpoints" / "a"
+    assert find_checkpoint("b") == tmp_path / "elsewhere" / "b"
     for name in ("llama3.1-8b", "meta-llama/Llama-3.1-8B"):
-        assert slim.find_checkpoint(name) == hub / "snapshots" / "abc"
+        assert find_checkpoint(name) == hub / "snapshots" / "abc"
     small = ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
     for alias, repo in (("qwen2.5-7b", "Qwen/Qwen2.5-7B"), small):
         with pytest.raises(FileNotFoundError, match=f"hf download {repo}"):
-            slim.find_checkpoint(alias)
+            find_checkpoint(alias)
 
 
 def edit_json(path, **changes):
@@ -901,114 +987,6 @@ def edit_tensors(folder, change):
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
 
 
-K = "model.layers.1.self_attn.k_proj.weight"
-BROKEN = {  # what is done to a good checkpoint: what the one line must name
-    "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
-    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
-    "key missing": (lambda d: edit_json(d / "config.json", rms_norm_eps="remove"), "rms_norm_eps"),
-    "key of another type": (lambda d: edit_json(d / "config.json", hidden_size="32"), "hidden_size"),
-    "architecture": (lambda d: edit_json(d / "config.json", architectures=["MistralForCausalLM"]), "MistralForCausalLM"),
-    "activation": (lambda d: edit_json(d / "config.json", hidden_act="gelu"), "hidden_act"),
-    "rope type": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
-    "architecture of another type": (lambda d: edit_json(d / "config.json", architectures=[[1]]), "architecture"),
-    "negative": (lambda d: edit_json(d / "config.json", hidden_size=-32), "hidden_size"),
-    "boundless": (lambda d: edit_json(d / "config.json", num_hidden_layers=10**30), "num_hidden_layers"),
-    "infinite": (lambda d: edit_json(d / "config.json", rms_norm_eps=float("inf")), "rms_norm_eps"),
-    "a zero for nothing": (lambda d: edit_json(d / "config.json", head_dim=0), "head_dim"),
-    "theta": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_theta": True}), "rope_theta"),
-    "tied how": (lambda d: edit_json(d / "config.json", tie_word_embeddings="no"), "tie_word_embeddings"),
-    "rope is text": (lambda d: edit_json(d / "config.json", rope_scaling="linear"), "rope_scaling"),
-    "rope without type": (lambda d: edit_json(d / "config.json", rope_parameters={"factor": 2.0}), "type"),
-    "rope of two types": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "default", "mrope_section": [1]}), "mrope_section"),
-    "rope factor": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "factor": -2}), "factor"),
-    "rope ramp": (lambda d: edit_json(d / "config.json", rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 0.5}), "high_freq_factor"),
-    "rope of two minds": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "type": "llama3", "factor": 2.0}), "twice"),
-    "theta of two minds": (lambda d: edit_json(d / "config.json", rope_theta=7.0), "twice"),
-    "layer types": (lambda d: edit_json(d / "config.json", layer_types=5), "layer_types"),
-    "too few layer types": (lambda d: edit_json(d / "config.json", layer_types=["full_attention"]), "layer_types"),
-    "model type": (lambda d: edit_json(d / "config.json", model_type="mistral"), "model_type"),
-    "stop token beyond": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": 1000000000}'), "eos_token_id"),
-    "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
-    "BOS or not": (lambda d: (d / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'), "add_bos_token"),
-    "nested JSON": (lambda d: (d / "config.json").write_text("[" * 100_000), "not JSON"),
-    "stop token": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'), "eos_token_id"),
-    "weight map": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"]}}')), "weight_map"),
-    "weights not numbers": (lambda d: edit_tensors(d, lambda t: t["model.norm.weight"][:1].fill_(torch.inf)), "logits are not finite numbers"),
-    "rope key": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "factor"),
-    "quantised": (lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}), "quantization_config"),
-    "sliding window": (lambda d: edit_json(d / "config.json", sliding_window=4096), "sliding_window"),
-    "bias": (lambda d: edit_json(d / "config.json", attention_bias=True), "attention_bias"),
-    "truncated": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]), "truncated"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
-    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(K)), f"missing {K}"),
-    "unexpected tensor": (lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(1))), "unexpected extra"),
-    "shape": (lambda d: edit_tensors(d, lambda t: t.update({K: t[K][:8]})), "(8, 32)"),
-    "integer weights": (lambda d: edit_tensors(d, lambda t: t.update({K: t[K].to(torch.int8)})), "I8"),
-    "absent shard": (
-        lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')),
-        "model-1.safetensors",
-    ),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
-    "garbage tokenizer": (lambda d: (d / "tokenizer.json").write_bytes(b"\x00\x01garbage"), "tokenizer"),
-}
-WRONG = {  # arguments: what the one line must name
-    "--ckpt nowhere": "nowhere",
-    "--prompt absent.txt": "absent.txt",
-    "--prompt .": "directory",
-    "--prompt empty.txt": "empty",
-    "--prompt latin1.txt": "UTF-8",
-    "--schedule 1-200": "1-200",
-    "--schedule 3:512,2:256": "increase",
-    "--schedule 2:512,2:256": "increase",
-    "--schedule 2:256,3:512": "decrease",
-    "--schedule 0:512": "1..4",
-    "--schedule 5:512": "1..4",
-    "--schedule 2:127": "2 blocks",
-    "--schedule 2:1/0": "share of the prompt",
-    "--schedule 2:3/2": "0..1",
-    "--schedule 2:0.0": "0..1",
-    "--schedule 2:nan": "share of the prompt",
-    "--schedule 2:1/8,3:1/4": "decrease",
-    "--score peek": "peak, paper",
-    "--unit-len 7": "does not divide",
-    "--unit-len 0": "--unit-len",
-    "--block-len -8": "--block-len",
-    "--window -1": "--window",
-    "--gamma 1.5": "0..1",
-    "--gamma nan": "0..1",
-    "--temperature -1": "--temperature",
-    "--temperature nan": "--temperature",
-    "--temperature 1e-320": "--temperature",
-    "--seed -1": "--seed",
-    "--dense --schedule 2:512": "--dense",
-    "--dense --compare": "--dense",
-    "--compare --schedule dense": "--compare",
-    "--device cuda:²": "--device",
-    "--block-len 1000000000000": "--block-len",
-    "--prompt /proc/self/mem": "cannot be read",
-    "--ckpt ~nosuchuser/x": "nosuchuser",
-    "--max-new 5": "--max-new",
-    "--top-p 0": "--top-p",
-    "--max-new-tokens 0": "--max-new-tokens",
-    "--max-prompt-tokens 0": "--max-prompt-tokens",
-    "--device tpu": "tpu",
-    "--device cuda:99": "cuda:99",
-    "--dtype int8": "int8",
-    "--chunk -1": "--chunk",
-    "--chunk many": "--chunk",
-    "--no-such-flag": "--no-such-flag",
-    "--chat --json": "--chat",
-    "--compare --chat": "--compare",
-    "--compare --ask a --ask b": "--ask",
-    "--resume text.txt --ask a": "--prompt",
-    "--prompt - --chat": "standard input",
-    "--save no/where.slim --ask a": "no/where.slim",
-    "--save . --ask a": "--save",
-    "--map /dev/null": "--map",
-    "--map no/where.html": "no/where.html",
-    "--map text.txt": "--prompt",
-    "--save a --map a": "--save",
-}
 
 
 @pytest.fixture(scope="session")
@@ -1020,73 +998,19 @@ def talking(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def cli(talking, tmp_path, monkeypatch, capfd):
-    """Run the command line in a folder with a checkpoint of its own; return (exit code, stdout, stderr)."""
-    folder = tmp_path / "ckpt"
-    folder.mkdir()
-    for file in talking.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("ABBA CAB " * 100)
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-
-    def run(*args, ckpt="ckpt", prompt="text.txt"):
-        given = " ".join(args)
-        args = [*args, *([] if "--ckpt" in given or "--resume" in given else ["--ckpt", ckpt]), *([] if "--prompt" in given or not prompt else ["--prompt", prompt])]
-        capfd.readouterr()
-        try:
-            code = slim.main(args)
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    run.folder = folder
-    return run
-
-
-def is_one_line(err, names):
-    assert err.count("\n") == 1 and err.startswith("slim: error: "), err
-    assert names in err, err
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_checkpoint_is_refused_in_one_line(cli, what):
-    damage, names = BROKEN[what]
-    damage(cli.folder)
-    code, out, err = cli()
-    assert (code, out) == (2, "")
-    is_one_line(err.splitlines(True)[-1] if what == "weights not numbers" else err, names)  # only the first step can tell
-
-
-@pytest.mark.parametrize("args", WRONG)
-def test_wrong_arguments_are_refused_in_one_line(cli, args):
-    code, out, err = cli(*args.split())
-    assert (code, out) == (2, "")
-    is_one_line(err, WRONG[args])
-
-
-def test_all_that_is_wrong_with_the_tensors_is_listed(cli):
-    edit_tensors(cli.folder, lambda t: (t.pop(K), t.pop("lm_head.weight"), t.update(extra=torch.ones(1))))
-    _, _, err = cli()
-    assert all(name in err for name in (K, "lm_head.weight", "extra"))
-
-
-def test_a_model_too_big_is_refused_before_it_is_loaded_with_the_flag_that_helps(cli, monkeypatch):
-    monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(slim, "free_bytes", lambda device: 1_400_000)
-    code, _, err = cli()
-    assert code == 2
-    is_one_line(err, "it would fit with --")
-    monkeypatch.setattr(slim, "free_bytes", lambda device: 3)
-    is_one_line(cli()[2], "no flag makes it fit")
-
-
 def test_only_ids_of_the_vocabulary_are_run(tiny):
     engine = slim.load(tiny, "cpu")
-    for ids, match in (([1, 64], "64"), ([-1], "-1"), ([], "no token ids"), ("123", "flat list"), ([1.0], "flat list"), ([True], "flat list"), ([[1]], "flat list"), (None, "flat list"), (torch.ones(2, 1), "flat list")):
+    for ids, match in (
+        ([1, 64], "64"),
+        ([-1], "-1"),
+        ([], "no token ids"),
+        ("123", "flat list"),
+        ([1.0], "flat list"),
+        ([True], "flat list"),
+        ([[1]], "flat list"),
+        (None, "flat list"),
+        (torch.ones(2, 1), "flat list"),
+    ):
         with pytest.raises(ValueError, match=match):
             engine.prefill(ids)
     assert torch.equal(engine.prefill(torch.tensor([1, 2])), engine.prefill([1, 2]))
@@ -1095,7 +1019,7 @@ def test_only_ids_of_the_vocabulary_are_run(tiny):
 def test_a_follow_up_that_does_not_fit_is_refused_and_the_conversation_stays(tiny, monkeypatch):
     engine = slim.load(tiny, "cpu")
     engine.prefill(draw(100))
-    monkeypatch.setattr(slim, "free_bytes", lambda device: 1000)
+    set_free(monkeypatch, 1000)
     with pytest.raises(ValueError, match="500 more tokens"):
         engine.extend(draw(500))
     monkeypatch.undo()
@@ -1106,7 +1030,7 @@ def test_a_follow_up_that_does_not_fit_is_refused_and_the_conversation_stays(tin
 
 def test_a_prompt_too_long_for_memory_is_refused_before_it_is_read(tiny, monkeypatch):
     engine = slim.load(tiny, "cpu", schedule={2: 512})
-    monkeypatch.setattr(slim, "free_bytes", lambda device: 2**20)
+    set_free(monkeypatch, 2**20)
     assert engine.prefill(draw(100)) is not None
     with pytest.raises(ValueError, match="not enough memory.*100,000 tokens"):
         engine.prefill(draw(100_000))
@@ -1122,15 +1046,33 @@ def test_two_answers_at_once_from_one_engine_are_refused(tiny):
 
 
 def test_arguments_of_other_types_are_refused(tiny):
-    for wrong in (dict(dtype=[]), dict(reserve=5), dict(reserve=(0, 0)), dict(score=5), dict(schedule=5), dict(gamma="x"), dict(chunk=1.5), dict(overlap="no"), dict(pool_mib=-1), dict(progress=5)):
+    for wrong in (
+        dict(dtype=[]),
+        dict(n_prompt=0),
+        dict(n_new=True),
+        dict(score=5),
+        dict(schedule=5),
+        dict(gamma="x"),
+        dict(chunk=1.5),
+        dict(overlap="no"),
+        dict(pool_mib=-1),
+        dict(progress=5),
+    ):
         with pytest.raises(ValueError):
             slim.load(tiny, **({"device": "cpu"} | wrong))
     engine = slim.load(tiny, "cpu")
-    for wrong in (dict(ids=[]), dict(temperature="1"), dict(top_p="x"), dict(seed=1.5), dict(max_new_tokens=2.5), dict(schedule=5)):
+    for wrong in (
+        dict(ids=[]),
+        dict(temperature="1"),
+        dict(top_p="x"),
+        dict(seed=1.5),
+        dict(max_new_tokens=2.5),
+        dict(schedule=5),
+    ):
         with pytest.raises(ValueError):
             engine.generate(**({"ids": [1], "max_new_tokens": 5} | wrong))
     with pytest.raises(ValueError):
-        engine.prefill([1], reserve=-1)
+        engine.prefill([1], room=-1)
     for wrong in (ours("gpt2").encode, ours("gpt2").chat, ours("gpt2").rest):
         with pytest.raises(ValueError, match="str"):
             wrong(5)
@@ -1138,178 +1080,6 @@ def test_arguments_of_other_types_are_refused(tiny):
 
 def test_logits_belong_to_the_caller(tiny):
     slim.load(tiny, "cpu").prefill([1, 2, 3])[0] = -torch.inf
-
-
-# ---- command line -----------------------------------------------------------------------
-
-
-def test_the_command_line_answers_and_says_what_it_did(cli):
-    code, out, err = cli("--max-new-tokens", "8", "--schedule", "2:256,3:128")
-    assert code == 0 and out.endswith("\n")
-    assert "schedule 2:256,3:128" in err and "kept per stage" in err and "weights +" in err
-    code, quiet, err = cli("--max-new-tokens", "8", "--schedule", "2:256,3:128", "--quiet")
-    assert (code, quiet, err) == (0, out, "")
-
-
-def test_json_holds_what_the_engine_counted(cli):
-    code, out, err = cli("--json", "--max-new-tokens", "8", "--schedule", "2:256,3:128", "--quiet")
-    answer = json.loads(out)
-    assert code == 0 and err == ""
-    assert set(answer) == {"text", "ids", "prompt_tokens", "kept", "ttft_s", "decode_tok_s", "kv_gpu_bytes", "kv_cpu_bytes", "kv_dense_bytes", "swaps", "revived"}
-    assert len(answer["ids"]) == 8 and answer["kept"][0] == answer["prompt_tokens"]
-    assert answer["text"] == tokenizer.load(cli.folder).decode(answer["ids"])
-    assert json.loads(cli("--json", "--max-new-tokens", "8", "--dense", "--quiet")[1])["kept"] == [answer["prompt_tokens"]]
-
-
-def test_a_prompt_beyond_the_trained_context_is_a_warning(cli):
-    edit_json(cli.folder / "config.json", max_position_embeddings=100)
-    code, _, err = cli("--max-new-tokens", "2")
-    assert code == 0 and "warning" in err and "100" in err
-
-
-def popen(cli, *args, **kw):
-    command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(cli.folder), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
-
-
-def test_the_streamed_answer_stays_on_a_terminal(cli):
-    """The progress line erases itself, and nothing else."""
-    command = f"{sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt --max-new-tokens 30 --chunk 4"
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.execvp("sh", ["sh", "-c", command])
-    shown = b""
-    while True:
-        try:
-            shown += os.read(fd, 4096)
-        except OSError:  # how a terminal says that the other side has gone
-            break
-    assert os.waitpid(pid, 0)[1] == 0
-    answer = cli("--max-new-tokens", "30", "--chunk", "4", "--quiet")[1].rstrip("\n")
-    text = shown.decode(errors="replace").replace("\r\n", "\n")
-    assert answer in text.split("\033[K")[-1] and "reading the prompt" in text
-
-
-def test_standard_input_is_a_prompt_and_a_closed_pipe_no_traceback(cli):
-    process = popen(cli, "--prompt", "-", "--max-new-tokens", "2000", stdin=subprocess.PIPE)
-    process.stdin.write("ABBA " * 50)
-    process.stdin.close()
-    process.stdout.read(1)
-    process.stdout.close()
-    assert "Traceback" not in process.stderr.read()
-    assert process.wait(60) == 141
-
-
-def test_ctrl_c_prints_the_summary_and_exits_130(cli):
-    process = popen(cli, "--prompt", "text.txt", "--max-new-tokens", "4000")
-    process.stdout.read(1)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "kept per stage" in err and "Traceback" not in err
-
-
-def test_further_questions_are_follow_ups(cli):
-    """Two questions at once, two to a saved text, two typed: the same answers, and the text is read once."""
-    ask = ["--ask", "CAB?", "--ask", "ABBA?", "--max-new-tokens", "5", "--schedule", "2:256,3:128", "--block-len", "32"]
-    code, out, err = cli(*ask)
-    assert code == 0 and out.count("\n") >= 2 and err.count("a new prefill took") == 1
-    code, out, err = cli(*ask, "--save", "text.slim")
-    assert code == 0 and err.count("a new prefill took") == 2 and "saved to text.slim" in err
-    code, again, err = cli("--resume", "text.slim", *ask[:6], "--map", "map.html", prompt=None)
-    assert (code, again) == (0, out) and "opened in" in err  # checkpoint and settings come from the file
-    assert Path("map.html").is_file() and Path("text.slim").stat().st_mode & 0o777 == Path("map.html").stat().st_mode & 0o777
-    process = popen(cli, *ask[4:], "--prompt", "text.txt", "--chat", "--quiet", stdin=subprocess.PIPE)
-    typed, err = process.communicate("CAB?\nABBA?\n/quit\nnever asked", timeout=60)
-    assert (process.returncode, typed, err) == (0, out, "")
-    lines = [json.loads(line) for line in cli(*ask, "--json")[1].splitlines()]
-    assert [len(line["ids"]) for line in lines] == [5, 5]
-
-
-def test_commands_of_the_chat(cli, tmp_path):
-    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE)
-    out, err = process.communicate("/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n/map no/where.html\n/map text.txt\n/nonsense\n\n", timeout=60)
-    assert process.returncode == 0 and "Traceback" not in err
-    assert all((tmp_path / name).is_file() for name in ("map.html", "other.html", "third.html"))
-    assert all(words in err for words in ("of context in use", "no command", "are forgotten", "no/where.html", "would overwrite"))
-    first, second = out[: len(out) // 2], out[len(out) // 2 :]  # an answer may hold a newline
-    assert first == second and first.endswith("\n"), out
-
-
-def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
-    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "3000", stdin=subprocess.PIPE)
-    process.stdin.write("CAB?\n")
-    process.stdin.flush()
-    process.stdout.read(1)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate("/stats\n", timeout=60)
-    assert process.returncode == 0 and "of context in use" in err and "Traceback" not in err
-
-
-def test_two_ctrl_c_break_off_a_step():
-    with pytest.raises(KeyboardInterrupt), stop_between_tokens(True) as marks:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        assert marks == [True]
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-
-
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen's, as its template has it
-
-
-def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
-    """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format wants it."""
-    make_checkpoint(tmp_path / "ckpt", vocab=300)
-    engine = slim.load(tmp_path / "ckpt", "cpu")
-    tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, {"<|im_start|>": 256, "<|im_end|>": 257}, None)
-    tok.chat_format, tok.system = "qwen", SYSTEM
-    talk = Talk(engine, tok, parse_args(["--ckpt", "x", "--prompt", "x", "--chat", "--max-new-tokens", "1"]), Progress(True), lambda text: None)
-
-    def said():  # without what the random model answered
-        parts = bytes(i for i in engine.ids if i < 256).decode(errors="replace").split("assistant\n")
-        return [parts[0], *(part[part.index("\nuser") :] for part in parts[1:] if "\nuser" in part)]
-
-    talk.begin(tok.chat("DOC", end=False))
-    with monkeypatch.context() as m, pytest.raises(ValueError, match="more tokens need"):
-        m.setattr(slim, "free_bytes", lambda device: -1)
-        talk.ask("too long " * 100)
-    talk.ask("A?")
-    talk.ask("B?")
-    head = "system\nYou are a helpful assistant.\nuser\nDOC\n\nA?\n"
-    assert said() == [head, "\nuser\nB?\n"]
-    talk.reset()
-    talk.ask("A?")
-    assert said() == [head]
-
-
-def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, monkeypatch):
-    cli("--save", "text.slim")
-    monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
-    code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--gamma", "0.5", prompt=None)
-    assert code == 2
-    is_one_line(err, "gamma 1.0 where this run has 0.5")
-
-
-def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
-    for command, code in (("--chat >/dev/full", 2), ("--chat <&-", 2)):
-        run = f"printf 'CAB?\\nABBA?\\n' | {sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt --max-new-tokens 3 --quiet {command}"
-        done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
-        assert done.returncode in (code, 0) and done.stderr.count("\n") <= 3 and "Traceback" not in done.stderr, done.stderr
-
-
-def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
-    """A pty for standard error: dim with a colour terminal, plain with NO_COLOR."""
-    for extra, dim in (({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
-        master, slave = pty.openpty()
-        env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | extra
-        command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(cli.folder), "--prompt", "text.txt", "--max-new-tokens", "2"]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=slave, env=env, check=True)
-        os.close(slave)
-        assert (b"\033[2m" in os.read(master, 100_000)) == dim
 
 
 # ---- tokenizers -------------------------------------------------------------------------
@@ -1340,18 +1110,32 @@ def trained(kind):
     chatml = kind in ("qwen", "smollm2")
     llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
-    corpus = [Path(__file__).read_text(), *HARD * 3, "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system" * 20]
+    corpus = [
+        Path(__file__).read_text(),
+        *HARD * 3,
+        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system" * 20,
+    ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind == "smollm2":  # knows the bytes it was trained on and no others
         corpus, alphabet = [re.sub(r"[^\n -~é日本語]", "", corpus[0]), corpus[-1], "\r\n\t"], []
-    tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1200, special_tokens=[] if kind == "qwen" else special, show_progress=False, initial_alphabet=alphabet))
+    tok.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=1200,
+            special_tokens=[] if kind == "qwen" else special,
+            show_progress=False,
+            initial_alphabet=alphabet,
+        ),
+    )
     if kind == "qwen":  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
         tok.add_special_tokens(special)
         tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<tool>", "<tool><tool>", "</tool>")])
     elif not chatml:
         bos = ("<|begin_of_text|>", tok.token_to_id("<|begin_of_text|>"))
         template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
-        tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template]) if kind == "llama3" else template
+        tok.post_processor = (
+            processors.Sequence([processors.ByteLevel(trim_offsets=False), template]) if kind == "llama3" else template
+        )
     if kind == "smollm2":  # only now, so that there are merges of digits that must not be used
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), tok.pre_tokenizer])
     tok.encode_special_tokens = True  # specials in text are text, as here
@@ -1425,7 +1209,11 @@ def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_
     vocab = {"".join(char[b] for b in base64.b64decode(t)): int(i) for t, i in lines}
     pairs = [(t[:k], t[k:]) for t in vocab for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab]
     data = json.loads(trained("llama3").to_str())
-    data["model"] |= {"vocab": vocab, "ignore_merges": True, "merges": pairs if as_list else [" ".join(p) for p in pairs]}
+    data["model"] |= {
+        "vocab": vocab,
+        "ignore_merges": True,
+        "merges": pairs if as_list else [" ".join(p) for p in pairs],
+    }
     for token in data["added_tokens"]:
         token["id"] = real("llama3").special[token["content"]]
     data["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"]["ids"] = [128000]
@@ -1438,7 +1226,16 @@ def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_
 def test_cuts_of_a_long_text_do_not_show_in_the_ids(kind, monkeypatch):
     """Pieces of some 60 characters end at every kind of safe boundary."""
     rng = random.Random(0)
-    some = ["don't  stop\n\n\n  it's 1234", "x\r\n\r\n y_ z", "日本，語。", ' ("a")\n', "naïve e\u0301 \u212b", "  a", "😀 1\n\n", "!\n b"]
+    some = [
+        "don't  stop\n\n\n  it's 1234",
+        "x\r\n\r\n y_ z",
+        "日本，語。",
+        ' ("a")\n',
+        "naïve e\u0301 \u212b",
+        "  a",
+        "😀 1\n\n",
+        "!\n b",
+    ]
     text = "".join(rng.choice(some) + rng.choice(["", "a ", " 7\n", "語、"]) for _ in range(3000))
     monkeypatch.setattr(tokenizer, "PIECE", 70)
     pieces = list(tokenizer._pieces(text))
@@ -1544,6 +1341,7 @@ def test_sentencepiece_chats(tmp_path):
     assert tok.chat(EVIL) == [1, *tok.encode("<|user|>\n" + EVIL), 2, *tok.encode("\n<|assistant|>\n")]
 
 
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen's, as its template has it
 TURNS = {  # the text of a conversation of two turns, as the chat templates of the models themselves give it
     "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nA?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYES"
               "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nB?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -1626,7 +1424,9 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "lstrip": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], special=False, lstrip=True)),
     "laid out": lambda d: d.update(added_tokens=[3]),
     "without a name": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], content="")),
-    "that is none of them": lambda d: d["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"].update(ids=[-1]),
+    "that is none of them": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
+        "<|begin_of_text|>"
+    ].update(ids=[-1]),
     "IndexError": lambda d: d["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"].update(ids=[]),
 }
 
@@ -1650,17 +1450,6 @@ def test_what_the_readme_shows_in_python_runs(section, capfd, monkeypatch, tmp_p
     exec(code, {})
     document = (HERE / "demo" / "document.txt").read_text().replace("\n", " ")
     assert document.split(DEMO["ask"].removeprefix("question: ") + " ")[1][:4] in capfd.readouterr().out
-
-
-def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
-    """What `python slim.py` shows: the number that stands in the text, found with most of it pruned, and from anywhere."""
-    monkeypatch.chdir(tmp_path)
-    assert slim.main(["--json", "--quiet"]) == 0
-    both = json.loads(capfd.readouterr().out)
-    question = DEMO["ask"].removeprefix("question: ")
-    number = (HERE / "demo" / "document.txt").read_text().replace("\n", " ").split(question + " ")[1][:4]
-    assert both["dense"]["text"].strip() == both["slim"]["text"].strip() == number
-    assert both["slim"]["prompt_tokens"] > 8000 and both["slim"]["kept"][-1] < 512 and both["slim"]["revived"] > 0
 
 
 @needs_data
@@ -1717,227 +1506,3 @@ def test_a_real_model_is_made_whole_or_not_at_all(when, tmp_path, monkeypatch, c
     made = tmp_path / "checkpoints" / smollm2.NAME
     made.mkdir(parents=True)
     assert smollm2.main() == 0 and capfd.readouterr().out == f"{made}\n"
-
-
-# ---- the block map ----------------------------------------------------------------------
-
-
-HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- --> '\"&lt;&amp; \u2028\u2029\ufeff\0 <b id=evil>😀é漢</b> {data} {script hash} "
-
-
-def mapped(folder, text, schedule={1: 64, 2: 40, 3: 24}, n=12, follow="What then?"):
-    """Play a conversation under a recorder: prompt, n tokens generated, a follow-up, two tokens by hand; return what `write` takes."""
-    engine = slim.load(folder, "cpu", "float32", schedule, block_len=8, unit_len=4)
-    recorder, tok = blockmap.Recorder(engine), engine.tokenizer
-    ids = tok.encode(text)
-    ids += list(engine.generate(ids, n))
-    ids += tok.encode(follow)
-    logits = engine.extend(ids[-len(tok.encode(follow)) :])
-    for _ in range(2):
-        ids.append(int(logits.argmax()))
-        logits = engine.extend(ids[-1:])
-    return engine, recorder, ids
-
-
-def map_data(html):
-    return json.loads(html.split('<script type="application/json" id="data">')[1].split("</script>")[0])
-
-
-def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
-    """What `describe` returns of a made-up conversation: 128,000 tokens, a quarter of each active set new at every step."""
-    rng, below, stages = random.Random(0), list(range(n - 1)), []
-    for budget in budgets:
-        kept = [0, *sorted(rng.sample(below[1:], budget - 1))]
-        stages.append({"candidates": [*below], "seen": [0 for _ in below], "scores": [float(f"{rng.random():.4g}") for _ in below], "active": kept})
-        below = kept
-    active, moves = [set(stage["active"]) for stage in stages], []
-    for _ in range(steps):
-        moves.append([])
-        for i, budget in enumerate(budgets):
-            came = rng.sample([*set(range(1, n - 1)) - active[i]], budget // 4)
-            left = rng.sample([*active[i] - {0}], budget // 4)
-            active[i] = active[i] - {*left} | {*came}
-            moves[-1].append([i + 1, sorted(came), sorted(left), sorted(came[::2])])
-    n_prompt = 64 * n - 20
-    kept = [n_prompt, *(64 * budget + 44 for budget in budgets)]
-    counters = dict(prompt_tokens=n_prompt, tokens=n_prompt + steps, kept=kept, swaps=steps * sum(budgets) // 4, revived=steps * sum(budgets) // 8, to_cpu_bytes=0, to_gpu_bytes=0)
-    sizes = dict(kv_gpu_bytes=6 * 2**30, kv_cpu_bytes=2**30, aux_cpu_bytes=2**30, kv_dense_bytes=16 * 2**30, flops=10**15, flops_dense=4 * 10**15)
-    return dict(
-        model="made-up", block_len=64, device="cuda", layers=[[0, 10], [10, 20], [20, 30], [30, 32]], stages=stages,
-        steps=[{"at": n_prompt + k, "pending": 1, "moves": m} for k, m in enumerate(moves)], blocks=[f"block {b} " + "lorem ipsum " * 22 for b in range(n)],
-        turns=[{"at": n_prompt + k, "kind": "written", "step": k + 1, "text": f" {k}"} for k in range(steps)], **counters, **sizes,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("gamma", [0.9, 1.0])
-def test_a_record_replays_to_the_active_sets_of_every_step(tiny, gamma):
-    """The page shows what was recorded: deltas, which must add up to the engine's own sets and counters."""
-    engine = slim.load(tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, gamma=gamma)
-    recorder = blockmap.Recorder(engine)
-    for prompt in (90, 150):  # the second conversation starts a record of its own
-        ids, start = draw(prompt + 30 + 11, seed=prompt), prompt
-        logits, seen = [engine.prefill(ids[:prompt])], []
-        for step in [1] * 20 + [11] + [1] * 10:
-            seen.append([set(stage.slots) for stage in engine.kv.stages[1:]])
-            logits.append(engine.extend(ids[start : start + step]))
-            start += step
-        record = json.loads(json.dumps(recorder.record))
-        assert [len(stage["scores"]) for stage in record["stages"]] == [(prompt - 1) // 8, 7, 4]
-        active, swaps, revived = [set(stage["active"]) for stage in record["stages"]], 0, 0
-        for step, want in zip(record["steps"], seen, strict=True):
-            assert active == want
-            for i, came, left, back in step["moves"]:
-                assert not active[i - 1] & set(came) and set(left) <= active[i - 1] and set(back) <= set(came)
-                active[i - 1] = active[i - 1] - set(left) | set(came)
-                swaps, revived = swaps + len(came), revived + len(back)
-        assert active == [set(stage.slots) for stage in engine.kv.stages[1:]]
-        assert (swaps, revived) == (engine.stats["swaps"], engine.stats["revived"]) and revived > 0
-        assert [step["at"] for step in record["steps"]] == [*range(prompt, prompt + 21), *range(prompt + 31, prompt + 41)]
-
-
-def test_a_map_holds_the_text_whatever_it_says(talking, tmp_path):
-    """Markup in a prompt stays data; a character cut by a block boundary is in the block that completes it."""
-    engine, recorder, ids = mapped(talking, HOSTILE * 12)
-    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
-    html = (tmp_path / "map.html").read_text("utf-8")
-    data = map_data(html)
-    assert html.count("<img") == html.count("\u2028") == html.count("evil>") == 0
-    assert "".join([*data["blocks"], *(turn["text"] for turn in data["turns"])]) == "".join(engine.tokenizer.stream(ids))
-    assert "".join(data["blocks"]).startswith(HOSTILE) and len(data["blocks"]) == -(-engine.kv.n_prompt // 8)
-    assert [kind for kind, _ in itertools.groupby(turn["kind"] for turn in data["turns"])] == ["written", "asked", "written"]
-    assert len([*tmp_path.iterdir()]) == 1  # nothing temporary is left
-    again = blockmap.Recorder(engine, record=json.loads(json.dumps(recorder.record)))  # saved and put back
-    blockmap.write(tmp_path / "map.html", engine, again, ids)
-    assert (tmp_path / "map.html").read_text("utf-8") == html
-
-
-def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):
-    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30, schedule={})
-    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
-    data = map_data((tmp_path / "map.html").read_text("utf-8"))
-    assert data["stages"] == data["steps"] == [] and data["flops"] == data["flops_dense"] and len(data["turns"]) == 1
-
-
-def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
-    """Ctrl-C leaves a step that chose its blocks and did not finish: the page shows what came before it."""
-    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
-    whole = len(recorder.record["steps"])
-
-    def interrupt(layer, rows, keys):
-        if layer == 3:
-            raise KeyboardInterrupt
-
-    engine.model.on_chunk = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        engine.extend([1])
-    assert len(recorder.record["steps"]) == whole + 1
-    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
-    assert len(map_data((tmp_path / "map.html").read_text("utf-8"))["steps"]) == whole
-
-
-def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypatch):
-    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
-    good = recorder.record
-    for path in (tmp_path, tmp_path / "none" / "map.html", tmp_path / ("long" * 99), "", "nul\0", 7, "/dev/null"):
-        with pytest.raises(ValueError, match="cannot be written: [^\n]+$"):
-            blockmap.write(path, engine, recorder, ids)
-    with monkeypatch.context() as m, pytest.raises(ValueError, match="map.html cannot be written .*no space left"):
-        m.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
-        blockmap.write(tmp_path / "map.html", engine, recorder, ids)
-    with pytest.raises(ValueError, match="all ids"):
-        blockmap.write(tmp_path / "map.html", engine, recorder, ids[:-1])
-    for record in (None, {}, {**good, "n_prompt": 1}, {**good, "stages": [1]}, {**good, "steps": good["steps"][:2]}, {**good, "steps": [{}]}, ["no"]):
-        with pytest.raises(ValueError, match="not of this conversation"):
-            blockmap.write(tmp_path / "map.html", engine, blockmap.Recorder(engine, record), ids)
-    with pytest.raises(ValueError, match="no prompt"):
-        fresh = slim.load(talking, "cpu")
-        blockmap.write(tmp_path / "map.html", fresh, blockmap.Recorder(fresh), ids)
-    assert not [*tmp_path.iterdir()]
-
-
-def test_a_map_of_2000_blocks_is_small(tmp_path):
-    assert len(blockmap.page(big_map()).encode()) < 5e6
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium by its driver, or a skip that says what is missing."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: the map is not opened in a browser")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip(f"no Chromium to open the map in (chromium: {chromium}, chromedriver: {driver})")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
-        chrome.set_page_load_timeout(60)
-        yield chrome
-
-
-def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking, tmp_path, browser):
-    engine, recorder, ids = mapped(talking, HOSTILE * 12)
-    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
-    browser.get((tmp_path / "map.html").as_uri())
-    run = browser.execute_script
-    assert browser.get_log("browser") == [] and browser.title != "owned"
-    assert run("return document.querySelectorAll('img, #evil').length") == 0
-    data = map_data((tmp_path / "map.html").read_text("utf-8"))
-    assert run("return [...document.querySelectorAll('#blocks .text')].map(e => e.textContent)") == data["blocks"]
-
-    def depths():  # of every block, by its class: the last stage that holds it
-        return run("return [...document.querySelectorAll('#blocks .block')].map(e => +e.className.match(/\\bd(\\d)/)[1])")
-
-    active = [set(stage["active"]) for stage in data["stages"]]
-    slider, tail = browser.find_element("id", "step"), len(data["blocks"]) - 1
-    for k, step in enumerate([None, *data["steps"]]):
-        for i, came, left, _ in step["moves"] if step else []:
-            active[i - 1] = active[i - 1] - set(left) | set(came)
-        want = [3 if b == tail else max([i for i, blocks in enumerate(active, 1) if b in blocks], default=0) for b in range(tail + 1)]
-        assert depths() == want, k
-        marked = run("return [...document.querySelectorAll('#blocks .in, #blocks .out, #blocks .revived')].map(e => +e.dataset.block)")
-        assert set(marked) == {b for _, came, left, _ in (step["moves"] if step else []) for b in (*came, *left)}
-        slider.send_keys("\ue014")  # arrow right
-    for _ in range(len(data["steps"])):
-        slider.send_keys("\ue012")  # and all the way back
-    assert depths()[:tail] == [sum(b in stage["active"] for stage in data["stages"]) for b in range(tail)]
-    assert browser.get_log("browser") == []
-
-
-def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):
-    from selenium.webdriver import ActionChains
-
-    (tmp_path / "map.html").write_text(blockmap.page(data := big_map()), "utf-8")
-    browser.get((tmp_path / "map.html").as_uri())
-    run, detail = browser.execute_script, browser.find_element("id", "detail")
-    in_sight = "const box = document.querySelector(`[data-block='${arguments[0]}']`).getBoundingClientRect(); return box.top > 0 && box.bottom <= innerHeight"
-
-    def arrives(b):
-        deadline = time.perf_counter() + 10
-        while not (detail.text.startswith(f"Block {b:,}\n") and run(in_sight, b)):
-            assert time.perf_counter() < deadline, (b, detail.text)
-            time.sleep(0.02)
-
-    strip = browser.find_element("id", "strip")
-    ActionChains(browser).move_to_element_with_offset(strip, strip.size["width"] // 4, 0).click().perform()
-    at = int(strip.get_attribute("aria-valuenow"))
-    assert abs(at - 1500) < 20
-    arrives(at)
-    strip.send_keys("\ue013")  # arrow up
-    arrives(at - 1)
-    ActionChains(browser).move_to_element(browser.find_element("css selector", f"[data-block='{at}'] .text")).perform()
-    arrives(at)
-    browser.find_element("css selector", f"[data-block='{at}']").click()
-    for key, b in (("\ue015", at + 1), ("\ue010", 1999), ("\ue011", 0)):  # down, end, home
-        browser.switch_to.active_element.send_keys(key)
-        arrives(b)
-        assert run("return document.activeElement.dataset.block") == str(b)
-    rank = sorted(data["stages"][0]["scores"], reverse=True).index(data["stages"][0]["scores"][0]) + 1
-    assert f"{data['stages'][0]['scores'][0]:g} {rank:,} of 1,999 kept" in detail.text
-    browser.find_element("id", "play").click()
-    deadline = time.perf_counter() + 10
-    while run("return +document.getElementById('step').value") < 2:
-        assert time.perf_counter() < deadline
-        time.sleep(0.02)
-    assert browser.get_log("browser") == []

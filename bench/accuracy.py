@@ -80,7 +80,9 @@ def at_equal_flops(boundary: int):
 def token_weights(queries, keys):
     """Return softmax weights (W, H, N*B) of the queries on all candidates' tokens, and no mask: all came before."""
     (w, h, d), (n, b, g, _) = queries.shape, keys.shape
-    logits = queries.float().view(w, g, h // g, d).permute(1, 0, 2, 3).reshape(g, -1, d) @ keys.float().view(n * b, g, d).permute(1, 2, 0)
+    logits = queries.float().view(w, g, h // g, d).permute(1, 0, 2, 3).reshape(g, -1, d) @ keys.float().view(
+        n * b, g, d
+    ).permute(1, 2, 0)
     return (logits / d**0.5).softmax(-1).view(g, w, h // g, -1).transpose(0, 1).flatten(1, 2)
 
 
@@ -204,7 +206,9 @@ class Bench:
     def cache(self, block_len, key=None) -> KVCache:
         c, kv = self.config, self.engine.kv
         if (block_len, key) not in self.caches:
-            self.caches[block_len, key] = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, block_len, kv.dtype, kv.device)
+            self.caches[block_len, key] = KVCache(
+                c.n_layers, c.n_kv_heads, c.head_dim, c.dim, block_len, kv.dtype, kv.device
+            )
         return self.caches[block_len, key]
 
     # the model's attention and ffn: record them, or put in what was recorded
@@ -289,7 +293,11 @@ class Bench:
 def measure(logits: torch.Tensor, answer: list[int]) -> dict:
     truth, logits = torch.tensor(answer), logits.cpu()
     right = logits.argmax(-1) == truth
-    return {"nll": F.cross_entropy(logits.float(), truth).item(), "right": right.float().mean().item(), "whole": right.all().item()}
+    return {
+        "nll": F.cross_entropy(logits.float(), truth).item(),
+        "right": right.float().mean().item(),
+        "whole": right.all().item(),
+    }
 
 
 # ---- results: a line each --------------------------------------------------------------------
@@ -319,7 +327,11 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
         for name in entries:
             cells, ratio = [], []
             for t in tasks:
-                both = [(results[t, n, part, s, name], results[t, n, part, s, "dense"]) for s in sorted(seeds[t]) if (t, n, part, s, name) in results]
+                both = [
+                    (results[t, n, part, s, name], results[t, n, part, s, "dense"])
+                    for s in sorted(seeds[t])
+                    if (t, n, part, s, name) in results
+                ]
                 ratio += [r["flops"] for r, _ in both]
                 if not both:
                     cells.append("")
@@ -340,7 +352,9 @@ def run(args, entries: dict) -> dict:
     book = prose.Book(Path(args.text).read_text(encoding="utf-8"), bench.engine.tokenizer, args.part)
     wanted = {next(iter(schedule)) for e in entries.values() if (schedule := e.schedule(bench, 4096))}
     with out.open("a") as file, torch.inference_mode():
-        for seed, n, task in ((s, n, t) for s in range(args.first, args.first + args.samples) for n in args.lengths for t in args.tasks):
+        for seed, n, task in (
+            (s, n, t) for s in range(args.first, args.first + args.samples) for n in args.lengths for t in args.tasks
+        ):
             key = task, n, args.part, seed
             missing = [name for name in entries if (*key, name) not in results]
             if not missing:
@@ -366,7 +380,9 @@ def run(args, entries: dict) -> dict:
 
 def parse_args() -> argparse.Namespace:
     data = os.environ.get("SLIM_TEST_DATA")
-    p = argparse.ArgumentParser(prog="accuracy.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="accuracy.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     p.add_argument("--ckpt", default="smollm2-135m-instruct")
     p.add_argument("--text", default=data and f"{data}/texts/war_and_peace.txt", help="a long text, UTF-8")
     p.add_argument("--set", choices=SETS, default="rivals")
@@ -375,7 +391,12 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096")
     p.add_argument("--samples", type=int, default=60)
     p.add_argument("--first", type=int, default=0, help="number of the first sample")
-    p.add_argument("--threads", type=int, default=0, help="of torch; two processes with one thread each, and files of their own, finish sooner than one with two")
+    p.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="of torch; two processes with one thread each, and files of their own, finish sooner than one with two",
+    )
     p.add_argument("--part", type=int, choices=(0, 1), default=1, help="0: texts for choosing, 1: for reporting")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")

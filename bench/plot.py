@@ -17,7 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 # Colours of Okabe and Ito, which colour-blind readers tell apart; greys for what needs no model.
-BLUE, SKY, GREEN, ORANGE, RED, PINK, GREY, PALE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#777777", "#AAAAAA"
+BLUE, SKY, GREEN, ORANGE, RED, PINK, GREY, PALE = (
+    "#0072B2",
+    "#56B4E9",
+    "#009E73",
+    "#E69F00",
+    "#D55E00",
+    "#CC79A7",
+    "#777777",
+    "#AAAAAA",
+)
 COLOURS = {"dense": "#222222", "slim": RED, "transformers": BLUE, "attention mass": BLUE, "token attention": SKY, "average pool": ORANGE, "max pool": PINK,
            "recent blocks": GREY, "random blocks": PALE, "slim at matmul peak": RED, "projections": SKY, "attention": BLUE, "FFN": GREEN, "boundaries and KV": RED, "head and rest": PALE,
            "single": BLUE, "lookalike": RED, "latest": GREEN, "two_hop": ORANGE, "three_hop": PINK, "multi": GREY}  # fmt: skip
@@ -31,7 +40,12 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "a
 def panels(n: int, height=3.0, width=4.8):
     """Return a figure and n axes, two a row."""
     columns = min(n, 2)
-    figure, axes = plt.subplots(-(-n // columns), columns, figsize=(width * columns + (1.2 if n == 1 else 0), height * -(-n // columns)), squeeze=False)
+    figure, axes = plt.subplots(
+        -(-n // columns),
+        columns,
+        figsize=(width * columns + (1.2 if n == 1 else 0), height * -(-n // columns)),
+        squeeze=False,
+    )
     for ax in axes.flat[n:]:
         ax.remove()
     return figure, axes.flat[:n]
@@ -40,10 +54,29 @@ def panels(n: int, height=3.0, width=4.8):
 def lines(ax, curves: dict, xs: list, ticks: list, hollow=(), unit="%") -> None:
     """Draw {name: {x: y}} over places xs with their tick labels, each name at its line's end."""
     for name, curve in curves.items():
-        colour, width, marker = COLOURS.get(name, GREY), {"slim": 2.2, "slim at matmul peak": 0.7}.get(name, 1.3), "_" if "peak" in name else "o"
-        ax.plot(*zip(*sorted(curve.items())), "--" if name in ("dense", "random blocks") else "-", color=colour, linewidth=width, zorder=3 + (name == "slim"))
+        colour, width, marker = (
+            COLOURS.get(name, GREY),
+            {"slim": 2.2, "slim at matmul peak": 0.7}.get(name, 1.3),
+            "_" if "peak" in name else "o",
+        )
+        ax.plot(
+            *zip(*sorted(curve.items())),
+            "--" if name in ("dense", "random blocks") else "-",
+            color=colour,
+            linewidth=width,
+            zorder=3 + (name == "slim"),
+        )
         for x, y in curve.items():
-            ax.plot(x, y, marker, markersize=5, color=colour, markerfacecolor="white" if x in hollow else colour, clip_on=False, zorder=3 + (name == "slim"))
+            ax.plot(
+                x,
+                y,
+                marker,
+                markersize=5,
+                color=colour,
+                markerfacecolor="white" if x in hollow else colour,
+                clip_on=False,
+                zorder=3 + (name == "slim"),
+            )
     pad = 0.05 * (max(xs) - min(xs)) or 0.5
     ax.set(xlim=(min(xs) - pad, max(xs) + pad), xticks=xs, xticklabels=ticks)
     if unit == "%":
@@ -51,7 +84,9 @@ def lines(ax, curves: dict, xs: list, ticks: list, hollow=(), unit="%") -> None:
         ax.yaxis.set_major_formatter("{x:.0f}%")
     ends = [(*max(curve.items()), name) for name, curve in curves.items()]
     early = {name: f" at {ticks[xs.index(x)]}" if x < max(xs) else "" for x, _, name in ends}
-    label_ends(ax, [(x, y, name, f"{name} {f'{y:.0f}' if unit == '%' else seconds(y)}{early[name]}") for x, y, name in ends])
+    label_ends(
+        ax, [(x, y, name, f"{name} {f'{y:.0f}' if unit == '%' else seconds(y)}{early[name]}") for x, y, name in ends]
+    )
 
 
 def label_ends(ax, ends: list, gap=0.066) -> None:
@@ -83,11 +118,20 @@ def draw_speed(files: list, folder: Path) -> None:
     """Time to first token by prompt length, and the prefill by part."""
     groups = defaultdict(dict)  # panel -> {length: (file, result)}
     for f in files:
-        where = f["device"] if "NVIDIA" in f["device"] else f"{f['device']}, {f['threads']} thread{'s' * (f['threads'] > 1)}"
-        groups[f"{f['shape']}, {f['dtype']}, {where}\nschedule {f['schedule']}"] |= {int(n): (f, r) for n, r in f["results"].items()}
+        where = (
+            f["device"]
+            if "NVIDIA" in f["device"]
+            else f"{f['device']}, {f['threads']} thread{'s' * (f['threads'] > 1)}"
+        )
+        groups[f"{f['shape']}, {f['dtype']}, {where}\nschedule {f['schedule']}"] |= {
+            int(n): (f, r) for n, r in f["results"].items()
+        }
     figure, axes = panels(len(groups), 3.4)
     for ax, (title, group) in zip(axes, groups.items()):
-        curves = {who: {math.log2(n): r[who]["ttft_s"] for n, (_, r) in group.items() if "ttft_s" in r.get(who, {})} for who in ("dense", "transformers", "slim")}
+        curves = {
+            who: {math.log2(n): r[who]["ttft_s"] for n, (_, r) in group.items() if "ttft_s" in r.get(who, {})}
+            for who in ("dense", "transformers", "slim")
+        }
         floor = {math.log2(n): flops(f, n) / f["matmul_peak"] for n, (f, _) in group.items()}
         ax.set(yscale="log", title=title, ylabel="time to first token, s", xlabel="prompt tokens")
         curves = {who: curve for who, curve in curves.items() if curve} | {"slim at matmul peak": floor}
@@ -107,7 +151,7 @@ def draw_speed(files: list, folder: Path) -> None:
 def flops(f: dict, length: int) -> float:
     import speed
 
-    config = speed.Config.from_dict(speed.SHAPES[f["shape"]], f["shape"])
+    config = speed.parse_config(speed.SHAPES[f["shape"]], f["shape"])
     schedule = {} if f["schedule"] == "dense" else speed.prune.parse_schedule(f["schedule"])
     return speed.prefill_flops(config, length, schedule)
 
@@ -121,17 +165,40 @@ def draw_parts(groups: dict, folder: Path) -> None:
             parts, left, whole = group[n][who]["parts_s"], 0.0, sum(group[n]["dense"]["parts_s"].values()) / 100
             for part, took in parts.items():
                 width = took / whole
-                ax.barh(y, width, 0.78, left, color=COLOURS.get(part, GREY), edgecolor="white", linewidth=0.6, label=part if y == 0 else None)
+                ax.barh(
+                    y,
+                    width,
+                    0.78,
+                    left,
+                    color=COLOURS.get(part, GREY),
+                    edgecolor="white",
+                    linewidth=0.6,
+                    label=part if y == 0 else None,
+                )
                 if width > 7:
                     colour = "black" if part in ("projections", "head and rest") else "white"
                     ax.text(left + width / 2, y, f"{width:.0f}", ha="center", va="center", color=colour, fontsize=8.5)
                 left += width
             ax.text(left + 1, y, seconds(sum(parts.values())), va="center", color="#444444", fontsize=8.5)
         ends = [bar.get_x() + bar.get_width() for bar in ax.patches]
-        ax.set(title=title, yticks=range(len(bars)), yticklabels=[f"{n:,} {who}" for n, who in bars], xlim=(0, max(ends) + 18), xlabel="% of the dense prefill's time")
+        ax.set(
+            title=title,
+            yticks=range(len(bars)),
+            yticklabels=[f"{n:,} {who}" for n, who in bars],
+            xlim=(0, max(ends) + 18),
+            xlabel="% of the dense prefill's time",
+        )
         ax.grid(visible=False)
         ax.invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False, fontsize=9, handlelength=1, columnspacing=1.2)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper left",
+        ncols=5,
+        frameon=False,
+        fontsize=9,
+        handlelength=1,
+        columnspacing=1.2,
+    )
     save(figure, folder / "speed-parts.png")
 
 
@@ -151,10 +218,20 @@ TABLES = {
 def cells(f: dict):
     """Yield every figure of a table as (panel, curve, x, y in %, whether marked ~)."""
     n = f["questions"] // (4 if f["experiment"] == "depth" else 1)
-    about = f", {n} questions" + (f", gamma {f['gamma']:g}" if f.get("gamma", 0.9) != 0.9 else "") + (f", {f['ckpt']}" if f["ckpt"] != "demo" else "")
+    about = (
+        f", {n} questions"
+        + (f", gamma {f['gamma']:g}" if f.get("gamma", 0.9) != 0.9 else "")
+        + (f", {f['ckpt']}" if f["ckpt"] != "demo" else "")
+    )
     for label, *figures in f["rows"]:
-        found = {key: re.search(pattern, f"{label}; {f['head'][0]}") for key, pattern in (("tokens", r"[\d,]+ tokens"), ("share", r"1/[\d.]+"))}
-        row = {key: match and match[0] for key, match in found.items()} | {"task": label.split(", ")[0], "last": label.split(", ")[-1]}
+        found = {
+            key: re.search(pattern, f"{label}; {f['head'][0]}")
+            for key, pattern in (("tokens", r"[\d,]+ tokens"), ("share", r"1/[\d.]+"))
+        }
+        row = {key: match and match[0] for key, match in found.items()} | {
+            "task": label.split(", ")[0],
+            "last": label.split(", ")[-1],
+        }
         for column, figure in zip(f["head"][1:], figures):
             panel, curve, x = TABLES[f["experiment"]][2](f, row, column)
             yield panel + about, curve, x, 100 * figure, label.endswith("~")
@@ -166,7 +243,9 @@ def draw_quality(kind: str, files: list, folder: Path) -> None:
     for panel, curve, x, y, blind in (cell for f in files for cell in cells(f)):
         groups[panel][0][curve][x] = y
         (groups[panel][1].add if blind else groups[panel][1].discard)(x)
-    figure, axes = panels(len(groups), 3.0 if kind != "depth" else 1.4 + 0.4 * max(len(curves) for curves, _ in groups.values()))
+    figure, axes = panels(
+        len(groups), 3.0 if kind != "depth" else 1.4 + 0.4 * max(len(curves) for curves, _ in groups.values())
+    )
     for ax, (panel, (curves, hollow)) in zip(axes, groups.items()):
         xs = sorted({x for curve in curves.values() for x in curve})
         (heat_map if kind == "depth" else lines)(ax, curves, xs, [tick(x) + " ~" * (x in hollow) for x in xs], hollow)

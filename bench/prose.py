@@ -129,14 +129,18 @@ def reworded(book: Book, n: int, rng: random.Random) -> Sample:
     asked = rng.randrange(4)
     _, question, begin = picked[asked]
     text = book.with_facts([says.format(value) for (says, *_), value in zip(picked, found)], n - 100, rng)
-    return book.asked(text, question + " Answer with the number that the text gives.", begin, f" {found[asked]}.", [found[asked]])
+    return book.asked(
+        text, question + " Answer with the number that the text gives.", begin, f" {found[asked]}.", [found[asked]]
+    )
 
 
 def passage(book: Book, n: int, rng: random.Random) -> Sample:
     """The text's own words again: 24 of them are quoted at the end, the next 32 are wanted."""
     ids = book.prose(n - 40, rng)
     at = rng.randrange(len(ids) // 20, len(ids) - 200)
-    return Sample(ids + book.tok.encode("\n\n* * *\n\n") + ids[at : at + 24], ids[at + 24 : at + 56], [ids[at : at + 56]])
+    return Sample(
+        ids + book.tok.encode("\n\n* * *\n\n") + ids[at : at + 24], ids[at + 24 : at + 56], [ids[at : at + 56]]
+    )
 
 
 def going_on(book: Book, n: int, rng: random.Random) -> Sample:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 import prune
 import slim
+from loading.find import find_checkpoint
 import tasks
 import tokenizer
 
@@ -79,7 +80,9 @@ METHODS = {"peak": prune.RULES["peak"], "slim": prune.block_scores, "average poo
            "recent blocks": recent_blocks, "random blocks": random_blocks}  # fmt: skip
 
 
-def rule(queries, keys, blocks, unit_len, unit=None, newest=None, query="mean first", weight="abs", heads="mean", over="max"):
+def rule(
+    queries, keys, blocks, unit_len, unit=None, newest=None, query="mean first", weight="abs", heads="mean", over="max"
+):
     """Slim's score as it stands; each option turns one step of it towards `attention_mass`, or elsewhere.
 
     unit: tokens a unit; newest: queries counted; query: "mean first", or each query scored by itself and then
@@ -135,7 +138,7 @@ def spell(tok, sample, question) -> tuple[list[int], list[int]]:
 
 @cache
 def load_tokenizer(ckpt: str):
-    return tokenizer.load(slim.find_checkpoint(ckpt))
+    return tokenizer.load(find_checkpoint(ckpt))
 
 
 @lru_cache(4096)
@@ -220,7 +223,14 @@ def hits(args, kind: str, length: int, tries: list[Try], depth, settings: dict, 
         engine.model.rule = as_rule(score)
         torch.manual_seed(i)
         block_len = engine.ckpt.settings.block_len
-        found.append(ask(engine, ids, answer, {} if share is None else {boundary or args.boundary: max(int(len(ids) * share), 2 * block_len)}))
+        found.append(
+            ask(
+                engine,
+                ids,
+                answer,
+                {} if share is None else {boundary or args.boundary: max(int(len(ids) * share), 2 * block_len)},
+            )
+        )
     return found
 
 
@@ -239,7 +249,9 @@ def pool(workers: int, threads: int):
 def cells(args, kind: str, length: int, tries: list[Try], n=None, depth=None, **settings) -> list[float]:
     """Return the accuracy of every try over n questions, one a document."""
     n = n or args.questions
-    return [sum(column) / n for column in zip(*each(args, partial(hits, args, kind, length, tries, depth, settings), n))]
+    return [
+        sum(column) / n for column in zip(*each(args, partial(hits, args, kind, length, tries, depth, settings), n))
+    ]
 
 
 # ---- experiments: each yields the head of a table, then its rows -------------------------
@@ -256,7 +268,9 @@ def main_table(args):
     yield [f"boundary {args.boundary}", "dense", *METHODS]
     for length in args.lengths:
         for kind in args.kinds:
-            dense, *rest = cells(args, kind, length, [DENSE, *(Try(share, score) for share in args.shares for score in METHODS.values())])
+            dense, *rest = cells(
+                args, kind, length, [DENSE, *(Try(share, score) for share in args.shares for score in METHODS.values())]
+            )
             for share in args.shares:
                 row, rest = rest[: len(METHODS)], rest[len(METHODS) :]
                 blind = "" if dense - row[[*METHODS].index("random blocks")] >= 0.1 else " ~"
@@ -281,12 +295,29 @@ def boundary(args):
 
 def settings(args):
     """One setting changed at a time; gamma 0 never selects again after the prompt."""
-    changes = [{}, {"block_len": 32}, {"block_len": 64}, {"unit_len": 4}, {"unit_len": args.block_len}, {"window": 1}, {"window": 16}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 1.0}]
+    changes = [
+        {},
+        {"block_len": 32},
+        {"block_len": 64},
+        {"unit_len": 4},
+        {"unit_len": args.block_len},
+        {"window": 1},
+        {"window": 16},
+        {"gamma": 0.0},
+        {"gamma": 0.5},
+        {"gamma": 1.0},
+    ]
     yield [f"{one_in(args.shares[-1])}, boundary {args.boundary}", *args.kinds]
     for length in args.lengths:
         for change in changes:
             name = ", ".join(f"{k} {v}" for k, v in change.items()) or "as it is"
-            yield [f"{length:,} tokens, {name}", *(cells(args, kind, length, [Try(args.shares[-1], METHODS[args.method])], **change)[0] for kind in args.kinds)]
+            yield [
+                f"{length:,} tokens, {name}",
+                *(
+                    cells(args, kind, length, [Try(args.shares[-1], METHODS[args.method])], **change)[0]
+                    for kind in args.kinds
+                ),
+            ]
 
 
 def rules(args):
@@ -295,7 +326,9 @@ def rules(args):
     yield [f"{one_in(share)}, boundary {args.boundary}", *args.kinds]
     scores = {"random blocks": random_blocks} | {name: partial(rule, **options) for name, options in RULES.items()}
     for length in args.lengths:
-        columns = [cells(args, kind, length, [DENSE, *(Try(share, score) for score in scores.values())]) for kind in args.kinds]
+        columns = [
+            cells(args, kind, length, [DENSE, *(Try(share, score) for score in scores.values())]) for kind in args.kinds
+        ]
         for name, row in zip(["dense", *scores], zip(*columns)):
             yield [f"{length:,} tokens, {name}", *row]
 
@@ -305,8 +338,13 @@ def without_facts(args, kind: str, length: int, i: int) -> list[bool]:
     engine, tok, b = load(args), load_tokenizer(args.ckpt), args.block_len
     sample, ids, answer = one_question(args.ckpt, kind, length, args.first_seed + i, None)
     places = [1 + len(tok.encode(sample.document[:at])) for span in sample.questions[0].fact_spans for at in span]
-    gone = {p // b for start, end in zip(places[::2], places[1::2]) for p in range(start, end)} - {0, (len(ids) - 1) // b}
-    engine.model.rule = as_rule(lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()]))
+    gone = {p // b for start, end in zip(places[::2], places[1::2]) for p in range(start, end)} - {
+        0,
+        (len(ids) - 1) // b,
+    }
+    engine.model.rule = as_rule(
+        lambda q, k, blocks, u: torch.tensor([-1.0 if x in gone else 1.0 for x in blocks.tolist()])
+    )
     budget = (-(-len(ids) // b) - len(gone)) * b
     return [ask(engine, ids, answer, {layer: budget} if gone else {}) for layer in range(1, engine.config.n_layers)]
 
@@ -324,7 +362,13 @@ def depth(args):
     spots = (0.02, 0.25, 0.5, 0.75, 0.98)
     yield ["lookalike, tokens; fact at", *map(str, spots)]
     for length in args.lengths:
-        yield [f"{length:,}", *(cells(args, "lookalike", length, [Try(args.shares[0], METHODS[args.method])], args.questions // 4, d)[0] for d in spots)]
+        yield [
+            f"{length:,}",
+            *(
+                cells(args, "lookalike", length, [Try(args.shares[0], METHODS[args.method])], args.questions // 4, d)[0]
+                for d in spots
+            ),
+        ]
 
 
 def conversation(args, length: int, i: int):
@@ -362,7 +406,16 @@ def questions(args):
         yield [f"{length:,}", sum(afresh) / (7 * n), sum(later) / (7 * n)]
 
 
-EXPERIMENTS = {"main": main_table, "lengths": lengths, "boundary": boundary, "settings": settings, "rules": rules, "diffusion": diffusion, "depth": depth, "questions": questions}
+EXPERIMENTS = {
+    "main": main_table,
+    "lengths": lengths,
+    "boundary": boundary,
+    "settings": settings,
+    "rules": rules,
+    "diffusion": diffusion,
+    "depth": depth,
+    "questions": questions,
+}
 FIRST_SEED = {"questions": 10**6, "rules": 2 * 10**6}  # above --seed-base
 
 # ---- command line -----------------------------------------------------------------------
@@ -396,19 +449,28 @@ def kinds(text: str) -> list[str]:
 
 
 def parse_args() -> tuple[Parser, argparse.Namespace]:
-    p = Parser(prog="quality.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = Parser(
+        prog="quality.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     p.add_argument("experiment", choices=EXPERIMENTS)
     p.add_argument("--ckpt", default=str(ROOT / "demo"))
     p.add_argument("--questions", type=int, default=200, help="a cell")
     p.add_argument("--lengths", type=numbers(int, 64), default="2048", help="prompt tokens")
     p.add_argument("--kinds", type=kinds, default="single,lookalike,latest,two_hop")
-    p.add_argument("--shares", type=numbers(float, 1), default="4,8,16", help="budgets, as one over the share of the prompt")
+    p.add_argument(
+        "--shares", type=numbers(float, 1), default="4,8,16", help="budgets, as one over the share of the prompt"
+    )
     p.add_argument("--boundary", type=int, default=4)
     p.add_argument("--method", choices=METHODS, default="slim", help="of boundary, settings, depth and questions")
     p.add_argument("--block-len", type=int, default=16)
     p.add_argument("--unit-len", type=int, default=8)
     p.add_argument("--gamma", type=float, default=0.9)
-    p.add_argument("--seed-base", type=int, default=10**6, help="number of the first document; another gives fresh ones")
+    p.add_argument(
+        "--seed-base", type=int, default=10**6, help="number of the first document; another gives fresh ones"
+    )
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--workers", type=int, default=1, help="processes that share the questions of a cell")
@@ -436,7 +498,20 @@ def main() -> None:
             rows.append(row)
             print(line(row), file=sys.stderr, flush=True)
             if args.out:
-                Path(args.out).write_text(json.dumps({**vars(args), "ckpt": Path(args.ckpt).name, "machine": platform.machine(), "torch": torch.__version__, "head": head, "rows": rows}, indent=1) + "\n")
+                Path(args.out).write_text(
+                    json.dumps(
+                        {
+                            **vars(args),
+                            "ckpt": Path(args.ckpt).name,
+                            "machine": platform.machine(),
+                            "torch": torch.__version__,
+                            "head": head,
+                            "rows": rows,
+                        },
+                        indent=1,
+                    )
+                    + "\n"
+                )
     except (ValueError, OSError) as error:
         p.error(error)
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", *map(line, rows), sep="\n")

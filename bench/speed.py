@@ -33,11 +33,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import prune
 import slim
-from kvcache import CopyLane
+from kvcache import CopyStream, check_path
+from loading.config import parse_config
+from loading.plan import Checkpoint, Settings, format_bytes, pick_device, resolve_schedule
+from loading.weights import tensor_shapes
 from model import Config, prefill_flops
 
-LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=131072)
-LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"],
+    hidden_act="silu",
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    max_position_embeddings=131072,
+)
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SHAPES = {
     "llama3.1-8b": dict(LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rope_scaling=LLAMA31_ROPE),
     "llama3.2-1b": dict(LLAMA, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, vocab_size=128256, rope_scaling={**LLAMA31_ROPE, "factor": 32.0}, tie_word_embeddings=True),
@@ -50,7 +65,7 @@ class RandomTensors(dict):
     """A checkpoint's tensors by name, drawn when asked for, straight on the device."""
 
     def __init__(self, config: Config, device, dtype):
-        super().__init__(slim.tensor_shapes(config))
+        super().__init__(tensor_shapes(config))
         self.device, self.dtype, self.generator = device, dtype, torch.Generator(device).manual_seed(0)
 
     def __getitem__(self, name):
@@ -69,7 +84,9 @@ def make_transformers(engine: slim.Engine, shape: dict):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     c, w = engine.config, engine.model.weights
-    config = transformers.LlamaConfig(**{k: v for k, v in shape.items() if k != "architectures"}, attn_implementation="sdpa")
+    config = transformers.LlamaConfig(
+        **{k: v for k, v in shape.items() if k != "architectures"}, attn_implementation="sdpa"
+    )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -79,7 +96,11 @@ def make_transformers(engine: slim.Engine, shape: dict):
         parts = dict(zip("qkv", layer.wqkv.split([q, kv, kv]))) | {"o": layer.wo}
         state |= {f"{p}self_attn.{n}_proj.weight": t for n, t in parts.items()}
         gate, up = layer.w_gate_up.chunk(2)
-        state |= {p + "mlp.gate_proj.weight": gate, p + "mlp.up_proj.weight": up, p + "mlp.down_proj.weight": layer.w_down}
+        state |= {
+            p + "mlp.gate_proj.weight": gate,
+            p + "mlp.up_proj.weight": up,
+            p + "mlp.down_proj.weight": layer.w_down,
+        }
         state |= {p + "input_layernorm.weight": layer.attn_norm, p + "post_attention_layernorm.weight": layer.ffn_norm}
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(engine.kv.device)
@@ -124,13 +145,19 @@ def peaks(device, dtype) -> tuple[float, float]:
 def run_slim(engine: slim.Engine, ids: list[int], schedule: dict, n_new: int, gamma: float, overlap=True) -> dict:
     """Prefill and decode n_new tokens; return seconds, counters and the peak of device memory."""
     device = engine.kv.device
-    engine.model.gamma, engine.kv.lane = gamma, CopyLane(device, overlap)  # prefill waits for the old lane
+    engine.model.gamma, engine.kv.copies = gamma, CopyStream(device, overlap)  # prefill waits for the old stream
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    ttft = clock(device, lambda: engine.prefill(ids, reserve=n_new, schedule=schedule).argmax().item())
+    ttft = clock(device, lambda: engine.prefill(ids, room=n_new, schedule=schedule).argmax().item())
     decode = clock(device, lambda: [engine.extend([i % 100]).argmax().item() for i in range(n_new)])
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    figures = {"ttft_s": ttft, "decode_s": decode / n_new, "total_s": ttft + decode, "peak_bytes": peak, "step_bytes": decode_bytes(engine)}
+    figures = {
+        "ttft_s": ttft,
+        "decode_s": decode / n_new,
+        "total_s": ttft + decode,
+        "peak_bytes": peak,
+        "step_bytes": decode_bytes(engine),
+    }
     return engine.stats | figures
 
 
@@ -145,7 +172,9 @@ def run_transformers(model, ids: list[int], n_new: int, device) -> dict:
 
     def decode():
         for i in range(n_new):
-            model(torch.tensor([[i % 100]], device=device), past_key_values=state["past"], logits_to_keep=1).logits.argmax().item()
+            model(
+                torch.tensor([[i % 100]], device=device), past_key_values=state["past"], logits_to_keep=1
+            ).logits.argmax().item()
 
     ttft, seconds = clock(device, prefill), clock(device, decode)
     return {"ttft_s": ttft, "decode_s": seconds / n_new, "total_s": ttft + seconds}
@@ -217,7 +246,13 @@ def split(engine: slim.Engine, ids: list[int], schedule: dict) -> dict:
     return dict(seconds)
 
 
-PARTS = ["projections", "attention", "FFN", "boundaries and KV", "head and rest"]  # projections: QKV and output, with their norm and RoPE
+PARTS = [
+    "projections",
+    "attention",
+    "FFN",
+    "boundaries and KV",
+    "head and rest",
+]  # projections: QKV and output, with their norm and RoPE
 
 
 # ---- report -----------------------------------------------------------------------------
@@ -234,13 +269,26 @@ def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: floa
         low, high = r["ttft_s_range"]
         label = name if name != "slim" or prunes(length, schedule) else "slim, budgets cover the prompt"
         cells = [f"{length:,}", label, f"{r['ttft_s']:.3f} ({low:.3f}-{high:.3f})", f"{100 * floor / r['ttft_s']:.0f}%"]
-        times = {(who, key): f"{result[who][key] / r[key]:.2f}" for who in ("dense", "transformers") if who in result for key in ("ttft_s", "total_s")}
-        cells += [f"{times.get(('dense', 'ttft_s'), '-')} of {flops['dense'] / work:.2f}", times.get(("transformers", "ttft_s"), "")]
+        times = {
+            (who, key): f"{result[who][key] / r[key]:.2f}"
+            for who in ("dense", "transformers")
+            if who in result
+            for key in ("ttft_s", "total_s")
+        }
+        cells += [
+            f"{times.get(('dense', 'ttft_s'), '-')} of {flops['dense'] / work:.2f}",
+            times.get(("transformers", "ttft_s"), ""),
+        ]
         byte_share = f", {100 * r['step_bytes'] / copy_peak / r['decode_s']:.0f}%" if "step_bytes" in r else ""
-        cells += [f"{1 / r['decode_s']:.1f}{byte_share}", f"{r['total_s']:.3f} ({times.get(('dense', 'total_s'), '-')})"]
-        kv = [slim.size(r[k]) for k in ("kv_gpu_bytes", "kv_cpu_bytes")] if "kv_gpu_bytes" in r else ["", ""]
-        moved = slim.size(r["to_cpu_bytes"] + r["to_gpu_bytes"]) if "to_cpu_bytes" in r else ""
-        lines.append("| " + " | ".join([*cells, *kv, moved, slim.size(r["peak_bytes"]) if r.get("peak_bytes") else ""]) + " |")
+        cells += [
+            f"{1 / r['decode_s']:.1f}{byte_share}",
+            f"{r['total_s']:.3f} ({times.get(('dense', 'total_s'), '-')})",
+        ]
+        kv = [format_bytes(r[k]) for k in ("kv_gpu_bytes", "kv_cpu_bytes")] if "kv_gpu_bytes" in r else ["", ""]
+        moved = format_bytes(r["to_cpu_bytes"] + r["to_gpu_bytes"]) if "to_cpu_bytes" in r else ""
+        lines.append(
+            "| " + " | ".join([*cells, *kv, moved, format_bytes(r["peak_bytes"]) if r.get("peak_bytes") else ""]) + " |"
+        )
     return lines
 
 
@@ -254,7 +302,11 @@ def report_parts(length: int, result: dict) -> list[str]:
     for name, parts in ((name, r["parts_s"]) for name, r in result.items() if "parts_s" in r):
         whole = sum(parts.values())
         cells = [f"{1e3 * s:.1f} ({100 * s / whole:.0f}%)" for s in parts.values()]
-        lines.append("| " + " | ".join([f"{length:,}", name, *cells, f"{1e3 * whole:.1f}", f"{1e3 * result[name]['ttft_s']:.1f}"]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([f"{length:,}", name, *cells, f"{1e3 * whole:.1f}", f"{1e3 * result[name]['ttft_s']:.1f}"])
+            + " |"
+        )
     return lines
 
 
@@ -264,7 +316,9 @@ def swap_cost(length: int, result: dict, n_new: int) -> str:
     for name, r in result.items():
         if name.startswith("slim, swaps") and "error" not in r:
             moved = (r["to_cpu_bytes"] + r["to_gpu_bytes"] - quiet["to_cpu_bytes"] - quiet["to_gpu_bytes"]) / n_new
-            said.append(f"{name}: {1e3 * (r['decode_s'] - quiet['decode_s']):+.2f} ms a step for {slim.size(moved)} moved and {r['revived'] / n_new:.1f} blocks revived")
+            said.append(
+                f"{name}: {1e3 * (r['decode_s'] - quiet['decode_s']):+.2f} ms a step for {format_bytes(moved)} moved and {r['revived'] / n_new:.1f} blocks revived"
+            )
     return f"{length:,}: " + "; ".join(said)
 
 
@@ -275,9 +329,19 @@ def table(head: list[str], lines: list[str]) -> str:
 def hardware(device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     if device.type == "cpu" and Path("/proc/cpuinfo").is_file():
-        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), name)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+        name = next(
+            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), name
+        )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
 
 
 def rss_table(args) -> None:
@@ -287,23 +351,28 @@ def rss_table(args) -> None:
         code = (f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
                 f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, {args.chunk}).prefill([7] * {length})\n"
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
-        peak[length] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
+        peak[length] = (
+            int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
+        )
     print("| prompt | peak memory | above a prompt of 64 | bytes a token |\n|---|---|---|---|")
     for length in lengths:
         above = peak[length] - peak[64]
-        print(f"| {length:,} | {slim.size(peak[length])} | {slim.size(above)} | {above / length:.0f} |")
+        print(f"| {length:,} | {format_bytes(peak[length])} | {format_bytes(above)} | {above / length:.0f} |")
 
 
-def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int) -> slim.Engine:
+def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int, score: str = "peak") -> slim.Engine:
     """Return an engine of a shape with random weights."""
-    device, dtype = slim.pick_device(device), slim.DTYPES[dtype]
-    config, options = Config.from_dict(SHAPES[shape], shape), slim.Settings(chunk=chunk)
-    budgets = slim.resolve_schedule(schedule, config, options)
-    return slim.Checkpoint(Path(shape), config, RandomTensors(config, device, dtype), set(), device, dtype, budgets, options).engine()
+    device, dtype, rule = pick_device(device), model.DTYPES[dtype], prune.RULES[score]
+    config, options = parse_config(SHAPES[shape], shape), Settings(chunk=chunk)
+    budgets = resolve_schedule(schedule, config, options)
+    tensors = RandomTensors(config, device, dtype)
+    return slim.start(Checkpoint(Path(shape), config, tensors, set(), device, dtype, budgets, rule, options))
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     p.add_argument("--shape", default="mini", choices=SHAPES)
     p.add_argument("--lengths", default="4096,8192,16384")
     p.add_argument("--schedule", default="auto")
@@ -328,24 +397,32 @@ def main() -> None:
 def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Measure every length and print what was found."""
     if args.out:
-        slim.check_path(args.out)  # better now than after the first length
+        check_path(args.out)  # better now than after the first length
     if args.rounds < 1 or args.new < 1 or any(int(n) < 2 for n in args.lengths.split(",")):
-        p.error(f"--rounds {args.rounds} and --new {args.new} must be at least 1, --lengths {args.lengths} at least 2 each")
+        p.error(
+            f"--rounds {args.rounds} and --new {args.new} must be at least 1, --lengths {args.lengths} at least 2 each"
+        )
     if args.rss:
         return rss_table(args)
     device = slim.pick_device(args.device)
     if args.memory_gib and device.type != "cuda":
         p.error("--memory-gib limits the memory of a CUDA device; there is none in use")
     if args.memory_gib:
-        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device)
+        torch.cuda.set_per_process_memory_fraction(
+            args.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device
+        )
     engine = make_engine(args.shape, args.device, args.dtype, args.schedule, args.chunk)
     config, schedule, dtype, chunk = engine.config, engine.ckpt.schedule, engine.kv.dtype, engine.ckpt.chunk
     reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
     flop_peak, copy_peak = peaks(device, dtype)
     facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": slim.format_schedule(schedule), "new": args.new,
              "rounds": args.rounds, "memory_gib": args.memory_gib, "matmul_peak": flop_peak, "copy_peak": copy_peak}  # fmt: skip
-    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; {args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}")
-    print(f"matmul peak {flop_peak / 1e12:.2f} TFLOP/s, copy peak {copy_peak / 1e9:.1f} GB/s; medians of {args.rounds} rounds, {args.new} tokens decoded\n")
+    print(
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; {args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}"
+    )
+    print(
+        f"matmul peak {flop_peak / 1e12:.2f} TFLOP/s, copy peak {copy_peak / 1e9:.1f} GB/s; medians of {args.rounds} rounds, {args.new} tokens decoded\n"
+    )
     print(table(HEAD, []), flush=True)
     results = {}
     for length in map(int, args.lengths.split(",")):
@@ -355,7 +432,13 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             Path(args.out).write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
     lines = [line for length, result in results.items() for line in report_parts(length, result)]
     print("\n" + table(["prompt", "who", *(f"{part}, ms" for part in PARTS), "sum", "without the waits"], lines) + "\n")
-    print("\n".join(swap_cost(length, result, args.new) for length, result in results.items() if "slim, swaps" in result and "error" not in result["slim"]))
+    print(
+        "\n".join(
+            swap_cost(length, result, args.new)
+            for length, result in results.items()
+            if "slim, swaps" in result and "error" not in result["slim"]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import slim
+from kvcache import replace_file
+from model import prefill_flops
 
 HERE = Path(__file__).parent
 
@@ -49,11 +50,15 @@ class Recorder:
         if kv.length == 0:
             if i == 1:
                 self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
-            scores = [float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()]  # JSON has no infinity
+            scores = [
+                float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()
+            ]  # JSON has no infinity
             seen = [stage.layers[0] - 1] * len(candidates)  # a rule that sees keys looks at the boundary's layer alone
             if self.engine.model.rule.sees == "weights":
                 seen = self.seen[candidates].tolist()
-            self.record["stages"].append({"candidates": list(candidates), "scores": scores, "seen": seen, "active": sorted(active)})
+            self.record["stages"].append(
+                {"candidates": list(candidates), "scores": scores, "seen": seen, "active": sorted(active)}
+            )
         elif self.record:
             if i == 1:
                 self.record["steps"].append({"at": kv.length, "pending": len(self.engine.pending), "moves": []})
@@ -77,7 +82,7 @@ def write(path, engine, recorder: Recorder, ids) -> None:
     Raises ValueError for a path, ids or a record that cannot be used, and where writing fails.
     """
     html = page(describe(engine, recorder.record, ids)).encode("utf-8", "replace")
-    with slim.whole_file(path) as part:
+    with replace_file(path) as part:
         Path(part).write_bytes(html)
 
 
@@ -102,25 +107,24 @@ def describe(engine, record: dict, ids) -> dict:
         raise ValueError(f"a map needs all ids of the conversation: {kv.length:,} were read, {len(ids):,} are given")
     if len(kv.stages) == 1:
         record = {"stages": [], "steps": []}  # dense: nobody was asked to choose
-    elif not fits(record, kv, engine.whole):
+    elif not matches(record, kv, engine.usable):
         raise ValueError("the record is not of this conversation; make the Recorder before prefill")
     steps = [step for step in record["steps"] if step["at"] < kv.length]  # the last may have been broken off
     turns = [*spoken(kv, steps)] + [(kv.length, "written", None)] * (len(ids) > kv.length)
     starts = range(0, kv.tail_start + 1, kv.block_len)
     texts = list(pieces(engine.tokenizer, ids, [*starts, *(at for at, _, _ in turns), len(ids)]))
-    linear = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.dim * c.hidden_dim  # weights of a layer
-    flops = [2 * n * linear + 2 * n * n * c.n_heads * c.head_dim for n in stats["kept"]]  # a layer's, causal
+    flops, flops_dense = (prefill_flops(c, kv.n_prompt, schedule, kv.block_len) for schedule in (kv.schedule, {}))
     return {
         "model": engine.ckpt.folder.name, "block_len": kv.block_len, "device": kv.device.type,
         "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.stages],
         "stages": record["stages"], "steps": steps, "blocks": texts[: len(starts)],
         "turns": [{"at": at, "kind": kind, "step": k, "text": text} for (at, kind, k), text in zip(turns, texts[len(starts) :])],
-        "flops": sum(n * len(stage.layers) for n, stage in zip(flops, kv.stages)), "flops_dense": flops[0] * c.n_layers,
+        "flops": flops, "flops_dense": flops_dense,
         **{key: value for key, value in stats.items() if not key.endswith("_s")},
     }  # fmt: skip
 
 
-def fits(record: dict, kv, whole: bool) -> bool:
+def matches(record: dict, kv, whole: bool) -> bool:
     """Tell whether replaying a record ends where the engine is (unless its last step was broken off)."""
     try:
         active = [set(stage["active"]) for stage in record["stages"]]

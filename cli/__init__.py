@@ -4,26 +4,29 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from dataclasses import fields
-
-import torch
 
 import prune
 import slim
-import tokenizer as tokenizers
+import tokenizer
 from cli.options import adopt, build_ids, check_args, parse_args, read_prompt
 from cli.show import Progress, status
 from cli.talk import Talk, chat
+from kvcache import check_saved
+from loading.plan import Checkpoint, Settings, dtype_name, format_bytes, free_bytes, plan
 
 
 def main(argv=None) -> int:
     """Run the command line; return the exit code: 0, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`, so that nothing half-written stays
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`: no half-written file stays
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a character shows another
+        with contextlib.suppress(AttributeError):  # a StringIO of the caller's has no encoding to change
+            getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a character shows another
     args = parse_args(argv)
     progress = Progress(args.quiet)
     try:
@@ -31,9 +34,14 @@ def main(argv=None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         with contextlib.suppress(OSError):  # standard error may be what cannot be written
             progress.complain(error)
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        progress.complain(MemoryError(f"out of memory: {str(error).splitlines()[0]}; try a smaller --chunk"))
         return 2
     except KeyboardInterrupt:
         progress.clear()
@@ -46,23 +54,30 @@ def run(args, progress: Progress) -> int:
     say = status(args, progress)
     check_args(args)
     header = adopt(args) if args.resume is not None else None
-    settings = {f.name: getattr(args, f.name) for f in fields(slim.Settings) if hasattr(args, f.name)}
-    ckpt = slim.Checkpoint.open(args.ckpt, args.device, args.dtype, "dense" if args.dense else args.schedule, args.score, overlap=not args.no_overlap, **settings)
+    settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    schedule = "dense" if args.dense else args.schedule
+    settings["overlap"] = not args.no_overlap
+    ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, schedule, args.score, **settings)
     if args.compare and not ckpt.schedule:
-        raise ValueError("--compare has nothing to compare: the schedule is dense; give one with --schedule LAYER:TOKENS")
-    c, tokenizer = ckpt.config, tokenizers.load(ckpt.folder)
-    if tokenizer.vocab_size > c.vocab_size:
-        raise ValueError(f"{ckpt.folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {c.vocab_size:,}; they do not belong together")
+        raise ValueError("--compare has nothing to compare: the schedule is dense; give one with --schedule")
+    c, tok = ckpt.config, tokenizer.load(ckpt.folder)
+    if tok.vocab_size > c.vocab_size:
+        raise ValueError(
+            f"{ckpt.folder}: the tokenizer has {tok.vocab_size:,} ids, the model {c.vocab_size:,}; "
+            "they do not belong together"
+        )
     if args.raw:
-        tokenizer.chat_format = None
+        tok.chat_format = None
     if header:
-        slim.check_saved(args.resume, header, ckpt.identity)
-    ids = [] if header else build_ids(args, read_prompt(args), tokenizer)
+        check_saved(args.resume, header, ckpt.identity)
+    ids = [] if header else build_ids(args, read_prompt(args), tok)
     n_prompt = max(1, len(header["ids"]) if header else len(ids))
-    engine = ckpt.engine(reserve=(n_prompt, args.max_new_tokens), progress=progress.loading)
-    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {prune.format_schedule(ckpt.schedule)}, {n_prompt:,} prompt tokens")
-    say(f"slim: {ckpt.device}, {str(ckpt.dtype).removeprefix('torch.')}: {slim.plan(ckpt, n_prompt, args.max_new_tokens)}, {slim.size(slim.free_bytes(ckpt.device))} more free")
-    talk = Talk(engine, tokenizer, args, progress, say)
+    engine = slim.start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
+    pruning = "dense" if not ckpt.schedule else f"{prune.format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
+    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens")
+    need, free = plan(ckpt, n_prompt, args.max_new_tokens), format_bytes(free_bytes(ckpt.device))
+    say(f"slim: {ckpt.device}, {dtype_name(ckpt.dtype)}: {need}, {free} more free")
+    talk = Talk(engine, tok, args, progress, say)
     if args.compare:
         talk.compare(ids)
     else:
@@ -72,6 +87,8 @@ def run(args, progress: Progress) -> int:
             talk.ask(question)
     if args.chat:
         chat(talk)
-    if args.map and engine.kv.length:
+    if args.map and engine.usable:
         say(f"slim: map {talk.draw(args.map)}")
+    elif args.map:
+        say("slim: no map: there is nothing read that it could show")
     return 130 if talk.interrupted and not args.chat else 0

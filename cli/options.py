@@ -1,16 +1,22 @@
 """What the command line says: arguments, the text, and the ids to begin with."""
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import prune
 import slim
+from kvcache import check_path, read_saved
+from loading.plan import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = dict(ckpt=str(ROOT / "demo"), prompt=str(ROOT / "demo" / "document.txt"), ask="question: the lot of vekebu is", schedule="5:2048,6:1024,7:512")
+DEMO = dict(
+    ckpt=str(ROOT / "demo"),
+    prompt=str(ROOT / "demo" / "document.txt"),
+    ask="question: the lot of vekebu is",
+    schedule="5:2048,6:1024,7:512",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,14 +33,16 @@ EXAMPLES = """examples:
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line; `given` holds what was written there, without the defaults."""
-    d = {f.name: f.default for f in fields(slim.Settings)}
+    d = {f.name: f.default for f in fields(Settings)}
     p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]", epilog=EXAMPLES, allow_abbrev=False,
                description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
                formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110))  # fmt: skip
     g = p.add_argument_group("what to read, and what to ask")
     g.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b")
     g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
-    g.add_argument("--ask", metavar="TEXT", action="append", help="a question put after the text; again for each further one")
+    g.add_argument(
+        "--ask", metavar="TEXT", action="append", help="a question put after the text; again for each further one"
+    )
     g.add_argument("--chat", action="store_true", help="type questions at a prompt")
     g.add_argument("--save", metavar="FILE", help="keep the text as it was read, before any question")
     g.add_argument("--resume", metavar="FILE", help="go on with a saved text instead of reading one")
@@ -43,25 +51,57 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("the answer")
     g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="its length at most (%(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of this total probability (%(default)s)")
+    g.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens of this total probability (%(default)s)",
+    )
     g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     g = p.add_argument_group("what is shown")
-    g.add_argument("--map", metavar="FILE", help="write an HTML page that shows which parts of the text were kept, and when")
+    g.add_argument(
+        "--map", metavar="FILE", help="write an HTML page that shows which parts of the text were kept, and when"
+    )
     g.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
     g.add_argument("--json", action="store_true", help="print one JSON object an answer instead of the text")
     g.add_argument("--quiet", action="store_true", help="print the answer alone")
     g = p.add_argument_group("pruning")
-    g.add_argument("--schedule", default="auto", help="layers and what is kept from there on, shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192,20:4096; or auto, paper (%(default)s)")
+    g.add_argument(
+        "--schedule",
+        default="auto",
+        help="layers and what is kept from there on, shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192,20:4096; or auto, paper (%(default)s)",
+    )
     g.add_argument("--score", default="peak", help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)")
     g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
     g.add_argument("--block-len", type=int, default=d["block_len"], metavar="N", help="tokens a block (%(default)s)")
-    g.add_argument("--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens a unit of a block (%(default)s)")
-    g.add_argument("--window", type=int, default=d["window"], metavar="N", help="newest queries that rank the blocks; 0: 8 for peak, 4 for paper (%(default)s)")
-    g.add_argument("--gamma", type=float, default=d["gamma"], metavar="G", help="overlap of the new choice from which the active blocks stay; -1: 1 for peak, 0.9 for paper (%(default)s)")
+    g.add_argument(
+        "--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens a unit of a block (%(default)s)"
+    )
+    g.add_argument(
+        "--window",
+        type=int,
+        default=d["window"],
+        metavar="N",
+        help="newest queries that rank the blocks; 0: 8 for peak, 4 for paper (%(default)s)",
+    )
+    g.add_argument(
+        "--gamma",
+        type=float,
+        default=d["gamma"],
+        metavar="G",
+        help="overlap of the new choice from which the active blocks stay; -1: 1 for peak, 0.9 for paper (%(default)s)",
+    )
     g = p.add_argument_group("the machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)")
-    g.add_argument("--chunk", type=int, default=d["chunk"], metavar="N", help="rows computed at a time; 0 chooses by device (%(default)s)")
+    g.add_argument(
+        "--chunk",
+        type=int,
+        default=d["chunk"],
+        metavar="N",
+        help="rows computed at a time; 0 chooses by device (%(default)s)",
+    )
     g.add_argument("--no-overlap", action="store_true", help="copy synchronously, on the compute stream")
     defaults = vars(p.parse_args([]))
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
@@ -84,7 +124,12 @@ def choose_demo(args) -> None:
         args.ask = args.ask or ([] if args.chat or args.save else [DEMO["ask"]])
 
 
-EXCLUDED = {"dense": ("schedule", "compare"), "compare": ("chat", "save", "resume"), "resume": ("prompt", "save", "max_prompt_tokens"), "chat": ("json",)}
+EXCLUDED = {
+    "dense": ("schedule", "compare"),
+    "compare": ("chat", "save", "resume"),
+    "resume": ("prompt", "save", "max_prompt_tokens"),
+    "chat": ("json",),
+}
 
 
 def check_args(args) -> None:
@@ -109,7 +154,7 @@ def check_args(args) -> None:
 def check_output(args, name: str, path: str) -> None:
     """Raise ValueError if a file cannot be written, better now than after an hour of reading, or is another one of this run."""
     try:
-        target = slim.check_path(path)
+        target = check_path(path)
     except ValueError as error:
         raise ValueError(f"--{name} {error}; give a file in a folder that exists") from None
     for other in ("prompt", "resume", "save", "map"):
@@ -135,11 +180,15 @@ def read_prompt(args) -> str:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise ValueError(f"--prompt {name} cannot be read ({error}); give a text file, or - for standard input") from None
+        raise ValueError(
+            f"--prompt {name} cannot be read ({error}); give a text file, or - for standard input"
+        ) from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt {name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it first") from None
+        raise ValueError(
+            f"--prompt {name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it first"
+        ) from None
     if not text.strip():
         raise ValueError(f"--prompt {name} is empty; there is nothing to read")
     return text
@@ -150,22 +199,34 @@ def build_ids(args, text: str, tokenizer) -> list[int]:
     if args.max_prompt_tokens is not None:
         if args.max_prompt_tokens < 1:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
-        text = tokenizer.decode(tokenizer.encode(text)[: args.max_prompt_tokens])
+        text = first_tokens(text, args.max_prompt_tokens, tokenizer)
     if text and (args.chat or args.save):
         return tokenizer.chat(text, end=False)
     parts = [part for part in (text, args.ask.pop(0) if args.ask else "") if part]
     return tokenizer.chat(("\n\n" if tokenizer.chat_format else "\n").join(parts)) if parts else []
 
 
+def first_tokens(text: str, n: int, tokenizer) -> str:
+    """Return a beginning of a text that has at most n tokens and ends with a complete character."""
+    ids = tokenizer.encode(text)
+    if len(ids) > n:
+        text = tokenizer.decode(ids[:n]).rstrip("\ufffd")  # the rest of a character that was cut
+        while len(tokenizer.encode(text)) > n:  # a beginning may be split otherwise
+            text = text[:-1]
+    return text
+
+
 def adopt(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
-    header, _ = slim.read_saved(args.resume)
+    header, _ = read_saved(args.resume)
     saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}
     for name in ("ckpt", "dtype", "schedule", "score", "block_len", "unit_len", "window", "gamma", "chunk", "raw"):
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
-        raise ValueError(f"{args.resume} was read with the checkpoint {args.ckpt}, which is not there any more; give its place with --ckpt")
+        raise ValueError(
+            f"{args.resume} was read with the checkpoint {args.ckpt}, which is not there any more; give its place with --ckpt"
+        )
     if args.raw != saved["raw"]:
         raise ValueError(f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; go on like that")
     if args.map and "map" not in header["extra"]:

@@ -5,6 +5,8 @@ import sys
 import time
 
 import slim
+from loading.plan import format_bytes
+from model import layer_flops
 
 
 class Progress:
@@ -32,18 +34,18 @@ class Progress:
         c, kv = engine.config, engine.kv
         started, done = time.perf_counter(), 0
 
-        def cost(rows: int, keys: float) -> float:
-            linear = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 3 * c.dim * c.hidden_dim
-            return 2 * rows * linear + 4 * rows * keys * c.n_heads * c.head_dim
-
         def on_chunk(layer: int, rows: int, keys: int) -> None:
             nonlocal done
-            alive = [stage.n_slots * kv.block_len + kv.n_prompt - kv.tail_start for stage in kv.stages for _ in stage.layers]
-            total = sum(cost(n, n / 2) for n in alive)
+            alive = [
+                stage.n_slots * kv.block_len + kv.n_prompt - kv.tail_start for stage in kv.stages for _ in stage.layers
+            ]
+            total = sum(layer_flops(c, n, n / 2) for n in alive)
             spent = time.perf_counter() - started
             left = f"{spent * (total - done) / done:.0f} s left" if done else ""
-            self.show(f"reading the prompt: layer {layer + 1}/{c.n_layers}, {alive[layer]:,} of {kv.n_prompt:,} tokens alive  {left}")
-            done += cost(rows, keys - rows / 2)
+            self.show(
+                f"reading the prompt: layer {layer + 1}/{c.n_layers}, {alive[layer]:,} of {kv.n_prompt:,} tokens alive  {left}"
+            )
+            done += layer_flops(c, rows, keys - rows / 2)
 
         if self.on:
             engine.model.on_chunk = on_chunk
@@ -63,8 +65,8 @@ def summary(stats: dict, device) -> str:
     kept = " > ".join(f"{n:,}" for n in stats["kept"])
     return (
         f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; {stats['swaps']:,} blocks swapped, {stats['revived']:,} of them revived\n"
-        f"slim: KV {slim.size(stats['kv_gpu_bytes'])} on {device} + {slim.size(stats['kv_cpu_bytes'])} at home + {slim.size(stats['aux_cpu_bytes'])} pruned rows, "
-        f"dense {slim.size(stats['kv_dense_bytes'])}"
+        f"slim: KV {format_bytes(stats['kv_gpu_bytes'])} on {device} + {format_bytes(stats['kv_cpu_bytes'])} at home + {format_bytes(stats['aux_cpu_bytes'])} pruned rows, "
+        f"dense {format_bytes(stats['kv_dense_bytes'])}"
     )
 
 
@@ -75,23 +77,57 @@ def timing(r: dict) -> str:
     speed = f"slim: first token {r['ttft_s']:.2f} s, then {r['decode_tok_s']:.1f} tokens/s"
     if not r["follow_up"]:
         return speed
-    return speed + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; {r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
+    return (
+        speed
+        + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; {r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
+    )
 
 
 def comparison(dense: dict, pruned: dict) -> str:
     """Write two results side by side."""
     rows = [
-        ("first token", f"{dense['ttft_s']:.2f} s", f"{pruned['ttft_s']:.2f} s", f"{dense['ttft_s'] / pruned['ttft_s']:.2f}x sooner"),
-        ("KV on the device", slim.size(dense["kv_gpu_bytes"]), slim.size(pruned["kv_gpu_bytes"]), f"{pruned['kv_gpu_bytes'] / dense['kv_gpu_bytes']:.0%} of dense"),
-        ("prompt tokens kept", f"{dense['prompt_tokens']:,}", " > ".join(f"{n:,}" for n in pruned["kept"]), "per stage"),
-        ("answer", *(" ".join(r["text"].split())[:30] for r in (dense, pruned)), "the same" if dense["ids"] == pruned["ids"] else "not the same"),
+        (
+            "first token",
+            f"{dense['ttft_s']:.2f} s",
+            f"{pruned['ttft_s']:.2f} s",
+            f"{dense['ttft_s'] / pruned['ttft_s']:.2f}x sooner",
+        ),
+        (
+            "KV on the device",
+            format_bytes(dense["kv_gpu_bytes"]),
+            format_bytes(pruned["kv_gpu_bytes"]),
+            f"{pruned['kv_gpu_bytes'] / dense['kv_gpu_bytes']:.0%} of dense",
+        ),
+        (
+            "prompt tokens kept",
+            f"{dense['prompt_tokens']:,}",
+            " > ".join(f"{n:,}" for n in pruned["kept"]),
+            "per stage",
+        ),
+        (
+            "answer",
+            *(" ".join(r["text"].split())[:30] for r in (dense, pruned)),
+            "the same" if dense["ids"] == pruned["ids"] else "not the same",
+        ),
     ]
     return "\n".join(f"slim: {a:20}{b:>16}{c:>26}   {d}".rstrip() for a, b, c, d in [("", "dense", "slim", ""), *rows])
 
 
 def public(r: dict) -> dict:
     """Return the part of a result that --json prints."""
-    keys = ("text", "ids", "prompt_tokens", "kept", "ttft_s", "decode_tok_s", "kv_gpu_bytes", "kv_cpu_bytes", "kv_dense_bytes", "swaps", "revived")
+    keys = (
+        "text",
+        "ids",
+        "prompt_tokens",
+        "kept",
+        "ttft_s",
+        "decode_tok_s",
+        "kv_gpu_bytes",
+        "kv_cpu_bytes",
+        "kv_dense_bytes",
+        "swaps",
+        "revived",
+    )
     return {k: r[k] for k in keys}
 
 

@@ -11,6 +11,7 @@ import blockmap
 import slim
 from cli.options import check_output
 from cli.show import Progress, comparison, public, summary, timing
+from loading.plan import format_bytes
 
 
 class Talk:
@@ -31,7 +32,9 @@ class Talk:
             extra = engine.resume(args.resume, args.max_new_tokens)
             self.open = self.open_at_first = extra.get("open", False)
             self.recorder.record = extra.get("map", {})
-            self.say(f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took {engine.prefill_s:.2f} s")
+            self.say(
+                f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took {engine.prefill_s:.2f} s"
+            )
         elif ids and (args.chat or args.save):
             self.read(ids)
         elif ids:
@@ -58,7 +61,7 @@ class Talk:
                 raise
             self.progress.complain(error)
         else:
-            self.say(f"slim: saved to {path}, {slim.size(Path(path).stat().st_size)}; go on with --resume {path}")
+            self.say(f"slim: saved to {path}, {format_bytes(Path(path).stat().st_size)}; go on with --resume {path}")
 
     def ask(self, question: str) -> None:
         """Answer one more question."""
@@ -70,7 +73,9 @@ class Talk:
 
     def compare(self, ids: list[int]) -> None:
         """Answer twice, dense and pruned."""
-        self.engine.prefill(ids[: self.engine.ckpt.chunk])  # the first kernels of a process are slow: neither side shall pay for them
+        self.engine.prefill(
+            ids[: self.engine.ckpt.chunk]
+        )  # the first kernels of a process are slow: neither side shall pay for them
         results = {}
         for name, budgets in (("dense", {}), ("slim", self.engine.ckpt.schedule)):
             results[name] = r = self.answer(ids, budgets)
@@ -90,19 +95,23 @@ class Talk:
         """Say so if what comes goes beyond the context that the model was trained for."""
         n, new, most = len(self.engine.ids) + n_new, self.args.max_new_tokens, self.engine.config.max_len
         if n + new > most:
-            self.say(f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained for; expect a poor answer")
+            self.say(
+                f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained for; expect a poor answer"
+            )
 
     def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:
         """Generate and, but for --json, print an answer as it comes; return it with what it took, also after Ctrl-C."""
         engine, args, text = self.engine, self.args, not self.args.json
         if not follow_up:
-            engine.ids = []
+            engine.forget()
         self.warn(len(ids))
         out, pieces, times = [], [], [time.perf_counter()]
         before = engine.stats if follow_up else {"swaps": 0, "revived": 0}
 
         def tokens(stopped):
-            for token in engine.generate(ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule, follow_up):
+            for token in engine.generate(
+                ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule, follow_up
+            ):
                 times.append(time.perf_counter())
                 self.progress.done(engine)
                 out.append(token)
@@ -126,8 +135,18 @@ class Talk:
             print(flush=True)
         first = times[1] if out else time.perf_counter()
         rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
-        r = engine.stats | {"text": "".join(pieces), "ids": out, "ttft_s": first - times[0], "decode_tok_s": rate, "n_new": len(ids)}
-        return r | {"interrupted": self.interrupted, "follow_up": follow_up} | {f"{key}_here": r[key] - before[key] for key in ("swaps", "revived")}
+        r = engine.stats | {
+            "text": "".join(pieces),
+            "ids": out,
+            "ttft_s": first - times[0],
+            "decode_tok_s": rate,
+            "n_new": len(ids),
+        }
+        return (
+            r
+            | {"interrupted": self.interrupted, "follow_up": follow_up}
+            | {f"{key}_here": r[key] - before[key] for key in ("swaps", "revived")}
+        )
 
     def draw(self, path: str) -> str:
         """Write the map of the conversation; return where."""
@@ -141,7 +160,7 @@ class Talk:
             self.recorder.restart()
             self.open = self.open_at_first
         else:
-            self.engine.ids = []  # the next question opens a conversation
+            self.engine.forget()  # the next question opens a conversation
 
 
 @contextlib.contextmanager
@@ -153,7 +172,9 @@ def stop_between_tokens(on: bool):
         if marks:
             raise KeyboardInterrupt
         marks.append(True)
-        print("slim: stopping after this step; Ctrl-C again gives the whole conversation up", file=sys.stderr, flush=True)
+        print(
+            "slim: stopping after this step; Ctrl-C again gives the whole conversation up", file=sys.stderr, flush=True
+        )
 
     usual = signal.signal(signal.SIGINT, mark) if on else None
     try:
@@ -169,7 +190,7 @@ def chat(talk: Talk) -> None:
         import readline  # noqa: F401  gives input() its history and editing
     talk.say("slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C stops an answer")
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    while talk.engine.whole or not talk.engine.ids:
+    while talk.engine.usable or not talk.engine.ids:
         try:
             line = input(prompt).strip()
         except EOFError:
@@ -185,12 +206,14 @@ def chat(talk: Talk) -> None:
             raise
         except (ValueError, OSError) as error:
             talk.progress.complain(error)
-    raise ValueError("the conversation was broken off in the middle of a step and cannot go on; start again, from a saved text if there is one")
+    raise ValueError(
+        "the conversation was broken off in the middle of a step and cannot go on; start again, from a saved text if there is one"
+    )
 
 
 def command(talk: Talk, line: str) -> None:
     engine, (name, _, rest) = talk.engine, line.partition(" ")
-    if name == "/stats" and engine.whole:
+    if name == "/stats" and engine.usable:
         used = f"slim: {len(engine.ids):,} of {engine.config.max_len:,} tokens of context in use"
         print(summary(engine.stats, engine.kv.device) + "\n" + used, file=sys.stderr)
     elif name == "/map":
@@ -201,4 +224,6 @@ def command(talk: Talk, line: str) -> None:
         talk.reset()
         print("slim: the questions are forgotten" + (", the text is not" if talk.text_read else ""), file=sys.stderr)
     else:
-        raise ValueError(f"{name} is no command here; there are /stats once there is something, /map [FILE], /reset and /quit")
+        raise ValueError(
+            f"{name} is no command here; there are /stats once there is something, /map [FILE], /reset and /quit"
+        )

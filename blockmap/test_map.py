@@ -1,0 +1,281 @@
+"""The map: what is recorded, what the page holds, and what a browser shows of it."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import time
+import pytest
+import blockmap
+import slim
+from test_slim import checkpoints, draw, talking, tiny  # noqa: F401  fixtures among them
+
+
+HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- --> '\"&lt;&amp; \u2028\u2029\ufeff\0 <b id=evil>😀é漢</b> {data} {script hash} "
+
+
+def mapped(folder, text, schedule={1: 64, 2: 40, 3: 24}, n=12, follow="What then?"):
+    """Play a conversation under a recorder: prompt, n tokens generated, a follow-up, two tokens by hand; return what `write` takes."""
+    engine = slim.load(folder, "cpu", "float32", schedule, block_len=8, unit_len=4)
+    recorder, tok = blockmap.Recorder(engine), engine.tokenizer
+    ids = tok.encode(text)
+    ids += list(engine.generate(ids, n))
+    ids += tok.encode(follow)
+    logits = engine.extend(ids[-len(tok.encode(follow)) :])
+    for _ in range(2):
+        ids.append(int(logits.argmax()))
+        logits = engine.extend(ids[-1:])
+    return engine, recorder, ids
+
+
+def map_data(html):
+    return json.loads(html.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
+    """What `describe` returns of a made-up conversation: 128,000 tokens, a quarter of each active set new at every step."""
+    rng, below, stages = random.Random(0), list(range(n - 1)), []
+    for budget in budgets:
+        kept = [0, *sorted(rng.sample(below[1:], budget - 1))]
+        stages.append(
+            {
+                "candidates": [*below],
+                "seen": [0 for _ in below],
+                "scores": [float(f"{rng.random():.4g}") for _ in below],
+                "active": kept,
+            }
+        )
+        below = kept
+    active, moves = [set(stage["active"]) for stage in stages], []
+    for _ in range(steps):
+        moves.append([])
+        for i, budget in enumerate(budgets):
+            came = rng.sample([*set(range(1, n - 1)) - active[i]], budget // 4)
+            left = rng.sample([*active[i] - {0}], budget // 4)
+            active[i] = active[i] - {*left} | {*came}
+            moves[-1].append([i + 1, sorted(came), sorted(left), sorted(came[::2])])
+    n_prompt = 64 * n - 20
+    kept = [n_prompt, *(64 * budget + 44 for budget in budgets)]
+    counters = dict(
+        prompt_tokens=n_prompt,
+        tokens=n_prompt + steps,
+        kept=kept,
+        swaps=steps * sum(budgets) // 4,
+        revived=steps * sum(budgets) // 8,
+        to_cpu_bytes=0,
+        to_gpu_bytes=0,
+    )
+    sizes = dict(
+        kv_gpu_bytes=6 * 2**30,
+        kv_cpu_bytes=2**30,
+        aux_cpu_bytes=2**30,
+        kv_dense_bytes=16 * 2**30,
+        flops=10**15,
+        flops_dense=4 * 10**15,
+    )
+    return dict(
+        model="made-up", block_len=64, device="cuda", layers=[[0, 10], [10, 20], [20, 30], [30, 32]], stages=stages,
+        steps=[{"at": n_prompt + k, "pending": 1, "moves": m} for k, m in enumerate(moves)], blocks=[f"block {b} " + "lorem ipsum " * 22 for b in range(n)],
+        turns=[{"at": n_prompt + k, "kind": "written", "step": k + 1, "text": f" {k}"} for k in range(steps)], **counters, **sizes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_a_record_replays_to_the_active_sets_of_every_step(tiny, gamma):
+    """The page shows what was recorded: deltas, which must add up to the engine's own sets and counters."""
+    engine = slim.load(tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, gamma=gamma)
+    recorder = blockmap.Recorder(engine)
+    for prompt in (90, 150):  # the second conversation starts a record of its own
+        ids, start = draw(prompt + 30 + 11, seed=prompt), prompt
+        logits, seen = [engine.prefill(ids[:prompt])], []
+        for step in [1] * 20 + [11] + [1] * 10:
+            seen.append([set(stage.slots) for stage in engine.kv.stages[1:]])
+            logits.append(engine.extend(ids[start : start + step]))
+            start += step
+        record = json.loads(json.dumps(recorder.record))
+        assert [len(stage["scores"]) for stage in record["stages"]] == [(prompt - 1) // 8, 7, 4]
+        active, swaps, revived = [set(stage["active"]) for stage in record["stages"]], 0, 0
+        for step, want in zip(record["steps"], seen, strict=True):
+            assert active == want
+            for i, came, left, back in step["moves"]:
+                assert not active[i - 1] & set(came) and set(left) <= active[i - 1] and set(back) <= set(came)
+                active[i - 1] = active[i - 1] - set(left) | set(came)
+                swaps, revived = swaps + len(came), revived + len(back)
+        assert active == [set(stage.slots) for stage in engine.kv.stages[1:]]
+        assert (swaps, revived) == (engine.stats["swaps"], engine.stats["revived"]) and revived > 0
+        assert [step["at"] for step in record["steps"]] == [
+            *range(prompt, prompt + 21),
+            *range(prompt + 31, prompt + 41),
+        ]
+
+
+def test_a_map_holds_the_text_whatever_it_says(talking, tmp_path):
+    """Markup in a prompt stays data; a character cut by a block boundary is in the block that completes it."""
+    engine, recorder, ids = mapped(talking, HOSTILE * 12)
+    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
+    html = (tmp_path / "map.html").read_text("utf-8")
+    data = map_data(html)
+    assert html.count("<img") == html.count("\u2028") == html.count("evil>") == 0
+    assert "".join([*data["blocks"], *(turn["text"] for turn in data["turns"])]) == "".join(
+        engine.tokenizer.stream(ids)
+    )
+    assert "".join(data["blocks"]).startswith(HOSTILE) and len(data["blocks"]) == -(-engine.kv.n_prompt // 8)
+    assert [kind for kind, _ in itertools.groupby(turn["kind"] for turn in data["turns"])] == [
+        "written",
+        "asked",
+        "written",
+    ]
+    assert len([*tmp_path.iterdir()]) == 1  # nothing temporary is left
+    again = blockmap.Recorder(engine, record=json.loads(json.dumps(recorder.record)))  # saved and put back
+    blockmap.write(tmp_path / "map.html", engine, again, ids)
+    assert (tmp_path / "map.html").read_text("utf-8") == html
+
+
+def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):
+    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30, schedule={})
+    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
+    data = map_data((tmp_path / "map.html").read_text("utf-8"))
+    assert data["stages"] == data["steps"] == [] and data["flops"] == data["flops_dense"] and len(data["turns"]) == 1
+
+
+def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
+    """Ctrl-C leaves a step that chose its blocks and did not finish: the page shows what came before it."""
+    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
+    whole = len(recorder.record["steps"])
+
+    def interrupt(layer, rows, keys):
+        if layer == 3:
+            raise KeyboardInterrupt
+
+    engine.model.on_chunk = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.extend([1])
+    assert len(recorder.record["steps"]) == whole + 1
+    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
+    assert len(map_data((tmp_path / "map.html").read_text("utf-8"))["steps"]) == whole
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypatch):
+    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
+    good = recorder.record
+    for path in (tmp_path, tmp_path / "none" / "map.html", tmp_path / ("long" * 99), "", "nul\0", 7, "/dev/null"):
+        with pytest.raises(ValueError, match="cannot be written: [^\n]+$"):
+            blockmap.write(path, engine, recorder, ids)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="map.html cannot be written .*no space left"):
+        m.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+        blockmap.write(tmp_path / "map.html", engine, recorder, ids)
+    with pytest.raises(ValueError, match="all ids"):
+        blockmap.write(tmp_path / "map.html", engine, recorder, ids[:-1])
+    for record in (
+        None,
+        {},
+        {**good, "n_prompt": 1},
+        {**good, "stages": [1]},
+        {**good, "steps": good["steps"][:2]},
+        {**good, "steps": [{}]},
+        ["no"],
+    ):
+        with pytest.raises(ValueError, match="not of this conversation"):
+            blockmap.write(tmp_path / "map.html", engine, blockmap.Recorder(engine, record), ids)
+    with pytest.raises(ValueError, match="no prompt"):
+        fresh = slim.load(talking, "cpu")
+        blockmap.write(tmp_path / "map.html", fresh, blockmap.Recorder(fresh), ids)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_map_of_2000_blocks_is_small(tmp_path):
+    assert len(blockmap.page(big_map()).encode()) < 5e6
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium by its driver, or a skip that says what is missing."""
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is not installed: the map is not opened in a browser"
+    )
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip(f"no Chromium to open the map in (chromium: {chromium}, chromedriver: {driver})")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
+        chrome.set_page_load_timeout(60)
+        yield chrome
+
+
+def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking, tmp_path, browser):
+    engine, recorder, ids = mapped(talking, HOSTILE * 12)
+    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
+    browser.get((tmp_path / "map.html").as_uri())
+    run = browser.execute_script
+    assert browser.get_log("browser") == [] and browser.title != "owned"
+    assert run("return document.querySelectorAll('img, #evil').length") == 0
+    data = map_data((tmp_path / "map.html").read_text("utf-8"))
+    assert run("return [...document.querySelectorAll('#blocks .text')].map(e => e.textContent)") == data["blocks"]
+
+    def depths():  # of every block, by its class: the last stage that holds it
+        return run(
+            "return [...document.querySelectorAll('#blocks .block')].map(e => +e.className.match(/\\bd(\\d)/)[1])"
+        )
+
+    active = [set(stage["active"]) for stage in data["stages"]]
+    slider, tail = browser.find_element("id", "step"), len(data["blocks"]) - 1
+    for k, step in enumerate([None, *data["steps"]]):
+        for i, came, left, _ in step["moves"] if step else []:
+            active[i - 1] = active[i - 1] - set(left) | set(came)
+        want = [
+            3 if b == tail else max([i for i, blocks in enumerate(active, 1) if b in blocks], default=0)
+            for b in range(tail + 1)
+        ]
+        assert depths() == want, k
+        marked = run(
+            "return [...document.querySelectorAll('#blocks .in, #blocks .out, #blocks .revived')].map(e => +e.dataset.block)"
+        )
+        assert set(marked) == {b for _, came, left, _ in (step["moves"] if step else []) for b in (*came, *left)}
+        slider.send_keys("\ue014")  # arrow right
+    for _ in range(len(data["steps"])):
+        slider.send_keys("\ue012")  # and all the way back
+    assert depths()[:tail] == [sum(b in stage["active"] for stage in data["stages"]) for b in range(tail)]
+    assert browser.get_log("browser") == []
+
+
+def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):
+    from selenium.webdriver import ActionChains
+
+    (tmp_path / "map.html").write_text(blockmap.page(data := big_map()), "utf-8")
+    browser.get((tmp_path / "map.html").as_uri())
+    run, detail = browser.execute_script, browser.find_element("id", "detail")
+    in_sight = "const box = document.querySelector(`[data-block='${arguments[0]}']`).getBoundingClientRect(); return box.top > 0 && box.bottom <= innerHeight"
+
+    def arrives(b):
+        deadline = time.perf_counter() + 10
+        while not (detail.text.startswith(f"Block {b:,}\n") and run(in_sight, b)):
+            assert time.perf_counter() < deadline, (b, detail.text)
+            time.sleep(0.02)
+
+    strip = browser.find_element("id", "strip")
+    ActionChains(browser).move_to_element_with_offset(strip, strip.size["width"] // 4, 0).click().perform()
+    at = int(strip.get_attribute("aria-valuenow"))
+    assert abs(at - 1500) < 20
+    arrives(at)
+    strip.send_keys("\ue013")  # arrow up
+    arrives(at - 1)
+    ActionChains(browser).move_to_element(browser.find_element("css selector", f"[data-block='{at}'] .text")).perform()
+    arrives(at)
+    browser.find_element("css selector", f"[data-block='{at}']").click()
+    for key, b in (("\ue015", at + 1), ("\ue010", 1999), ("\ue011", 0)):  # down, end, home
+        browser.switch_to.active_element.send_keys(key)
+        arrives(b)
+        assert run("return document.activeElement.dataset.block") == str(b)
+    rank = sorted(data["stages"][0]["scores"], reverse=True).index(data["stages"][0]["scores"][0]) + 1
+    assert f"{data['stages'][0]['scores'][0]:g} {rank:,} of 1,999 kept" in detail.text
+    browser.find_element("id", "play").click()
+    deadline = time.perf_counter() + 10
+    while run("return +document.getElementById('step').value") < 2:
+        assert time.perf_counter() < deadline
+        time.sleep(0.02)
+    assert browser.get_log("browser") == []

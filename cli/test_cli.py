@@ -1,0 +1,462 @@
+"""The command line: what it answers, what it refuses, and how it ends."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+import pytest
+import torch
+import slim
+import tokenizer
+from cli import main as cli_main
+from cli.options import DEMO, parse_args
+from cli.show import Progress
+from cli.talk import Talk, stop_between_tokens
+from test_slim import HERE, LLAMA3_ROPE, SYSTEM, edit_json, edit_tensors, make_checkpoint, set_free, talking  # noqa: F401
+
+
+K = "model.layers.1.self_attn.k_proj.weight"
+BROKEN = {  # what is done to a good checkpoint: what the one line must name
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
+    "key missing": (lambda d: edit_json(d / "config.json", rms_norm_eps="remove"), "rms_norm_eps"),
+    "key of another type": (lambda d: edit_json(d / "config.json", hidden_size="32"), "hidden_size"),
+    "architecture": (
+        lambda d: edit_json(d / "config.json", architectures=["MistralForCausalLM"]),
+        "MistralForCausalLM",
+    ),
+    "activation": (lambda d: edit_json(d / "config.json", hidden_act="gelu"), "hidden_act"),
+    "rope type": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    "architecture of another type": (lambda d: edit_json(d / "config.json", architectures=[[1]]), "architecture"),
+    "negative": (lambda d: edit_json(d / "config.json", hidden_size=-32), "hidden_size"),
+    "boundless": (lambda d: edit_json(d / "config.json", num_hidden_layers=10**30), "num_hidden_layers"),
+    "infinite": (lambda d: edit_json(d / "config.json", rms_norm_eps=float("inf")), "rms_norm_eps"),
+    "a zero for nothing": (lambda d: edit_json(d / "config.json", head_dim=0), "head_dim"),
+    "theta": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_theta": True}), "rope_theta"),
+    "tied how": (lambda d: edit_json(d / "config.json", tie_word_embeddings="no"), "tie_word_embeddings"),
+    "rope is text": (lambda d: edit_json(d / "config.json", rope_scaling="linear"), "rope_scaling"),
+    "rope without type": (lambda d: edit_json(d / "config.json", rope_parameters={"factor": 2.0}), "type"),
+    "rope of two types": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "default", "mrope_section": [1]}),
+        "mrope_section",
+    ),
+    "rope factor": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "factor": -2}),
+        "factor",
+    ),
+    "rope ramp": (
+        lambda d: edit_json(d / "config.json", rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 0.5}),
+        "high_freq_factor",
+    ),
+    "rope of two minds": (
+        lambda d: edit_json(
+            d / "config.json", rope_parameters={"rope_type": "linear", "type": "llama3", "factor": 2.0}
+        ),
+        "twice",
+    ),
+    "theta of two minds": (lambda d: edit_json(d / "config.json", rope_theta=7.0), "twice"),
+    "layer types": (lambda d: edit_json(d / "config.json", layer_types=5), "layer_types"),
+    "too few layer types": (lambda d: edit_json(d / "config.json", layer_types=["full_attention"]), "layer_types"),
+    "model type": (lambda d: edit_json(d / "config.json", model_type="mistral"), "model_type"),
+    "stop token beyond": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": 1000000000}'),
+        "eos_token_id",
+    ),
+    "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
+    "BOS or not": (lambda d: (d / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'), "add_bos_token"),
+    "nested JSON": (lambda d: (d / "config.json").write_text("[" * 100_000), "not JSON"),
+    "stop token": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'), "eos_token_id"),
+    "weight map": (
+        lambda d: (
+            (d / "model.safetensors").unlink(),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"]}}'),
+        ),
+        "weight_map",
+    ),
+    "weights not numbers": (
+        lambda d: edit_tensors(d, lambda t: t["model.norm.weight"][:1].fill_(torch.inf)),
+        "logits are not finite numbers",
+    ),
+    "rope key": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "factor"),
+    "quantised": (lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}), "quantization_config"),
+    "sliding window": (lambda d: edit_json(d / "config.json", sliding_window=4096), "sliding_window"),
+    "bias": (lambda d: edit_json(d / "config.json", attention_bias=True), "attention_bias"),
+    "truncated": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
+        "truncated",
+    ),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(K)), f"missing {K}"),
+    "unexpected tensor": (lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(1))), "unexpected extra"),
+    "shape": (lambda d: edit_tensors(d, lambda t: t.update({K: t[K][:8]})), "(8, 32)"),
+    "integer weights": (lambda d: edit_tensors(d, lambda t: t.update({K: t[K].to(torch.int8)})), "I8"),
+    "absent shard": (
+        lambda d: (
+            (d / "model.safetensors").unlink(),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+        ),
+        "model-1.safetensors",
+    ),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
+    "garbage tokenizer": (lambda d: (d / "tokenizer.json").write_bytes(b"\x00\x01garbage"), "tokenizer"),
+}
+
+
+WRONG = {  # arguments: what the one line must name
+    "--ckpt nowhere": "nowhere",
+    "--prompt absent.txt": "absent.txt",
+    "--prompt .": "directory",
+    "--prompt empty.txt": "empty",
+    "--prompt latin1.txt": "UTF-8",
+    "--schedule 1-200": "1-200",
+    "--schedule 3:512,2:256": "increase",
+    "--schedule 2:512,2:256": "increase",
+    "--schedule 2:256,3:512": "decrease",
+    "--schedule 0:512": "1..4",
+    "--schedule 5:512": "1..4",
+    "--schedule 2:127": "2 blocks",
+    "--schedule 2:1/0": "share of the prompt",
+    "--schedule 2:3/2": "0..1",
+    "--schedule 2:0.0": "0..1",
+    "--schedule 2:nan": "share of the prompt",
+    "--schedule 2:1/8,3:1/4": "decrease",
+    "--score peek": "peak, paper",
+    "--unit-len 7": "does not divide",
+    "--unit-len 0": "--unit-len",
+    "--block-len -8": "--block-len",
+    "--window -1": "--window",
+    "--gamma 1.5": "0..1",
+    "--gamma nan": "0..1",
+    "--temperature -1": "--temperature",
+    "--temperature nan": "--temperature",
+    "--temperature 1e-320": "--temperature",
+    "--seed -1": "--seed",
+    "--dense --schedule 2:512": "--dense",
+    "--dense --compare": "--dense",
+    "--compare --schedule dense": "--compare",
+    "--device cuda:²": "--device",
+    "--block-len 1000000000000": "--block-len",
+    "--prompt /proc/self/mem": "cannot be read",
+    "--ckpt ~nosuchuser/x": "nosuchuser",
+    "--max-new 5": "--max-new",
+    "--top-p 0": "--top-p",
+    "--max-new-tokens 0": "--max-new-tokens",
+    "--max-prompt-tokens 0": "--max-prompt-tokens",
+    "--device tpu": "tpu",
+    "--device cuda:99": "cuda:99",
+    "--dtype int8": "int8",
+    "--chunk -1": "--chunk",
+    "--chunk many": "--chunk",
+    "--no-such-flag": "--no-such-flag",
+    "--chat --json": "--chat",
+    "--compare --chat": "--compare",
+    "--compare --ask a --ask b": "--ask",
+    "--resume text.txt --ask a": "--prompt",
+    "--prompt - --chat": "standard input",
+    "--save no/where.slim --ask a": "no/where.slim",
+    "--save . --ask a": "--save",
+    "--map /dev/null": "--map",
+    "--map no/where.html": "no/where.html",
+    "--map text.txt": "--prompt",
+    "--save a --map a": "--save",
+}
+
+
+@pytest.fixture
+def cli(talking, tmp_path, monkeypatch, capfd):
+    """Run the command line in a folder with a checkpoint of its own; return (exit code, stdout, stderr)."""
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    for file in talking.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("ABBA CAB " * 100)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+
+    def run(*args, ckpt="ckpt", prompt="text.txt"):
+        given = " ".join(args)
+        args = [
+            *args,
+            *([] if "--ckpt" in given or "--resume" in given else ["--ckpt", ckpt]),
+            *([] if "--prompt" in given or not prompt else ["--prompt", prompt]),
+        ]
+        capfd.readouterr()
+        try:
+            code = cli_main(args)
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    run.folder = folder
+    return run
+
+
+def is_one_line(err, names):
+    assert err.count("\n") == 1 and err.startswith("slim: error: "), err
+    assert names in err, err
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_line(cli, what):
+    damage, names = BROKEN[what]
+    damage(cli.folder)
+    code, out, err = cli()
+    assert (code, out) == (2, "")
+    is_one_line(
+        err.splitlines(True)[-1] if what == "weights not numbers" else err, names
+    )  # only the first step can tell
+
+
+@pytest.mark.parametrize("args", WRONG)
+def test_wrong_arguments_are_refused_in_one_line(cli, args):
+    code, out, err = cli(*args.split())
+    assert (code, out) == (2, "")
+    is_one_line(err, WRONG[args])
+
+
+def test_all_that_is_wrong_with_the_tensors_is_listed(cli):
+    edit_tensors(cli.folder, lambda t: (t.pop(K), t.pop("lm_head.weight"), t.update(extra=torch.ones(1))))
+    _, _, err = cli()
+    assert all(name in err for name in (K, "lm_head.weight", "extra"))
+
+
+def test_a_model_too_big_is_refused_before_it_is_loaded_with_the_flag_that_helps(cli, monkeypatch):
+    monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
+    set_free(monkeypatch, 1_400_000)
+    code, _, err = cli()
+    assert code == 2
+    is_one_line(err, "it would fit with --")
+    set_free(monkeypatch, 3)
+    is_one_line(cli()[2], "no flag makes it fit")
+
+
+def test_the_command_line_answers_and_says_what_it_did(cli):
+    code, out, err = cli("--max-new-tokens", "8", "--schedule", "2:256,3:128")
+    assert code == 0 and out.endswith("\n")
+    assert "schedule 2:256,3:128" in err and "kept per stage" in err and "weights +" in err
+    code, quiet, err = cli("--max-new-tokens", "8", "--schedule", "2:256,3:128", "--quiet")
+    assert (code, quiet, err) == (0, out, "")
+
+
+def test_json_holds_what_the_engine_counted(cli):
+    code, out, err = cli("--json", "--max-new-tokens", "8", "--schedule", "2:256,3:128", "--quiet")
+    answer = json.loads(out)
+    assert code == 0 and err == ""
+    assert set(answer) == {
+        "text",
+        "ids",
+        "prompt_tokens",
+        "kept",
+        "ttft_s",
+        "decode_tok_s",
+        "kv_gpu_bytes",
+        "kv_cpu_bytes",
+        "kv_dense_bytes",
+        "swaps",
+        "revived",
+    }
+    assert len(answer["ids"]) == 8 and answer["kept"][0] == answer["prompt_tokens"]
+    assert answer["text"] == tokenizer.load(cli.folder).decode(answer["ids"])
+    assert json.loads(cli("--json", "--max-new-tokens", "8", "--dense", "--quiet")[1])["kept"] == [
+        answer["prompt_tokens"]
+    ]
+
+
+def test_a_prompt_beyond_the_trained_context_is_a_warning(cli):
+    edit_json(cli.folder / "config.json", max_position_embeddings=100)
+    code, _, err = cli("--max-new-tokens", "2")
+    assert code == 0 and "warning" in err and "100" in err
+
+
+def popen(cli, *args, **kw):
+    command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(cli.folder), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def test_the_streamed_answer_stays_on_a_terminal(cli):
+    """The progress line erases itself, and nothing else."""
+    command = f"{sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt --max-new-tokens 30 --chunk 4"
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execvp("sh", ["sh", "-c", command])
+    shown = b""
+    while True:
+        try:
+            shown += os.read(fd, 4096)
+        except OSError:  # how a terminal says that the other side has gone
+            break
+    assert os.waitpid(pid, 0)[1] == 0
+    answer = cli("--max-new-tokens", "30", "--chunk", "4", "--quiet")[1].rstrip("\n")
+    text = shown.decode(errors="replace").replace("\r\n", "\n")
+    assert answer in text.split("\033[K")[-1] and "reading the prompt" in text
+
+
+def test_standard_input_is_a_prompt_and_a_closed_pipe_no_traceback(cli):
+    process = popen(cli, "--prompt", "-", "--max-new-tokens", "2000", stdin=subprocess.PIPE)
+    process.stdin.write("ABBA " * 50)
+    process.stdin.close()
+    process.stdout.read(1)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) == 141
+
+
+def test_ctrl_c_prints_the_summary_and_exits_130(cli):
+    process = popen(cli, "--prompt", "text.txt", "--max-new-tokens", "4000")
+    process.stdout.read(1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "kept per stage" in err and "Traceback" not in err
+
+
+def test_further_questions_are_follow_ups(cli):
+    """Two questions at once, two to a saved text, two typed: the same answers, and the text is read once."""
+    ask = ["--ask", "CAB?", "--ask", "ABBA?", "--max-new-tokens", "5", "--schedule", "2:256,3:128", "--block-len", "32"]
+    code, out, err = cli(*ask)
+    assert code == 0 and out.count("\n") >= 2 and err.count("a new prefill took") == 1
+    code, out, err = cli(*ask, "--save", "text.slim")
+    assert code == 0 and err.count("a new prefill took") == 2 and "saved to text.slim" in err
+    code, again, err = cli("--resume", "text.slim", *ask[:6], "--map", "map.html", prompt=None)
+    assert (code, again) == (0, out) and "opened in" in err  # checkpoint and settings come from the file
+    assert (
+        Path("map.html").is_file()
+        and Path("text.slim").stat().st_mode & 0o777 == Path("map.html").stat().st_mode & 0o777
+    )
+    process = popen(cli, *ask[4:], "--prompt", "text.txt", "--chat", "--quiet", stdin=subprocess.PIPE)
+    typed, err = process.communicate("CAB?\nABBA?\n/quit\nnever asked", timeout=60)
+    assert (process.returncode, typed, err) == (0, out, "")
+    lines = [json.loads(line) for line in cli(*ask, "--json")[1].splitlines()]
+    assert [len(line["ids"]) for line in lines] == [5, 5]
+
+
+def test_commands_of_the_chat(cli, tmp_path):
+    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE)
+    out, err = process.communicate(
+        "/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n/map no/where.html\n/map text.txt\n/nonsense\n\n",
+        timeout=60,
+    )
+    assert process.returncode == 0 and "Traceback" not in err
+    assert all((tmp_path / name).is_file() for name in ("map.html", "other.html", "third.html"))
+    assert all(
+        words in err
+        for words in ("of context in use", "no command", "are forgotten", "no/where.html", "would overwrite")
+    )
+    first, second = out[: len(out) // 2], out[len(out) // 2 :]  # an answer may hold a newline
+    assert first == second and first.endswith("\n"), out
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
+    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "3000", stdin=subprocess.PIPE)
+    process.stdin.write("CAB?\n")
+    process.stdin.flush()
+    process.stdout.read(1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("/stats\n", timeout=60)
+    assert process.returncode == 0 and "of context in use" in err and "Traceback" not in err
+
+
+def test_two_ctrl_c_break_off_a_step():
+    with pytest.raises(KeyboardInterrupt), stop_between_tokens(True) as marks:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert marks == [True]
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
+    """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format wants it."""
+    make_checkpoint(tmp_path / "ckpt", vocab=300)
+    engine = slim.load(tmp_path / "ckpt", "cpu")
+    tok = tokenizer.Tokenizer(
+        lambda data: list(data.encode()),
+        {i: bytes([i]) for i in range(256)},
+        {"<|im_start|>": 256, "<|im_end|>": 257},
+        None,
+    )
+    tok.chat_format, tok.system = "qwen", SYSTEM
+    talk = Talk(
+        engine,
+        tok,
+        parse_args(["--ckpt", "x", "--prompt", "x", "--chat", "--max-new-tokens", "1"]),
+        Progress(True),
+        lambda text: None,
+    )
+
+    def said():  # without what the random model answered
+        parts = bytes(i for i in engine.ids if i < 256).decode(errors="replace").split("assistant\n")
+        return [parts[0], *(part[part.index("\nuser") :] for part in parts[1:] if "\nuser" in part)]
+
+    talk.begin(tok.chat("DOC", end=False))
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="more tokens need"):
+        m.setattr(slim, "free_bytes", lambda device: -1)
+        talk.ask("too long " * 100)
+    talk.ask("A?")
+    talk.ask("B?")
+    head = "system\nYou are a helpful assistant.\nuser\nDOC\n\nA?\n"
+    assert said() == [head, "\nuser\nB?\n"]
+    talk.reset()
+    talk.ask("A?")
+    assert said() == [head]
+
+
+def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, monkeypatch):
+    cli("--save", "text.slim")
+    monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
+    code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--gamma", "0.5", prompt=None)
+    assert code == 2
+    is_one_line(err, "gamma 1.0 where this run has 0.5")
+
+
+def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    for command, code in (("--chat >/dev/full", 2), ("--chat <&-", 2)):
+        run = f"printf 'CAB?\\nABBA?\\n' | {sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt --max-new-tokens 3 --quiet {command}"
+        done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
+        assert done.returncode in (code, 0) and done.stderr.count("\n") <= 3 and "Traceback" not in done.stderr, (
+            done.stderr
+        )
+
+
+def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
+    """A pty for standard error: dim with a colour terminal, plain with NO_COLOR."""
+    for extra, dim in (
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ):
+        master, slave = pty.openpty()
+        env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | extra
+        command = [
+            sys.executable,
+            str(HERE / "slim.py"),
+            "--ckpt",
+            str(cli.folder),
+            "--prompt",
+            "text.txt",
+            "--max-new-tokens",
+            "2",
+        ]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=slave, env=env, check=True)
+        os.close(slave)
+        assert (b"\033[2m" in os.read(master, 100_000)) == dim
+
+
+def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
+    """What `python slim.py` shows: the number that stands in the text, found with most of it pruned, and from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    assert cli_main(["--json", "--quiet"]) == 0
+    both = json.loads(capfd.readouterr().out)
+    question = DEMO["ask"].removeprefix("question: ")
+    number = (HERE / "demo" / "document.txt").read_text().replace("\n", " ").split(question + " ")[1][:4]
+    assert both["dense"]["text"].strip() == both["slim"]["text"].strip() == number
+    assert both["slim"]["prompt_tokens"] > 8000 and both["slim"]["kept"][-1] < 512 and both["slim"]["revived"] > 0

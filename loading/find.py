@@ -1,0 +1,53 @@
+"""Where a checkpoint lies: a path, a name, or a Hugging Face id that is in the local cache. Nothing is downloaded."""
+
+import os
+from pathlib import Path
+
+ALIASES = {
+    "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B", "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B", "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B", "llama3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct", "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B", "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+}  # fmt: skip
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Return the folder of a checkpoint: a path, a name under checkpoints/ or $SLIM_CHECKPOINTS, or a cached one's id.
+
+    Raises ValueError for what is no name, FileNotFoundError with the command that downloads it.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (RuntimeError, TypeError, OSError, ValueError):
+        raise ValueError(f"--ckpt {name!r:.200} is no path and no name of a checkpoint") from None
+    if not str(name):
+        raise ValueError("--ckpt is empty; give a folder, a name or a Hugging Face id")
+    if path.is_file():
+        raise ValueError(f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors")
+    repo = ALIASES.get(str(name).lower(), str(name))
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    places = [path, Path("checkpoints") / path]
+    if "SLIM_CHECKPOINTS" in os.environ:
+        places.append(Path(os.environ["SLIM_CHECKPOINTS"]).expanduser() / path)
+    if repo.count("/") == 1:
+        for repo_id in (repo, repo.replace("/Llama-3", "/Meta-Llama-3")):  # 3 and 3.1 were renamed
+            places.append(main_snapshot(hub / f"models--{repo_id.replace('/', '--')}"))
+    for place in places:
+        if place.is_dir():
+            return place
+    known = repo if repo.count("/") == 1 else "ORG/NAME"
+    looked = ", ".join(dict.fromkeys(str(place) for place in places))
+    command = f"hf download {known} --local-dir checkpoints/{Path(name).name}"
+    raise FileNotFoundError(f"no checkpoint {str(name)!r} (looked at {looked}); to download one: {command}")
+
+
+def main_snapshot(folder: Path) -> Path:
+    """Return the snapshot that a Hugging Face cache folder calls main, or the folder's pattern if there is none."""
+    main = folder / "refs" / "main"
+    return folder / "snapshots" / (main.read_text().strip() if main.is_file() else "*")

@@ -1,0 +1,266 @@
+"""What is decided before anything is allocated: device, dtype, schedule, rule, and whether the memory is there."""
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import prune
+from kvcache import tail_rows, stage_layout
+from loading.config import read_config, stop_tokens
+from loading.find import find_checkpoint
+from loading.weights import check_tensors, fingerprint, open_shards, weight_bytes
+from model import DTYPES, Config, look_rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set about a run, with its default; checked when built."""
+
+    block_len: int = 64  # tokens a block
+    unit_len: int = 8  # tokens a unit inside a block, for rules that see keys
+    window: int = 0  # newest queries that count; 0: as many as the rule wants
+    gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
+    chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
+    overlap: bool = True  # copies on a stream of their own
+    pool_mib: float = 64.0  # CPU memory for pruned blocks is taken in pieces of this size
+
+    def __post_init__(self):
+        limits = ("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 0, 2**16), ("chunk", 0, 2**24)
+        for name, least, most in limits:
+            if type(value := getattr(self, name)) is not int or not least <= value <= most:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is {value!r}; it must be a whole number within {least}..{most}")
+        if self.block_len % self.unit_len:
+            raise ValueError(f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}")
+        if type(self.gamma) not in (int, float) or not (0 <= self.gamma <= 1 or self.gamma == -1):
+            raise ValueError(f"--gamma {self.gamma!r} must be an overlap within 0..1, or -1 to leave it to the rule")
+        if type(self.overlap) is not bool:
+            raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
+        if type(self.pool_mib) not in (int, float) or not 0 <= self.pool_mib <= 2**20:
+            raise ValueError(f"pool_mib is {self.pool_mib!r}; it must be within 0..{2**20}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint and how it is to be run: all of it checked, none of it loaded."""
+
+    folder: Path
+    config: Config
+    tensors: dict  # name -> open file
+    stop: set[int]  # ids that end an answer
+    device: torch.device
+    dtype: torch.dtype
+    schedule: dict[int, prune.Budget]
+    rule: prune.Rule
+    settings: Settings
+
+    @staticmethod
+    def open(ckpt, device="auto", dtype="auto", schedule="auto", score="peak", **settings) -> "Checkpoint":
+        """Find a checkpoint and check it, its tensors and the settings; see `slim.load`."""
+        options, rule, place = Settings(**settings), prune.find_rule(score), pick_device(device)
+        folder = find_checkpoint(ckpt)
+        config = read_config(folder / "config.json")
+        kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options)
+        tensors = open_shards(folder)
+        check_tensors(folder, config, tensors)
+        stop = stop_tokens(folder, config.vocab_size)
+        return Checkpoint(folder, config, tensors, stop, place, kind, budgets, rule, options)
+
+    @property
+    def identity(self) -> dict:
+        """What a saved conversation depends on: settings, schedule, dtype, rule and weights."""
+        return {
+            "block_len": self.settings.block_len, "unit_len": self.settings.unit_len, "chunk": self.settings.chunk,
+            "window": self.window, "gamma": self.gamma, "schedule": prune.format_schedule(self.schedule),
+            "dtype": dtype_name(self.dtype), "score": self.rule.name, "weights": self.weights_hash,
+        }  # fmt: skip
+
+    @cached_property
+    def weights_hash(self) -> str:
+        return fingerprint(self.config, self.tensors)
+
+    @property
+    def chunk(self) -> int:
+        return self.settings.chunk or (2048 if self.device.type == "cuda" else 1024)
+
+    @property
+    def window(self) -> int:
+        return self.settings.window or self.rule.window
+
+    @property
+    def gamma(self) -> float:
+        return self.rule.gamma if self.settings.gamma == -1 else self.settings.gamma
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device for auto, cpu, cuda or cuda:N; raise ValueError if it is unknown or absent."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if cuda else "cpu")
+    kind, _, number = str(name).partition(":")
+    digits = (number or "0").isascii() and (number or "0").isdigit()
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and number) or not digits:
+        raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= cuda:
+        raise ValueError(
+            f"--device {name!r}: this machine has {cuda} CUDA devices that torch can use; try --device cpu"
+        )
+    return torch.device("cpu" if kind == "cpu" else f"cuda:{number or 0}")
+
+
+def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of a run; auto is the checkpoint's own, but float32 on a CPU that is slow in half precision."""
+    if not isinstance(name, str) or name != "auto" and name not in DTYPES:
+        raise ValueError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    dtype = config.dtype if name == "auto" else DTYPES[name]
+    if dtype == torch.float64 and device.type == "cuda":
+        raise ValueError("--dtype float64 is for exactness tests on a CPU; use float32, bfloat16 or float16 on CUDA")
+    slow = dtype == torch.float16 or dtype == torch.bfloat16 and not multiplies_bfloat16()
+    return torch.float32 if name == "auto" and device.type == "cpu" and slow else dtype
+
+
+def multiplies_bfloat16() -> bool:
+    """Say whether this CPU has instructions for bfloat16; without them a prefill takes some six times as long."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
+    return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, prune.Budget]:
+    """Return {boundary: budget} for "auto", "paper", "dense", a string or a dict, checked against the model."""
+    if isinstance(schedule, str):
+        schedule = prune.parse_schedule(schedule)
+    if schedule == "auto":
+        schedule = prune.auto_schedule(config.n_layers)
+    elif schedule == "paper":
+        schedule = prune.paper_schedule(config.n_layers, config.model_type)
+    schedule = {} if schedule == "dense" else schedule
+    if not isinstance(schedule, dict):
+        raise ValueError(f"schedule {schedule!r} must be 'auto', 'paper', 'dense' or a dict of boundary: budget")
+    prune.check_schedule(schedule, config.n_layers, settings.block_len)
+    return dict(schedule)  # the caller's may change later
+
+
+# ---- memory -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes a run needs: weights, KV slabs and the biggest temporaries of the device; pruned rows and blocks on the host."""
+
+    weights: int
+    kv: int
+    temporary: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.temporary
+
+    def __str__(self) -> str:
+        parts = ((self.weights, "weights"), (self.kv, "KV"), (self.temporary, "temporary"))
+        total = " + ".join(f"{format_bytes(n)} {name}" for n, name in parts) + f" = {format_bytes(self.total)}"
+        return total + (f", and {format_bytes(self.host)} for what is pruned" if self.host else "")
+
+
+def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0) -> Plan:
+    """Return what a prompt of n_prompt tokens and n_new more will take."""
+    c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
+    stages = stage_layout(c.n_layers, n_prompt, ckpt.schedule, block_len)
+    row, tail = 2 * c.n_kv_heads * c.head_dim * item, tail_rows(n_prompt, block_len) + n_new
+    kv = sum(len(layers) * (slots * block_len + tail) for layers, slots in stages) * row
+    host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row  # a home for every slot
+    host += (stages[0][1] - stages[-1][1]) * block_len * c.dim * item  # aux
+    above = stages[min(1, len(stages) - 1)][1] * block_len + tail
+    return Plan(weight_bytes(c, ckpt.dtype), kv, step_bytes(ckpt, n_prompt, n_prompt, above), host)
+
+
+def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0) -> int:
+    """Return the temporaries of a step of n_rows among n_keys, of which `above` rows are copied at the first boundary."""
+    c, item, wide = ckpt.config, ckpt.dtype.itemsize, max(4, ckpt.dtype.itemsize)
+    chunk = min(ckpt.chunk, n_rows)
+    hidden = (n_rows + above) * c.dim * item + n_rows * c.head_dim * 16  # x, its survivors, cos and sin
+    attention = chunk * 3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4  # q, k, v, output
+    looks = min(ckpt.window, look_rows(c.n_heads, n_keys)) * c.n_heads * n_keys * 3  # products, softmax, a copy
+    looks = (looks + n_keys * c.n_kv_heads * c.head_dim) * wide  # and the keys, widened or laid out anew
+    return hidden + max(attention, looks, chunk * 4 * c.hidden_dim * item)
+
+
+def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
+    """Return the plan; raise ValueError naming the flag that would make it fit if it does not. loaded: bytes in place."""
+    need = plan(ckpt, n_prompt, n_new)
+    if fits(need, ckpt.device, loaded):
+        return need
+    default = prune.auto_schedule(ckpt.config.n_layers)
+    small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
+    ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
+    ways |= {f"--schedule {prune.format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
+    if ckpt.dtype.itemsize > 2:
+        ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
+    found = [flag for flag, way in ways.items() if fits(plan(way, n_prompt, n_new), ckpt.device, loaded)]
+    advice = f"it would fit with {found[0]}" if found else "no flag makes it fit: use a shorter prompt or a smaller model"
+    free = format_bytes(free_bytes(ckpt.device))
+    raise ValueError(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
+
+
+def fits(need: Plan, device: torch.device, loaded: int) -> bool:
+    """Say whether a plan fits, on a GPU its part on the host too."""
+    if device.type == "cpu":
+        return need.total + need.host - loaded <= free_bytes(device)
+    return need.total - loaded <= free_bytes(device) and need.host <= free_bytes(torch.device("cpu"))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory a device can still give, in bytes; what torch holds but does not use counts as free."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all there is
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(free, free_in_cgroup())
+
+
+def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return what the limits of a container or a slice leave, in bytes; infinity where there are none."""
+    free = float("inf")
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return free
+    for _, kind, path in lines:
+        v1 = "memory" in kind.split(",")
+        if not v1 and kind:
+            continue
+        top = root / "memory" if v1 else root
+        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+        folder = top / path.strip("/")
+        for place in (folder, *folder.parents):
+            try:
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                left = int((place / limit).read_text()) - int((place / used).read_text())
+                free = min(free, left + int(stat.get("inactive_file", 0)))  # a cache that is given up for us
+            except (OSError, ValueError):  # no limit here: no file, or "max"
+                pass
+            if place == top:
+                break
+    return free
+
+
+def format_bytes(n: float) -> str:
+    """Write a byte count as B, KiB, MiB or GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            break
+        n /= 1024
+    else:
+        unit = "GiB"
+    return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.2f} {unit}"

@@ -1,0 +1,128 @@
+"""Safetensors files, memory-mapped: checked by name, shape and dtype, then copied once to where they are used."""
+
+import hashlib
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loading.config import read_json
+from model import Config, Layer, Weights
+
+
+def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor that a checkpoint of this config must have."""
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    shapes = {"model.embed_tokens.weight": (c.vocab_size, c.dim), "model.norm.weight": (c.dim,)}
+    if not c.tied:
+        shapes["lm_head.weight"] = (c.vocab_size, c.dim)
+    for i in range(c.n_layers):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": (c.dim,), p + "post_attention_layernorm.weight": (c.dim,)}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+        if c.qkv_bias:
+            shapes |= {p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+        shapes[p + "self_attn.o_proj.weight"] = (c.dim, q)
+        shapes |= {p + f"mlp.{n}_proj.weight": (c.hidden_dim, c.dim) for n in ("gate", "up")}
+        shapes[p + "mlp.down_proj.weight"] = (c.dim, c.hidden_dim)
+    return shapes
+
+
+def weight_bytes(c: Config, dtype: torch.dtype) -> int:
+    return sum(torch.Size(shape).numel() for shape in tensor_shapes(c).values()) * dtype.itemsize
+
+
+def open_shards(folder: Path) -> dict[str, object]:
+    """Open every safetensors file of a folder, memory-mapped; return {tensor name: open file}."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        names = shard_names(index)
+    tensors = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            where = f"named by {index.name}" if index.is_file() else "the only format read"
+            raise FileNotFoundError(
+                f"{path} does not exist ({where}); download the checkpoint again or convert it to safetensors"
+            )
+        try:
+            shard = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated or not safetensors ({error}); download it again") from None
+        tensors |= dict.fromkeys(shard.keys(), shard)
+    return tensors
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the files that an index names; raise ValueError for one outside the index's folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: key 'weight_map' does not map tensor names to file names; download it again")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in name:
+            raise ValueError(f"{index} names {name!r}, outside its folder; only files in that folder are read")
+    return names
+
+
+def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
+    """Raise ValueError that lists every missing, unexpected, mis-shaped or quantised tensor."""
+    needed, problems = tensor_shapes(c), []
+    for name, shape in needed.items():
+        if name not in tensors:
+            problems.append(f"missing {name}")
+        elif (found := tuple(tensors[name].get_slice(name).get_shape())) != shape:
+            problems.append(f"{name} has shape {found}, config.json asks for {shape}")
+        elif (kind := tensors[name].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {kind}, quantised weights are not supported")
+    harmless = ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)  # derived or shared
+    problems += [f"unexpected {name}" for name in sorted(tensors) if name not in needed and not name.endswith(harmless)]
+    if problems:
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
+
+
+def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dtype, progress=None) -> Weights:
+    """Copy each tensor from its mapped file to the device; QKV and gate/up become one matrix each."""
+    done, total = 0, weight_bytes(c, dtype)
+
+    def fuse(*names: str) -> Tensor:
+        nonlocal done
+        parts = [tensors[name].get_tensor(name) for name in names]  # mapped, not read yet
+        fused = torch.empty(sum(len(p) for p in parts), *parts[0].shape[1:], dtype=dtype, device=device)
+        for part, rows in zip(parts, fused.split([len(p) for p in parts])):
+            rows.copy_(part)
+        done += fused.nbytes
+        if progress:
+            progress(done, total)
+        return fused
+
+    def layer(i: int) -> Layer:
+        p = f"model.layers.{i}."
+        qkv = [p + f"self_attn.{n}_proj" for n in "qkv"]
+        return Layer(
+            attn_norm=fuse(p + "input_layernorm.weight"),
+            wqkv=fuse(*(n + ".weight" for n in qkv)),
+            bqkv=fuse(*(n + ".bias" for n in qkv)) if c.qkv_bias else None,
+            wo=fuse(p + "self_attn.o_proj.weight"),
+            ffn_norm=fuse(p + "post_attention_layernorm.weight"),
+            w_gate_up=fuse(p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight"),
+            w_down=fuse(p + "mlp.down_proj.weight"),
+        )
+
+    embed = fuse("model.embed_tokens.weight")
+    head = embed if c.tied else fuse("lm_head.weight")
+    return Weights(embed, [layer(i) for i in range(c.n_layers)], fuse("model.norm.weight"), head)
+
+
+def fingerprint(c: Config, tensors: dict) -> str:
+    """Hash the config and every tensor's name, shape and first row: tells checkpoints apart without reading them."""
+    digest = hashlib.sha256(repr(c).encode())
+    for name in sorted(tensor_shapes(c)):
+        part = tensors[name].get_slice(name)
+        first = part[:1].contiguous().view(torch.uint8).numpy().tobytes()
+        digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode() + first)
+    return digest.hexdigest()[:16]
