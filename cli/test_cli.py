@@ -1,11 +1,13 @@
 """The command line: what it answers, what it refuses, and how it ends."""
 
+import io
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 import pytest
@@ -13,7 +15,7 @@ import torch
 import slim
 import tokenizer
 from cli import main as cli_main
-from cli.options import DEMO, parse_args
+from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
 from test_slim import HERE, LLAMA3_ROPE, SYSTEM, edit_json, edit_tensors, make_checkpoint, set_free, talking  # noqa: F401
@@ -23,6 +25,13 @@ K = "model.layers.1.self_attn.k_proj.weight"
 BROKEN = {  # what is done to a good checkpoint: what the one line must name
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
+    "a shard elsewhere": (
+        lambda d: (
+            (d / "model.safetensors").rename(d.parent / "other.safetensors"),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}'),
+        ),
+        "outside its folder",
+    ),
     "key missing": (lambda d: edit_json(d / "config.json", rms_norm_eps="remove"), "rms_norm_eps"),
     "key of another type": (lambda d: edit_json(d / "config.json", hidden_size="32"), "hidden_size"),
     "architecture": (
@@ -334,6 +343,32 @@ def test_further_questions_are_follow_ups(cli):
     assert (process.returncode, typed, err) == (0, out, "")
     lines = [json.loads(line) for line in cli(*ask, "--json")[1].splitlines()]
     assert [len(line["ids"]) for line in lines] == [5, 5]
+
+
+def test_a_map_of_nothing_is_no_error(cli, tmp_path):
+    """A question without a text, then /reset: there is no conversation left to draw."""
+    process = popen(cli, "--chat", "--map", "map.html", "--max-new-tokens", "2", stdin=subprocess.PIPE)
+    _, err = process.communicate("CAB?\n/reset\n/quit\n", timeout=60)
+    assert process.returncode == 0 and "no map" in err and not (tmp_path / "map.html").exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_first_tokens_are_that_many_and_whole_characters(talking, n):
+    tok = tokenizer.load(talking)
+    for text in ("日本語テキスト", "ABBA CAB", "é" * 9):
+        first = first_tokens(text, n, tok)
+        assert text.startswith(first) and len(tok.encode(first)) <= n
+    assert first_tokens("A", 5, tok) == "A"
+
+
+def test_main_runs_with_any_stdout_and_on_any_thread(cli, monkeypatch):
+    codes, out = [], io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    args = ["--ckpt", "ckpt", "--prompt", "text.txt", "--quiet", "--max-new-tokens", "2", "--json"]
+    thread = threading.Thread(target=lambda: codes.append(cli_main(args)))
+    thread.start()
+    thread.join(60)
+    assert codes == [0] and json.loads(out.getvalue())["ids"]
 
 
 def test_commands_of_the_chat(cli, tmp_path):
