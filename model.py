@@ -193,7 +193,8 @@ class Model:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
         c, w = self.config, self.weights.layers[layer]
         for part in x.split(self.chunk):
-            gate, up = F.linear(F.rms_norm(part, (c.dim,), w.ffn_norm, c.norm_eps), w.w_gate_up).chunk(2, dim=-1)  # (t, F)
+            hidden = F.rms_norm(part, (c.dim,), w.ffn_norm, c.norm_eps)
+            gate, up = F.linear(hidden, w.w_gate_up).chunk(2, dim=-1)  # (t, F)
             part.addmm_(F.silu(gate).mul_(up), w.w_down.t())
 
     # ---- ranking ------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class Model:
         shape = min(self.window, n_tokens), self.kv.stages[0].n_slots
         return torch.full(shape, -torch.inf, dtype=wide, device=self.kv.device)
 
-    def look(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights: Tensor | None, worth: Tensor):
+    def look(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, worth: Tensor):
         """Show the rule what a layer's newest queries (w, H, D) attend to among n keys; raise worth (w, N) to it.
 
         weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep their worth.
@@ -372,7 +373,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply (G, m, K) with (G, K, n), b in the dtype of the KV, and return it in at least float32."""
     if b.is_cuda and b.dtype.itemsize < 4:
         return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)  # widening b would read and write it once more
-    wide = torch.promote_types(b.dtype, torch.float32)  # on a CPU half-precision products are slow, and round the logits
+    wide = torch.promote_types(b.dtype, torch.float32)  # half-precision products are slow on a CPU and round the logits
     return a.to(wide) @ b.to(wide)
 
 

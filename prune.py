@@ -26,7 +26,7 @@ from torch import Tensor
 
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
-AUTO = ((9, 30, Fraction(1, 4)), (19, 30, Fraction(1, 8)), (28, 30, Fraction(1, 16)))  # boundary, of so many layers, share
+AUTO = ((9, Fraction(1, 4)), (19, Fraction(1, 8)), (28, Fraction(1, 16)))  # boundary of 30 layers, share of the prompt
 PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}  # tokens at 10, 20 and 30 of 32 layers
 SHARED_FROM = 1024  # tokens: of a shorter prompt every share is the whole, as there is nothing to gain
 LEAST_BLOCKS = 4  # blocks that a share keeps at least: sink, tail, and two to choose
@@ -39,7 +39,7 @@ def at_depth(n_layers: int, layer: int, of: int) -> int:
 
 def auto_schedule(n_layers: int) -> dict[int, Budget]:
     """Return the schedule that our measurements chose, as shares of the prompt, for any depth."""
-    return first_of_each([(at_depth(n_layers, layer, of), share) for layer, of, share in AUTO], n_layers)
+    return first_of_each([(at_depth(n_layers, layer, 30), budget) for layer, budget in AUTO], n_layers)
 
 
 def paper_schedule(n_layers: int, model_type: str = "llama") -> dict[int, Budget]:
@@ -66,8 +66,8 @@ def parse_schedule(text: str) -> dict[int, Budget] | str:
         pairs = [(int(layer), int(budget) if budget.isdecimal() else Fraction(budget)) for layer, budget in pairs]
     except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f"--schedule {text!r} is not of the form LAYER:BUDGET,LAYER:BUDGET, a budget being tokens or a share of the prompt, "
-            "as in 10:8192,20:4096 or 9:1/4,19:1/8"
+            f"--schedule {text!r} is not of the form LAYER:BUDGET,LAYER:BUDGET; a budget is a number of tokens "
+            "or a share of the prompt, as in 10:8192,20:4096 or 9:1/4,19:1/8"
         ) from None
     check_increasing([layer for layer, _ in pairs])  # before a dict would hide a boundary given twice
     return dict(pairs)
@@ -120,7 +120,7 @@ def check_schedule(schedule: dict[int, Budget], n_layers: int, block_len: int) -
 
 
 def tokens(budget: Budget, n_prompt: int, block_len: int) -> int:
-    """Return a budget in tokens for a prompt of n_prompt; a share keeps LEAST_BLOCKS at least, and all of a short prompt."""
+    """Return a budget in tokens; a share keeps at least LEAST_BLOCKS, and all of a prompt below SHARED_FROM tokens."""
     if is_tokens(budget):
         return budget
     if n_prompt < SHARED_FROM:
@@ -185,7 +185,7 @@ def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
 
 
 def block_scores(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
-    """Score candidate blocks as SlimInfer does: max over units of the mean over heads of |mean query . unit key| (paper).
+    """Score blocks as SlimInfer does: max over units of the mean over heads of |mean query . unit key| (paper).
 
     queries: (W, H, D) newest post-RoPE queries; keys: (N, B, G, D) post-RoPE keys of the
     candidates; blocks: (N,) their block numbers (unused here, for methods that go by
@@ -210,7 +210,8 @@ def find_rule(score) -> Rule:
         return RULES[score]
     elif callable(score):
         return Rule("", score)
-    raise ValueError(f"--score {score!r:.60} is unknown; use {', '.join(RULES)}, or from Python a function or a prune.Rule")
+    known = ", ".join(RULES)
+    raise ValueError(f"--score {score!r:.60} is unknown; use {known}, or from Python a function or a prune.Rule")
 
 
 # ---- selection --------------------------------------------------------------------------
@@ -223,10 +224,12 @@ def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:
     Raises ValueError for scores of another shape or not a number.
     """
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        raise ValueError(f"the scoring function returned {scores!r:.60}; it must return a tensor of floating-point scores")
+        raise ValueError(f"the scoring function returned {scores!r:.60}; it must return floating-point scores")
     scores = scores.cpu()
     if scores.shape != (len(blocks),) or scores.isnan().any():
-        raise ValueError(f"the scoring function returned {scores}; it must return ({len(blocks)},) scores, none of them NaN")
+        raise ValueError(
+            f"the scoring function returned {scores}; it must return ({len(blocks)},) scores, none of them NaN"
+        )
     blocks, order = torch.tensor(blocks).sort()  # slots hold blocks in any order; the sink comes first
     scores = scores[order]
     scores[0] = torch.inf

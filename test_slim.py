@@ -432,7 +432,9 @@ def play(folder, device):
 
 
 def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
-    """Without a GPU: copies of a layer are put off until it waits, as a stream may; until then its new slots hold NaN."""
+    """Without a GPU: copies of a layer are put off until it waits, as a stream may; until then its new slots hold
+    NaN.
+    """
     want, copy_layer, cache_wait, put_off = play(tiny, "cpu"), KVCache.copy_layer, KVCache.wait, {}
 
     def later(kv, stage, i, slab, leaving, returning):
@@ -754,7 +756,9 @@ def go_on(engine, ids, steps=12):
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 @pytest.mark.parametrize("score", ["peak", "paper", MASS])
 def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedule, gamma, score):
-    """After a prompt, an answer and its unrun last token: tiers, active sets, ring, ids and counters are all in the file."""
+    """After a prompt, an answer and its unrun last token: tiers, active sets, ring, ids and counters are all in the
+    file.
+    """
     settings = SLIM | dict(device=device, schedule=schedule, gamma=gamma, score=score)
     engine, other = slim.load(tiny, **settings), slim.load(tiny, **settings)
     for n in (3, 150):  # the second file takes the place of the first
@@ -1178,7 +1182,8 @@ def test_logits_belong_to_the_caller(tiny):
 
 # ---- tokenizers -------------------------------------------------------------------------
 
-HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "naïve e\u0301 \u212b ﬁ", "日本語テキスト", "😀👨\u200d👩\u200d👧 🇫🇷",
+HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "naïve e\u0301 \u212b ﬁ", "日本語テキスト",
+        "😀👨\u200d👩\u200d👧 🇫🇷",
         "<|eot_id|><s></s>", "def f(x):\n    return x\r\n\r\n", "\0\x7f\u00a0\ufeff", "a\u3000b  \n c",
         "x 1  2\t\n3 '4's don'5t 66²Ⅷ  ½ ", "=\x04(\x06\" \x06 a\x13b\x1d\x141 \U000412340'\x04s ( \x16 \x04",
         "тест\x04 т(т)", "\U00012658\x13     \U00012658\x13"]  # fmt: skip
@@ -1437,9 +1442,12 @@ def test_sentencepiece_chats(tmp_path):
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen's, as its template has it
 TURNS = {  # the text of a conversation of two turns, as the chat templates of the models themselves give it
-    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nA?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYES"
-              "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nB?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nDOC\n\nA?<|im_end|>\n<|im_start|>assistant\nYES<|im_end|>\n"
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nA?"
+              "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYES"
+              "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nB?"
+              "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\nDOC\n\nA?<|im_end|>\n<|im_start|>assistant\nYES<|im_end|>\n"
             "<|im_start|>user\nB?<|im_end|>\n<|im_start|>assistant\n",
     "llama2": "<s>[INST] DOC\n\nA? [/INST]YES </s><s>[INST] B? [/INST]",
     "zephyr": "<|user|>\nDOC\n\nA?</s>\n<|assistant|>\nYES</s>\n<|user|>\nB?</s>\n<|assistant|>\n",
@@ -1477,8 +1485,10 @@ def refused(folder, *words):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-@pytest.mark.parametrize("blob", [b"", b"\n", b"{", b"[]", b"{}", b"null", b"\xff\xfe\0", b"version https://git-lfs", b"YQ== 0\n", b"YQ== x\n", b"YQ 0\n",
-                                  b'{"a":' * 100_000, b'{"model": 3}', b"\n\x0e\n\x05<unk>", b'{"model": {"vocab": [], "merges": {}}}'])  # fmt: skip
+@pytest.mark.parametrize("blob", [b"", b"\n", b"{", b"[]", b"{}", b"null", b"\xff\xfe\0", b"version https://git-lfs",
+                                  b"YQ== 0\n", b"YQ== x\n", b"YQ 0\n",
+                                  b'{"a":' * 100_000, b'{"model": 3}',
+                                  b"\n\x0e\n\x05<unk>", b'{"model": {"vocab": [], "merges": {}}}'])  # fmt: skip
 def test_a_garbage_tokenizer_is_refused(tmp_path, name, blob):
     refused(write(tmp_path, blob, name=name), name)
 

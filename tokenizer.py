@@ -36,12 +36,15 @@ LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7:
                   8: "eom_id", 9: "eot_id", 10: "python_tag"}
 CHATS = {  # name: (what its chat template shows, a special token it needs, what opens a conversation, what opens a
     #        later turn once the answer before it is closed, what closes a turn of the user's and opens the answer)
-    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-               "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", 
+               "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+               "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
     "qwen": (r"<\|im_start\|>", "<|im_start|>", "<|im_start|>user\n",
              "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
     "llama2": (r"\[INST\]", "<s>", "<s>[INST] ", " </s><s>[INST] ", " [/INST]"),
-    "zephyr": (r"^(?!.*<\|end\|>).*<\|user\|>", "</s>", "<|user|>\n", "</s>\n<|user|>\n", "</s>\n<|assistant|>\n"),  # <|end|>: Phi-3
+    "zephyr": (r"^(?!.*<\|end\|>).*<\|user\|>", "</s>",  # <|end|>: Phi-3
+               "<|user|>\n", "</s>\n<|user|>\n", "</s>\n<|assistant|>\n"),
     None: ("", "", "", "\n", ""),  # plain completion goes on in a new line
 }
 # The system turn that a template with <|im_start|> writes in by itself, as it stands in one of its strings.

@@ -285,7 +285,9 @@ class Bench:
         return self.answer(kv, sample, entry.frozen)
 
     def second_run_tokens(self, layers: int, n: int) -> int:
-        """Return how many tokens a second run may have that starts anew after `layers` layers of a first, at PAPER's FLOPs."""
+        """Return how many tokens a second run may have that starts anew after `layers` layers of a first, at
+        PAPER's FLOPs.
+        """
         left = self.flops(PAPER, n) - prefill_flops(self.config, n, {}, 1) * layers / self.n_layers
         return bisect(range(1, n), left, key=lambda k: prefill_flops(self.config, k, {}, 1))
 

@@ -90,7 +90,9 @@ def lines(ax, curves: dict, xs: list, ticks: list, hollow=(), unit="%") -> None:
 
 
 def label_ends(ax, ends: list, gap=0.066) -> None:
-    """Write each text right of the axes, level with its line's end (x, y, name, text), moved apart where they would touch."""
+    """Write each text right of the axes, level with its line's end (x, y, name, text), moved apart where they would
+    touch.
+    """
     level = lambda x, y: ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
     places = sorted([level(x, y), name, text] for x, y, name, text in ends)
     for lower, upper in zip(places, places[1:]):

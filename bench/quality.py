@@ -60,7 +60,9 @@ def token_attention(queries, keys, blocks, unit_len):
 
 
 def attention_mass(queries, keys, blocks, unit_len):
-    """Attention that each of the newest queries pays to a block, summed over its tokens, mean over heads and queries."""
+    """Attention that each of the newest queries pays to a block, summed over its tokens, mean over heads and
+    queries.
+    """
     k = keys.repeat_interleave(queries.shape[1] // keys.shape[2], 2)  # (N, B, H, D)
     logits = torch.einsum("whd,nbhd->whnb", queries.float(), k.float()) / queries.shape[-1] ** 0.5
     return logits.flatten(2).softmax(-1).view_as(logits).mean((0, 1)).sum(-1)

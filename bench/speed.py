@@ -238,7 +238,7 @@ def split(engine: slim.Engine, ids: list[int], schedule: dict) -> dict:
         return wrapper
 
     places = [("projections", m, "attention"), ("attention", model, "causal_attention"), ("FFN", m, "ffn"), ("boundaries and KV", m, "boundary"),
-              ("boundaries and KV", m, "place"), ("boundaries and KV", kv, "reset"), ("boundaries and KV", kv, "append")]  # fmt: skip
+              ("boundaries and KV", m, "locate"), ("boundaries and KV", kv, "reset"), ("boundaries and KV", kv, "append")]  # fmt: skip
     with ExitStack() as stack:
         for part, owner, name in places:
             stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
@@ -311,13 +311,16 @@ def report_parts(length: int, result: dict) -> list[str]:
 
 
 def swap_cost(length: int, result: dict, n_new: int) -> str:
-    """Say what swapping adds to a decode step: its copies as far as they are not hidden, and the computing of revived rows."""
+    """Say what swapping adds to a decode step: its copies as far as they are not hidden, and the computing of
+    revived rows.
+    """
     quiet, said = result["slim"], []
     for name, r in result.items():
         if name.startswith("slim, swaps") and "error" not in r:
             moved = (r["to_cpu_bytes"] + r["to_gpu_bytes"] - quiet["to_cpu_bytes"] - quiet["to_gpu_bytes"]) / n_new
             said.append(
-                f"{name}: {1e3 * (r['decode_s'] - quiet['decode_s']):+.2f} ms a step for {format_bytes(moved)} moved and {r['revived'] / n_new:.1f} blocks revived"
+                f"{name}: {1e3 * (r['decode_s'] - quiet['decode_s']):+.2f} ms a step for {format_bytes(moved)} "
+                f"moved and {r['revived'] / n_new:.1f} blocks revived"
             )
     return f"{length:,}: " + "; ".join(said)
 
@@ -345,11 +348,14 @@ def hardware(device) -> dict:
 
 
 def rss_table(args) -> None:
-    """Prefill each length in a process of its own and print the peak of its memory, and what a token adds to that of a short prompt."""
+    """Prefill each length in a process of its own and print the peak of its memory, and what a token adds to that
+    of a short prompt.
+    """
     lengths, peak = [int(n) for n in args.lengths.split(",")], {}
     for length in [64, *lengths]:
         code = (f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
-                f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, {args.chunk}).prefill([7] * {length})\n"
+                f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, "
+                f"{args.chunk}).prefill([7] * {length})\n"
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
         peak[length] = (
             int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
@@ -415,13 +421,15 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     config, schedule, dtype, chunk = engine.config, engine.ckpt.schedule, engine.kv.dtype, engine.ckpt.chunk
     reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
     flop_peak, copy_peak = peaks(device, dtype)
-    facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": slim.format_schedule(schedule), "new": args.new,
+    facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": prune.format_schedule(schedule), "new": args.new,
              "rounds": args.rounds, "memory_gib": args.memory_gib, "matmul_peak": flop_peak, "copy_peak": copy_peak}  # fmt: skip
     print(
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; {args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}"
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; "
+        f"{args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}"
     )
     print(
-        f"matmul peak {flop_peak / 1e12:.2f} TFLOP/s, copy peak {copy_peak / 1e9:.1f} GB/s; medians of {args.rounds} rounds, {args.new} tokens decoded\n"
+        f"matmul peak {flop_peak / 1e12:.2f} TFLOP/s, copy peak {copy_peak / 1e9:.1f} GB/s; medians of "
+        f"{args.rounds} rounds, {args.new} tokens decoded\n"
     )
     print(table(HEAD, []), flush=True)
     results = {}

@@ -28,7 +28,8 @@ class Recorder:
     """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes the model's on_select hook.
 
     record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"candidates", "scores",
-    "seen", "active"} of the prompt step, "seen" being the layer whose look gave the score. A step: {"at": tokens before it,
+    "seen", "active"} of the prompt step, "seen" being the layer whose look gave the score. A step: {"at":
+    tokens before it,
     "pending": how many of its own tokens the model wrote, "moves": [[stage, in, out, revived]]}.
     """
 
@@ -99,7 +100,9 @@ def page(data: dict) -> str:
 
 
 def describe(engine, record: dict, ids) -> dict:
-    """Gather what the page shows of a conversation, as plain JSON; raise ValueError if the parts do not belong together."""
+    """Gather what the page shows of a conversation, as plain JSON; raise ValueError if the parts do not belong
+    together.
+    """
     kv, c, stats, ids = engine.kv, engine.config, engine.stats, engine.check_ids(ids)
     if kv.length == 0:
         raise ValueError("there is no map to draw: no prompt was read to its end")
@@ -118,7 +121,10 @@ def describe(engine, record: dict, ids) -> dict:
         "model": engine.ckpt.folder.name, "block_len": kv.block_len, "device": kv.device.type,
         "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.stages],
         "stages": record["stages"], "steps": steps, "blocks": texts[: len(starts)],
-        "turns": [{"at": at, "kind": kind, "step": k, "text": text} for (at, kind, k), text in zip(turns, texts[len(starts) :])],
+        "turns": [
+            {"at": at, "kind": kind, "step": k, "text": text}
+            for (at, kind, k), text in zip(turns, texts[len(starts) :])
+        ],
         "flops": flops, "flops_dense": flops_dense,
         **{key: value for key, value in stats.items() if not key.endswith("_s")},
     }  # fmt: skip
@@ -139,7 +145,9 @@ def matches(record: dict, kv, whole: bool) -> bool:
 
 
 def spoken(kv, steps: list[dict]):
-    """Yield (position, kind, step number) of what follows the prompt: "written", "asked", or "after" where nobody recorded."""
+    """Yield (position, kind, step number) of what follows the prompt: "written", "asked", or "after" where nobody
+    recorded.
+    """
     if not steps and kv.length > kv.n_prompt:
         yield kv.n_prompt, "after", None
     for k, (step, end) in enumerate(zip(steps, [*(s["at"] for s in steps[1:]), kv.length]), 1):
@@ -151,7 +159,9 @@ def spoken(kv, steps: list[dict]):
 
 
 def pieces(tokenizer, ids: list[int], cuts: list[int]):
-    """Yield the text between cuts, a character where its last byte is; [text, special token, text, ...] if there are any."""
+    """Yield the text between cuts, a character where its last byte is; [text, special token, text, ...] if there
+    are any.
+    """
     names = {token: name for name, token in tokenizer.special.items()}
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     for a, b in pairwise(cuts):

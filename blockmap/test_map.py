@@ -12,11 +12,16 @@ import slim
 from test_slim import checkpoints, draw, talking, tiny  # noqa: F401  fixtures among them
 
 
-HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- --> '\"&lt;&amp; \u2028\u2029\ufeff\0 <b id=evil>😀é漢</b> {data} {script hash} "
+HOSTILE = (
+    "</script><img src=x onerror=\"document.title='owned'\"><!-- --> '\"&lt;&amp; \u2028\u2029\ufeff\0 "
+    "<b id=evil>😀é漢</b> {data} {script hash} "
+)
 
 
 def mapped(folder, text, schedule={1: 64, 2: 40, 3: 24}, n=12, follow="What then?"):
-    """Play a conversation under a recorder: prompt, n tokens generated, a follow-up, two tokens by hand; return what `write` takes."""
+    """Play a conversation under a recorder: prompt, n tokens generated, a follow-up, two tokens by hand; return
+    what `write` takes.
+    """
     engine = slim.load(folder, "cpu", "float32", schedule, block_len=8, unit_len=4)
     recorder, tok = blockmap.Recorder(engine), engine.tokenizer
     ids = tok.encode(text)
@@ -34,7 +39,9 @@ def map_data(html):
 
 
 def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
-    """What `describe` returns of a made-up conversation: 128,000 tokens, a quarter of each active set new at every step."""
+    """What `describe` returns of a made-up conversation: 128,000 tokens, a quarter of each active set new at every
+    step.
+    """
     rng, below, stages = random.Random(0), list(range(n - 1)), []
     for budget in budgets:
         kept = [0, *sorted(rng.sample(below[1:], budget - 1))]
@@ -76,8 +83,10 @@ def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
     )
     return dict(
         model="made-up", block_len=64, device="cuda", layers=[[0, 10], [10, 20], [20, 30], [30, 32]], stages=stages,
-        steps=[{"at": n_prompt + k, "pending": 1, "moves": m} for k, m in enumerate(moves)], blocks=[f"block {b} " + "lorem ipsum " * 22 for b in range(n)],
-        turns=[{"at": n_prompt + k, "kind": "written", "step": k + 1, "text": f" {k}"} for k in range(steps)], **counters, **sizes,
+        steps=[{"at": n_prompt + k, "pending": 1, "moves": m} for k, m in enumerate(moves)],
+        blocks=[f"block {b} " + "lorem ipsum " * 22 for b in range(n)],
+        turns=[{"at": n_prompt + k, "kind": "written", "step": k + 1, "text": f" {k}"} for k in range(steps)],
+        **counters, **sizes,
     )  # fmt: skip
 
 
@@ -233,7 +242,8 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
         ]
         assert depths() == want, k
         marked = run(
-            "return [...document.querySelectorAll('#blocks .in, #blocks .out, #blocks .revived')].map(e => +e.dataset.block)"
+            "return [...document.querySelectorAll('#blocks .in, #blocks .out, #blocks .revived')].map(e => "
+            "+e.dataset.block)"
         )
         assert set(marked) == {b for _, came, left, _ in (step["moves"] if step else []) for b in (*came, *left)}
         slider.send_keys("\ue014")  # arrow right
@@ -249,7 +259,10 @@ def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):
     (tmp_path / "map.html").write_text(blockmap.page(data := big_map()), "utf-8")
     browser.get((tmp_path / "map.html").as_uri())
     run, detail = browser.execute_script, browser.find_element("id", "detail")
-    in_sight = "const box = document.querySelector(`[data-block='${arguments[0]}']`).getBoundingClientRect(); return box.top > 0 && box.bottom <= innerHeight"
+    in_sight = (
+        "const box = document.querySelector(`[data-block='${arguments[0]}']`).getBoundingClientRect();"
+        "return box.top > 0 && box.bottom <= innerHeight"
+    )
 
     def arrives(b):
         deadline = time.perf_counter() + 10

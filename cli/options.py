@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import prune
@@ -25,8 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 
 EXAMPLES = """examples:
-  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --ask "What happens in the end?"
-  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --save book.slim --chat      then: python slim.py --resume book.slim --chat
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --ask "What happens?"
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --save book.slim --chat
+  python slim.py --resume book.slim --chat
   python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --map book.html
 """
 
@@ -34,9 +36,11 @@ EXAMPLES = """examples:
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line; `given` holds what was written there, without the defaults."""
     d = {f.name: f.default for f in fields(Settings)}
-    p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]", epilog=EXAMPLES, allow_abbrev=False,
+    p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]",
+               epilog=EXAMPLES, allow_abbrev=False,
                description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
-               formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110))  # fmt: skip
+               formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110),
+               )  # fmt: skip
     g = p.add_argument_group("what to read, and what to ask")
     g.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b")
     g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
@@ -70,7 +74,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument(
         "--schedule",
         default="auto",
-        help="layers and what is kept from there on, shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192,20:4096; or auto, paper (%(default)s)",
+        help="layers and what is kept from there on, as shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192; "
+        "or auto, paper, dense (%(default)s)",
     )
     g.add_argument("--score", default="peak", help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)")
     g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
@@ -114,7 +119,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def choose_demo(args) -> None:
-    """Without --ckpt: the demo checkpoint, and what is not given of its document, its question and a comparison with dense."""
+    """Without --ckpt: the demo checkpoint, and what is not given of its document, its question and a comparison
+    with dense.
+    """
     args.ckpt = DEMO["ckpt"]
     if args.schedule == "auto" and not args.dense:
         args.schedule = DEMO["schedule"]
@@ -152,7 +159,9 @@ def check_args(args) -> None:
 
 
 def check_output(args, name: str, path: str) -> None:
-    """Raise ValueError if a file cannot be written, better now than after an hour of reading, or is another one of this run."""
+    """Raise ValueError if a file cannot be written, better now than after an hour of reading, or is another one of
+    this run.
+    """
     try:
         target = check_path(path)
     except ValueError as error:
@@ -163,7 +172,9 @@ def check_output(args, name: str, path: str) -> None:
 
 
 def read_prompt(args) -> str:
-    """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked either."""
+    """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked
+    either.
+    """
     name = args.prompt
     if name is None and not args.ask and not args.chat:
         raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
@@ -195,7 +206,9 @@ def read_prompt(args) -> str:
 
 
 def build_ids(args, text: str, tokenizer) -> list[int]:
-    """Return the ids to begin with: the text and the first question, or the text alone if it is read before anything is asked."""
+    """Return the ids to begin with: the text and the first question, or the text alone if it is read before
+    anything is asked.
+    """
     if args.max_prompt_tokens is not None:
         if args.max_prompt_tokens < 1:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
@@ -225,7 +238,8 @@ def adopt(args) -> dict:
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
         raise ValueError(
-            f"{args.resume} was read with the checkpoint {args.ckpt}, which is not there any more; give its place with --ckpt"
+            f"{args.resume} was read with the checkpoint {args.ckpt}, which is not there any more; give its place "
+            "with --ckpt"
         )
     if args.raw != saved["raw"]:
         raise ValueError(f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; go on like that")

@@ -43,7 +43,8 @@ class Progress:
             spent = time.perf_counter() - started
             left = f"{spent * (total - done) / done:.0f} s left" if done else ""
             self.show(
-                f"reading the prompt: layer {layer + 1}/{c.n_layers}, {alive[layer]:,} of {kv.n_prompt:,} tokens alive  {left}"
+                f"reading the prompt: layer {layer + 1}/{c.n_layers}, {alive[layer]:,} of {kv.n_prompt:,} tokens "
+                f"alive  {left}"
             )
             done += layer_flops(c, rows, keys - rows / 2)
 
@@ -64,8 +65,10 @@ def summary(stats: dict, device) -> str:
     """Say what a conversation keeps, and where."""
     kept = " > ".join(f"{n:,}" for n in stats["kept"])
     return (
-        f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; {stats['swaps']:,} blocks swapped, {stats['revived']:,} of them revived\n"
-        f"slim: KV {format_bytes(stats['kv_gpu_bytes'])} on {device} + {format_bytes(stats['kv_cpu_bytes'])} at home + {format_bytes(stats['aux_cpu_bytes'])} pruned rows, "
+        f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; {stats['swaps']:,} blocks "
+        f"swapped, {stats['revived']:,} of them revived\n"
+        f"slim: KV {format_bytes(stats['kv_gpu_bytes'])} on {device} + {format_bytes(stats['kv_cpu_bytes'])} at "
+        f"home + {format_bytes(stats['aux_cpu_bytes'])} pruned rows, "
         f"dense {format_bytes(stats['kv_dense_bytes'])}"
     )
 
@@ -73,13 +76,15 @@ def summary(stats: dict, device) -> str:
 def timing(r: dict) -> str:
     """Say how long an answer took and, of a follow-up, what it would have taken to read all again."""
     if not r["ids"]:
-        return f"slim: {'interrupted while reading' if r['interrupted'] else 'an empty answer after'} {r['n_new']:,} tokens, {r['ttft_s']:.2f} s"
+        what = "interrupted while reading" if r["interrupted"] else "an empty answer after"
+        return f"slim: {what} {r['n_new']:,} tokens, {r['ttft_s']:.2f} s"
     speed = f"slim: first token {r['ttft_s']:.2f} s, then {r['decode_tok_s']:.1f} tokens/s"
     if not r["follow_up"]:
         return speed
     return (
         speed
-        + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; {r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
+        + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; "
+          f"{r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
     )
 
 
@@ -132,7 +137,9 @@ def public(r: dict) -> dict:
 
 
 def status(args, progress: Progress):
-    """Return what prints a line of ours to standard error: dim on a terminal that has colours, so that the answer stands out."""
+    """Return what prints a line of ours to standard error: dim on a terminal that has colours, so that the answer
+    stands out.
+    """
     plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 
     def say(text: str) -> None:

@@ -33,7 +33,8 @@ class Talk:
             self.open = self.open_at_first = extra.get("open", False)
             self.recorder.record = extra.get("map", {})
             self.say(
-                f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took {engine.prefill_s:.2f} s"
+                f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took "
+                f"{engine.prefill_s:.2f} s"
             )
         elif ids and (args.chat or args.save):
             self.read(ids)
@@ -96,7 +97,8 @@ class Talk:
         n, new, most = len(self.engine.ids) + n_new, self.args.max_new_tokens, self.engine.config.max_len
         if n + new > most:
             self.say(
-                f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained for; expect a poor answer"
+                f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained "
+                "for; expect a poor answer"
             )
 
     def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:
@@ -165,7 +167,9 @@ class Talk:
 
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
-    """Let Ctrl-C set a mark instead of breaking off a step, which would lose the conversation; a second one does break off."""
+    """Let Ctrl-C set a mark instead of breaking off a step, which would lose the conversation; a second one does
+    break off.
+    """
     marks = []
 
     def mark(*_):
@@ -207,7 +211,8 @@ def chat(talk: Talk) -> None:
         except (ValueError, OSError) as error:
             talk.progress.complain(error)
     raise ValueError(
-        "the conversation was broken off in the middle of a step and cannot go on; start again, from a saved text if there is one"
+        "the conversation was broken off in the middle of a step and cannot go on; start again, from a saved "
+        "text if there is one"
     )
 
 

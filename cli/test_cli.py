@@ -18,7 +18,8 @@ from cli import main as cli_main
 from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
-from test_slim import HERE, LLAMA3_ROPE, SYSTEM, edit_json, edit_tensors, make_checkpoint, set_free, talking  # noqa: F401
+from test_slim import HERE, LLAMA3_ROPE, SYSTEM, edit_json, edit_tensors, make_checkpoint, set_free
+from test_slim import talking  # noqa: F401  a fixture
 
 
 K = "model.layers.1.self_attn.k_proj.weight"
@@ -374,7 +375,8 @@ def test_main_runs_with_any_stdout_and_on_any_thread(cli, monkeypatch):
 def test_commands_of_the_chat(cli, tmp_path):
     process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE)
     out, err = process.communicate(
-        "/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n/map no/where.html\n/map text.txt\n/nonsense\n\n",
+        "/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n/map no/where.html\n/map "
+        "text.txt\n/nonsense\n\n",
         timeout=60,
     )
     assert process.returncode == 0 and "Traceback" not in err
@@ -408,7 +410,9 @@ def test_two_ctrl_c_break_off_a_step():
 
 
 def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
-    """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format wants it."""
+    """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format
+    wants it.
+    """
     make_checkpoint(tmp_path / "ckpt", vocab=300)
     engine = slim.load(tmp_path / "ckpt", "cpu")
     tok = tokenizer.Tokenizer(
@@ -455,7 +459,8 @@ def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
     for command, code in (("--chat >/dev/full", 2), ("--chat <&-", 2)):
-        run = f"printf 'CAB?\\nABBA?\\n' | {sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt --max-new-tokens 3 --quiet {command}"
+        program = f"{sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt"
+        run = f"printf 'CAB?\\nABBA?\\n' | {program} --max-new-tokens 3 --quiet {command}"
         done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
         assert done.returncode in (code, 0) and done.stderr.count("\n") <= 3 and "Traceback" not in done.stderr, (
             done.stderr
@@ -487,7 +492,9 @@ def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
 
 
 def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
-    """What `python slim.py` shows: the number that stands in the text, found with most of it pruned, and from anywhere."""
+    """What `python slim.py` shows: the number that stands in the text, found with most of it pruned, and from
+    anywhere.
+    """
     monkeypatch.chdir(tmp_path)
     assert cli_main(["--json", "--quiet"]) == 0
     both = json.loads(capfd.readouterr().out)

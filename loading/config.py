@@ -38,7 +38,8 @@ def parse_config(c: dict, path) -> Config:
     tied = False if c.get("tie_word_embeddings") is None else c["tie_word_embeddings"]
     if not isinstance(tied, bool):
         raise ValueError(f"{path}: key 'tie_word_embeddings' is {tied!r}; it must be true or false")
-    dim, n_heads, n_layers = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers", most=1000)
+    dim, n_heads = number("hidden_size"), number("num_attention_heads")
+    n_layers = number("num_hidden_layers", most=1000)
     n_kv_heads, head_dim = number("num_key_value_heads", n_heads), number("head_dim", max(1, dim // n_heads))
     if n_heads % n_kv_heads or head_dim % 2:
         raise ValueError(f"{path}: {n_heads} heads over {n_kv_heads} KV heads of size {head_dim} do not divide evenly")
@@ -77,7 +78,9 @@ def read_dtype(c: dict, path):
 
 
 def rope_keys(c: dict, path) -> dict:
-    """Gather what a config says of RoPE under its older and newer names; raise ValueError where it contradicts itself."""
+    """Gather what a config says of RoPE under its older and newer names; raise ValueError where it contradicts
+    itself.
+    """
     rope = {"rope_theta": c["rope_theta"]} if c.get("rope_theta") is not None else {}
     for key in ("rope_scaling", "rope_parameters"):
         part = {} if c.get(key) is None else c[key]
@@ -91,7 +94,9 @@ def rope_keys(c: dict, path) -> dict:
 
 
 def check_rope(rope: dict) -> dict:
-    """Return RoPE's scaling {"rope_type": ..., numbers as floats}; raise ValueError for a type or key not understood."""
+    """Return RoPE's scaling {"rope_type": ..., numbers as floats}; raise ValueError for a type or key not
+    understood.
+    """
     rope = {k: v for k, v in rope.items() if k not in NEUTRAL}
     kind = rope.pop("rope_type", None if rope else "default")
     if not isinstance(kind, str) or kind not in ROPE_KEYS:

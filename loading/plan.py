@@ -152,7 +152,9 @@ def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a run needs: weights, KV slabs and the biggest temporaries of the device; pruned rows and blocks on the host."""
+    """Bytes a run needs: weights, KV slabs and the biggest temporaries of the device; pruned rows and blocks on the
+    host.
+    """
 
     weights: int
     kv: int
@@ -182,7 +184,9 @@ def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0) -> Plan:
 
 
 def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0) -> int:
-    """Return the temporaries of a step of n_rows among n_keys, of which `above` rows are copied at the first boundary."""
+    """Return the temporaries of a step of n_rows among n_keys, of which `above` rows are copied at the first
+    boundary.
+    """
     c, item, wide = ckpt.config, ckpt.dtype.itemsize, max(4, ckpt.dtype.itemsize)
     chunk = min(ckpt.chunk, n_rows)
     hidden = (n_rows + above) * c.dim * item + n_rows * c.head_dim * 16  # x, its survivors, cos and sin
@@ -193,7 +197,9 @@ def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0) -> in
 
 
 def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
-    """Return the plan; raise ValueError naming the flag that would make it fit if it does not. loaded: bytes in place."""
+    """Return the plan; raise ValueError naming the flag that would make it fit if it does not. loaded: bytes in
+    place.
+    """
     need = plan(ckpt, n_prompt, n_new)
     if fits(need, ckpt.device, loaded):
         return need
@@ -204,7 +210,9 @@ def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
     found = [flag for flag, way in ways.items() if fits(plan(way, n_prompt, n_new), ckpt.device, loaded)]
-    advice = f"it would fit with {found[0]}" if found else "no flag makes it fit: use a shorter prompt or a smaller model"
+    advice = "no flag makes it fit: use a shorter prompt or a smaller model"
+    if found:
+        advice = f"it would fit with {found[0]}"
     free = format_bytes(free_bytes(ckpt.device))
     raise ValueError(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
 
