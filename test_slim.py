@@ -1545,7 +1545,7 @@ def test_a_tokenizer_json_that_asks_for_something_else_is_refused(tmp_path, word
 # ---- real files -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", ["From Python", "Use your own scorer"])
+@pytest.mark.parametrize("section", ["From Python", "Use your own rule"])
 def test_what_the_readme_shows_in_python_runs(section, capfd, monkeypatch, tmp_path):
     """Run as it is printed there, on the demo: the question of the default run gets its answer."""
     code = re.search(rf"## {section}\n.*?```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
