@@ -165,25 +165,32 @@ SETS = {
     "gamma": {
         "dense": Entry(),
         "frozen": Entry(schedule=PAPER, window=8),
-        **{f"gamma {g}, window {w}": Entry(schedule=PAPER, window=w, gamma=g, frozen=False) for w in (4, 8) for g in (0.5, 0.9, 1.0)},
+        **{
+            f"gamma {g}, window {w}": Entry(schedule=PAPER, window=w, gamma=g, frozen=False)
+            for w in (4, 8)
+            for g in (0.5, 0.9, 1.0)
+        },
         "gamma 1, window 32": Entry(schedule=PAPER, window=32, frozen=False),
     },
     "choose": {
         "dense": Entry(),
         **{f"peak, window {w}": Entry(schedule=PAPER, window=w) for w in (4, 8, 16)},
-        **{f"{name}, window 8": Entry(schedule=s, window=8) for name, s in {
-            "9:3/8 15:1/8 21:1/16": steps((9, "8/3"), (15, 8), (21, 16)),
-            "9:1/4 15:1/8 21:1/16": steps((9, 4), (15, 8), (21, 16)),
-            "7:1/2 12:1/4 19:1/8 25:1/16": steps((7, 2), (12, 4), (19, 8), (25, 16)),
-            "7:3/8 15:1/8 24:1/16": steps((7, "8/3"), (15, 8), (24, 16)),
-            "5:1/2 9:1/4 15:1/8 24:1/16": steps((5, 2), (9, 4), (15, 8), (24, 16)),
-            "3:1/2 9:1/4 19:1/8": steps((3, 2), (9, 4), (19, 8)),
-        }.items()},
+        **{
+            f"{name}, window 8": Entry(schedule=s, window=8)
+            for name, s in {
+                "9:3/8 15:1/8 21:1/16": steps((9, "8/3"), (15, 8), (21, 16)),
+                "9:1/4 15:1/8 21:1/16": steps((9, 4), (15, 8), (21, 16)),
+                "7:1/2 12:1/4 19:1/8 25:1/16": steps((7, 2), (12, 4), (19, 8), (25, 16)),
+                "7:3/8 15:1/8 24:1/16": steps((7, "8/3"), (15, 8), (24, 16)),
+                "5:1/2 9:1/4 15:1/8 24:1/16": steps((5, 2), (9, 4), (15, 8), (24, 16)),
+                "3:1/2 9:1/4 19:1/8": steps((3, 2), (9, 4), (19, 8)),
+            }.items()
+        },
         "paper's rule": Entry(prune.RULES["paper"], PAPER, window=4),
         "random": Entry(of_keys(by_chance), PAPER),
         "oracle": Entry(ORACLE, PAPER),
     },
-}  # fmt: skip
+}
 
 
 # ---- one sample, every entry ---------------------------------------------------------------
@@ -323,9 +330,13 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
     for n in sorted({key[1] for key in results if key[2] == part}):
         tasks = [t for t in prose.TASKS if any(key[:3] == (t, n, part) for key in results)]
         seeds = {t: {k[3] for k in results if k[:3] == (t, n, part) and k[4] == "dense"} for t in tasks}
-        lines += [f"\n{n:,} tokens: answer tokens right, % (whole answers right); continuation: perplexity over dense's. "
-                  "± standard error of the difference to dense", "",
-                  "| | FLOPs, times fewer | " + " | ".join(f"{t}, {len(seeds[t])}" for t in tasks) + " |", "|---" * (len(tasks) + 2) + "|"]  # fmt: skip
+        lines += [
+            f"\n{n:,} tokens: answer tokens right, % (whole answers right); continuation: perplexity over dense's. "
+            "± standard error of the difference to dense",
+            "",
+            "| | FLOPs, times fewer | " + " | ".join(f"{t}, {len(seeds[t])}" for t in tasks) + " |",
+            "|---" * (len(tasks) + 2) + "|",
+        ]
         for name in entries:
             cells, ratio = [], []
             for t in tasks:
@@ -346,6 +357,31 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
             if ratio:
                 lines.append(f"| {name} | {mean(ratio):.2f} | " + " | ".join(cells) + " |")
     return lines
+
+
+def plot(path: str, results: dict, entries: dict, part: int, n: int) -> None:
+    """Draw answer tokens right by task, an entry a row, with standard errors; dense is the line."""
+    import matplotlib.pyplot as plt
+
+    tasks = [t for t in prose.TASKS if t != "continuation" and any(key[:3] == (t, n, part) for key in results)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2.1 * len(tasks) + 1.5, 0.28 * len(entries) + 1), sharey=True)
+    names = [name for name in entries if name != "dense"][::-1]
+    for task, ax in zip(tasks, axes if len(tasks) > 1 else [axes]):
+        rows = {
+            name: [r["right"] for key, r in results.items() if key[:3] == (task, n, part) and key[4] == name]
+            for name in entries
+        }
+        ax.axvline(100 * mean(rows["dense"]), color="#222222", lw=1)
+        for y, name in enumerate(names):
+            colour = "#C0392B" if name.startswith("Slim") else "#2E86C1"
+            if rows[name]:
+                right, spread = 100 * mean(rows[name]), 100 * error(rows[name])
+                ax.errorbar(right, y, xerr=spread, fmt="o", ms=5, color=colour, elinewidth=1)
+        ax.set(title=task, xlim=(0, 105), yticks=range(len(names)), yticklabels=names)
+        ax.grid(axis="x", color="#E6E6E6")
+    figure.supxlabel(f"answer tokens right, %, {n:,} tokens; the line is dense")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 def run(args, entries: dict) -> dict:
@@ -371,8 +407,15 @@ def run(args, entries: dict) -> dict:
                 torch.manual_seed(seed)
                 logits = dense_logits if name == "dense" else bench.run(entry, sample, oracle)
                 cost = bench.flops(PAPER if entry.second_run else entry.schedule, len(sample.prompt), entry.block_len)
-                row = {"task": task, "n": n, "part": args.part, "seed": seed, "entry": name, **measure(logits, sample.answer),
-                       "flops": dense_flops / cost}  # fmt: skip
+                row = {
+                    "task": task,
+                    "n": n,
+                    "part": args.part,
+                    "seed": seed,
+                    "entry": name,
+                    **measure(logits, sample.answer),
+                    "flops": dense_flops / cost,
+                }
                 results[*key, name] = row
                 file.write(json.dumps(row) + "\n")
             file.flush()
@@ -403,6 +446,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--out", required=True, help="results, a line each; a call computes only what is missing")
+    p.add_argument("--plot", help="draw the results of the first of --lengths as a PNG; needs matplotlib")
     p.add_argument("--table", action="store_true", help="compute nothing")
     args = p.parse_args()
     if unknown := set(args.tasks) - set(prose.TASKS):
@@ -424,6 +468,8 @@ def main() -> None:
     except (ValueError, OSError) as err:
         sys.exit(f"accuracy: error: {err}")
     print("\n".join(tables(results, entries, args.part)))
+    if args.plot:
+        plot(args.plot, results, entries, args.part, args.lengths[0])
 
 
 if __name__ == "__main__":

@@ -27,12 +27,47 @@ BLUE, SKY, GREEN, ORANGE, RED, PINK, GREY, PALE = (
     "#777777",
     "#AAAAAA",
 )
-COLOURS = {"dense": "#222222", "slim": RED, "transformers": BLUE, "attention mass": BLUE, "token attention": SKY, "average pool": ORANGE, "max pool": PINK,
-           "recent blocks": GREY, "random blocks": PALE, "slim at matmul peak": RED, "projections": SKY, "attention": BLUE, "FFN": GREEN, "boundaries and KV": RED, "head and rest": PALE,
-           "single": BLUE, "lookalike": RED, "latest": GREEN, "two_hop": ORANGE, "three_hop": PINK, "multi": GREY}  # fmt: skip
-STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-         "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#E6E6E6", "xtick.color": "#444444", "ytick.color": "#444444",
-         "xtick.minor.bottom": False, "ytick.minor.left": False, "savefig.dpi": 160, "figure.constrained_layout.use": True}  # fmt: skip
+COLOURS = {
+    "dense": "#222222",
+    "slim": RED,
+    "transformers": BLUE,
+    "attention mass": BLUE,
+    "token attention": SKY,
+    "average pool": ORANGE,
+    "max pool": PINK,
+    "recent blocks": GREY,
+    "random blocks": PALE,
+    "slim at matmul peak": RED,
+    "projections": SKY,
+    "attention": BLUE,
+    "FFN": GREEN,
+    "boundaries and KV": RED,
+    "head and rest": PALE,
+    "single": BLUE,
+    "lookalike": RED,
+    "latest": GREEN,
+    "two_hop": ORANGE,
+    "three_hop": PINK,
+    "multi": GREY,
+}
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.minor.bottom": False,
+    "ytick.minor.left": False,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+}
 
 # ---- panels -----------------------------------------------------------------------------
 
@@ -207,14 +242,34 @@ def draw_parts(groups: dict, folder: Path) -> None:
 # ---- quality ----------------------------------------------------------------------------
 
 
-# experiment: (x axis, x as a tick's text, a figure's (panel, curve, x) from its file and the parts of its row and column)
+# experiment: (x axis, x as a tick's text, a figure's (panel, curve, x) from its file and its row and column)
 TABLES = {
-    "main": ("budget, as a share of the prompt", lambda x: f"1/{2**-x:g}", lambda f, r, c: (f"{r['task']}, {r['tokens']}, boundary {f['boundary']}", c, -math.log2(float(r["share"][2:])))),
-    "lengths": ("prompt tokens", lambda x: f"{2**x:,.0f}", lambda f, r, c: ("dense", r["task"], math.log2(int(c.replace(",", ""))))),
-    "boundary": ("layer of the boundary", str, lambda f, r, c: (f"{r['task']}, {r['tokens']}, {r['share']}", r["last"], int(c))),
-    "diffusion": ("layer at which the fact's own blocks are removed", str, lambda f, r, c: (r["tokens"], r["task"], int(c))),
-    "depth": ("place of the fact in the document", lambda x: f"{x:.0%}", lambda f, r, c: (f"lookalike, 1/{1 / f['shares'][0]:g}, boundary {f['boundary']}", r["task"], float(c))),
-}  # fmt: skip
+    "main": (
+        "budget, as a share of the prompt",
+        lambda x: f"1/{2**-x:g}",
+        lambda f, r, c: (f"{r['task']}, {r['tokens']}, boundary {f['boundary']}", c, -math.log2(float(r["share"][2:]))),
+    ),
+    "lengths": (
+        "prompt tokens",
+        lambda x: f"{2**x:,.0f}",
+        lambda f, r, c: ("dense", r["task"], math.log2(int(c.replace(",", "")))),
+    ),
+    "boundary": (
+        "layer of the boundary",
+        str,
+        lambda f, r, c: (f"{r['task']}, {r['tokens']}, {r['share']}", r["last"], int(c)),
+    ),
+    "diffusion": (
+        "layer at which the fact's own blocks are removed",
+        str,
+        lambda f, r, c: (r["tokens"], r["task"], int(c)),
+    ),
+    "depth": (
+        "place of the fact in the document",
+        lambda x: f"{x:.0%}",
+        lambda f, r, c: (f"lookalike, 1/{1 / f['shares'][0]:g}, boundary {f['boundary']}", r["task"], float(c)),
+    ),
+}
 
 
 def cells(f: dict):

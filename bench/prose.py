@@ -111,15 +111,47 @@ def chain(book: Book, n: int, rng: random.Random) -> Sample:
 
 
 REWORDED = [  # what the text says, what is asked, how the answer begins
-    ("The old physician of the village lived in house number {}.", "At which house number was the local doctor's home?", "The local doctor's home was at house number"),
-    ("The ferry across the lake takes exactly {} passengers.", "How many people can the boat carry over the water?", "The boat can carry this many people over the water:"),
-    ("The treasure was buried {} steps to the north of the mill.", "How many paces from the mill did they hide the gold?", "From the mill, the number of paces to the gold is"),
-    ("The lawyer paid {} roubles for the white horse.", "What did the attorney's pale stallion cost?", "The attorney's pale stallion cost, in roubles,"),
-    ("The church tower was finished in the year {}.", "When did they complete the steeple?", "They completed the steeple in the year"),
-    ("The prisoner's cell bears the number {}.", "In which room is the captive kept?", "The captive is kept in room number"),
-    ("The baker sold {} loaves on that morning.", "How much bread did the man of the bakery sell at dawn?", "The number of breads he sold at dawn is"),
-    ("The telephone of the observatory is {}.", "What number must one dial to reach the astronomers?", "To reach the astronomers, one must dial"),
-]  # fmt: skip
+    (
+        "The old physician of the village lived in house number {}.",
+        "At which house number was the local doctor's home?",
+        "The local doctor's home was at house number",
+    ),
+    (
+        "The ferry across the lake takes exactly {} passengers.",
+        "How many people can the boat carry over the water?",
+        "The boat can carry this many people over the water:",
+    ),
+    (
+        "The treasure was buried {} steps to the north of the mill.",
+        "How many paces from the mill did they hide the gold?",
+        "From the mill, the number of paces to the gold is",
+    ),
+    (
+        "The lawyer paid {} roubles for the white horse.",
+        "What did the attorney's pale stallion cost?",
+        "The attorney's pale stallion cost, in roubles,",
+    ),
+    (
+        "The church tower was finished in the year {}.",
+        "When did they complete the steeple?",
+        "They completed the steeple in the year",
+    ),
+    (
+        "The prisoner's cell bears the number {}.",
+        "In which room is the captive kept?",
+        "The captive is kept in room number",
+    ),
+    (
+        "The baker sold {} loaves on that morning.",
+        "How much bread did the man of the bakery sell at dawn?",
+        "The number of breads he sold at dawn is",
+    ),
+    (
+        "The telephone of the observatory is {}.",
+        "What number must one dial to reach the astronomers?",
+        "To reach the astronomers, one must dial",
+    ),
+]
 
 
 def reworded(book: Book, n: int, rng: random.Random) -> Sample:

@@ -78,8 +78,16 @@ def max_pooled(queries, keys, blocks, unit_len):
     return prune.block_scores(queries, keys.amax(1, keepdim=True), blocks, 1)
 
 
-METHODS = {"peak": prune.RULES["peak"], "slim": prune.block_scores, "average pool": average_pooled, "max pool": max_pooled, "attention mass": attention_mass, "token attention": token_attention,
-           "recent blocks": recent_blocks, "random blocks": random_blocks}  # fmt: skip
+METHODS = {
+    "peak": prune.RULES["peak"],
+    "slim": prune.block_scores,
+    "average pool": average_pooled,
+    "max pool": max_pooled,
+    "attention mass": attention_mass,
+    "token attention": token_attention,
+    "recent blocks": recent_blocks,
+    "random blocks": random_blocks,
+}
 
 
 def rule(
@@ -104,12 +112,21 @@ def rule(
 
 MASS = {"unit": 1, "query": "mean", "weight": "softmax", "over": "sum"}  # rule(**MASS) is attention_mass
 RULES = {
-    "slim": {}, "slim, signed": {"weight": "signed"}, "slim, units of 1": {"unit": 1}, "slim, max over queries": {"query": "max"},
-    "slim, mean over queries": {"query": "mean"}, "slim, softmax over units": {"weight": "softmax"}, "slim, sum over units": {"over": "sum"},
-    "slim, max over heads": {"heads": "max"}, "slim, window 1": {"newest": 1},
-    "attention mass, units": MASS | {"unit": None}, "attention mass, mean query": MASS | {"query": "mean first"},
-    "attention mass, abs for softmax": MASS | {"weight": "abs"}, "attention mass, max token": MASS | {"over": "max"}, "attention mass": MASS,
-}  # fmt: skip
+    "slim": {},
+    "slim, signed": {"weight": "signed"},
+    "slim, units of 1": {"unit": 1},
+    "slim, max over queries": {"query": "max"},
+    "slim, mean over queries": {"query": "mean"},
+    "slim, softmax over units": {"weight": "softmax"},
+    "slim, sum over units": {"over": "sum"},
+    "slim, max over heads": {"heads": "max"},
+    "slim, window 1": {"newest": 1},
+    "attention mass, units": MASS | {"unit": None},
+    "attention mass, mean query": MASS | {"query": "mean first"},
+    "attention mass, abs for softmax": MASS | {"weight": "abs"},
+    "attention mass, max token": MASS | {"over": "max"},
+    "attention mass": MASS,
+}
 
 # ---- one question -----------------------------------------------------------------------
 
@@ -152,7 +169,7 @@ def one_question(ckpt: str, kind: str, length: int, seed: int, depth: float | No
 
 
 class Prefix:
-    """The layers below the first boundary, computed once a prompt: all methods that are compared there go on from the same state.
+    """The layers below the first boundary, computed once a prompt: all methods start there from the same state.
 
     Takes the place of a model's attention and ffn; `prompt` names what is read next. Bit for
     bit what the engine computes, as it is what the engine computed.
@@ -402,8 +419,11 @@ def questions(args):
     for length in args.lengths:
         afresh, later, revived, first, seconds = zip(*each(args, partial(conversation, args, length), n))
         ratio = median(f / s for f, each_s in zip(first, seconds) for s in each_s)
-        args.notes.append(f"{length:,} tokens: {sum(revived)} blocks revived in {n} conversations; first token of a prefill {median(first):.3f} s, "
-                          f"of a follow-up {median(sum(seconds, [])):.3f} s, median ratio {ratio:.1f}")  # fmt: skip
+        args.notes.append(
+            f"{length:,} tokens: {sum(revived)} blocks revived in {n} conversations; "
+            f"first token of a prefill {median(first):.3f} s, "
+            f"of a follow-up {median(sum(seconds, [])):.3f} s, median ratio {ratio:.1f}"
+        )
         print(args.notes[-1], file=sys.stderr)
         yield [f"{length:,}", sum(afresh) / (7 * n), sum(later) / (7 * n)]
 

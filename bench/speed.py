@@ -54,11 +54,47 @@ LLAMA31_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 SHAPES = {
-    "llama3.1-8b": dict(LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rope_scaling=LLAMA31_ROPE),
-    "llama3.2-1b": dict(LLAMA, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, vocab_size=128256, rope_scaling={**LLAMA31_ROPE, "factor": 32.0}, tie_word_embeddings=True),
-    "mini": dict(LLAMA, hidden_size=256, intermediate_size=896, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096),
-    "tiny": dict(LLAMA, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4, vocab_size=512),
-}  # fmt: skip
+    "llama3.1-8b": dict(
+        LLAMA,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        rope_scaling=LLAMA31_ROPE,
+    ),
+    "llama3.2-1b": dict(
+        LLAMA,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        rope_scaling={**LLAMA31_ROPE, "factor": 32.0},
+        tie_word_embeddings=True,
+    ),
+    "mini": dict(
+        LLAMA,
+        hidden_size=256,
+        intermediate_size=896,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=4096,
+    ),
+    "tiny": dict(
+        LLAMA,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=512,
+    ),
+}
 
 
 class RandomTensors(dict):
@@ -237,8 +273,15 @@ def split(engine: slim.Engine, ids: list[int], schedule: dict) -> dict:
 
         return wrapper
 
-    places = [("projections", m, "attention"), ("attention", model, "causal_attention"), ("FFN", m, "ffn"), ("boundaries and KV", m, "boundary"),
-              ("boundaries and KV", m, "locate"), ("boundaries and KV", kv, "reset"), ("boundaries and KV", kv, "append")]  # fmt: skip
+    places = [
+        ("projections", m, "attention"),
+        ("attention", model, "causal_attention"),
+        ("FFN", m, "ffn"),
+        ("boundaries and KV", m, "boundary"),
+        ("boundaries and KV", m, "locate"),
+        ("boundaries and KV", kv, "reset"),
+        ("boundaries and KV", kv, "append"),
+    ]
     with ExitStack() as stack:
         for part, owner, name in places:
             stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
@@ -292,8 +335,20 @@ def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: floa
     return lines
 
 
-HEAD = ["prompt", "who", "first token, s", "of matmul peak", "times own dense, of ceiling", "times transformers", "decode tokens/s, of byte peak",
-        "first token + decode, s (times own dense)", "KV device", "KV home", "moved", "peak memory"]  # fmt: skip
+HEAD = [
+    "prompt",
+    "who",
+    "first token, s",
+    "of matmul peak",
+    "times own dense, of ceiling",
+    "times transformers",
+    "decode tokens/s, of byte peak",
+    "first token + decode, s (times own dense)",
+    "KV device",
+    "KV home",
+    "moved",
+    "peak memory",
+]
 
 
 def report_parts(length: int, result: dict) -> list[str]:
@@ -353,10 +408,12 @@ def rss_table(args) -> None:
     """
     lengths, peak = [int(n) for n in args.lengths.split(",")], {}
     for length in [64, *lengths]:
-        code = (f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
-                f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, "
-                f"{args.chunk}).prefill([7] * {length})\n"
-                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
+        code = (
+            f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
+            f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, "
+            f"{args.chunk}).prefill([7] * {length})\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
         peak[length] = (
             int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
         )
@@ -421,8 +478,18 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     config, schedule, dtype, chunk = engine.config, engine.ckpt.schedule, engine.kv.dtype, engine.ckpt.chunk
     reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
     flop_peak, copy_peak = peaks(device, dtype)
-    facts = {**hardware(device), "shape": args.shape, "dtype": args.dtype, "chunk": chunk, "schedule": prune.format_schedule(schedule), "new": args.new,
-             "rounds": args.rounds, "memory_gib": args.memory_gib, "matmul_peak": flop_peak, "copy_peak": copy_peak}  # fmt: skip
+    facts = {
+        **hardware(device),
+        "shape": args.shape,
+        "dtype": args.dtype,
+        "chunk": chunk,
+        "schedule": prune.format_schedule(schedule),
+        "new": args.new,
+        "rounds": args.rounds,
+        "memory_gib": args.memory_gib,
+        "matmul_peak": flop_peak,
+        "copy_peak": copy_peak,
+    }
     print(
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; "
         f"{args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}"

@@ -324,16 +324,19 @@ def train(args):
                 s["passed"] = 0.9 * s["passed"] + 0.1 * sum(first) / len(first)
                 if s["passed"] > PASS[s["stage"]] and s["stage"] < LENGTHS.index(args.max_length):
                     s["stage"], s["passed"] = s["stage"] + 1, 0.5
-                    print(f"step {s['step']}: on to {LENGTHS[s['stage']]} tokens after {s['seconds'] / 60:.1f} min", flush=True)
+                    minutes = s["seconds"] / 60
+                    print(f"step {s['step']}: on to {LENGTHS[s['stage']]} tokens after {minutes:.1f} min", flush=True)
         losses.append(loss.item())
         s["step"] += 1
         s["seconds"] += time.time() - start
         if time.time() - last_log > 20 or s["step"] < 4:
             now = LENGTHS[max(0, s["stage"])]
-            accs = " ".join(k + "=" + "/".join(f"{100 * s['acc'].get(f'{n}/{k}', 0):.0f}" for n in LENGTHS[2:max(0, s["stage"]) + 1])
+            lengths = LENGTHS[2:max(0, s["stage"]) + 1]
+            accs = " ".join(k + "=" + "/".join(f"{100 * s['acc'].get(f'{n}/{k}', 0):.0f}" for n in lengths)
                             for k in ("single", "lookalike", "two_hop", "three_hop", "latest"))
             print(f"{s['seconds'] / 60:6.1f} min step {s['step']} stage {now if s['stage'] >= 0 else 'copy'} "
-                  f"loss {sum(losses) / len(losses):.3f} first {s['passed']:.3f} {accs} {time.time() - start:.2f}s", flush=True)
+                  f"loss {sum(losses) / len(losses):.3f} first {s['passed']:.3f} {accs} "
+                  f"{time.time() - start:.2f}s", flush=True)
             last_log, losses = time.time(), []
         if time.time() - last_save > args.save_minutes * 60:
             save(model, opts, rng, s, args)
