@@ -194,18 +194,20 @@ class KVCache:
         self.tail_start, self.tail_rows = n_slots * self.block_len, tail_rows(n_prompt, self.block_len) + room
         self.length, self.n_prompt = 0, n_prompt
         self.slabs, self.copied = [], [None] * self.n_layers  # the old slabs go before the new ones come
-        self.slabs = [self.new_slab(stage) for stage in self.stages for _ in stage.layers]
+        self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
         for counter in COUNTERS:
             setattr(self, counter, 0)
         # What the first step sends to the CPU, and a home for every slot: no copy shall wait for pinning.
         self.aux_pool.renew(n_slots - self.stages[-1].n_slots)
+        lengths = {len(stage.layers) for stage in self.stages[1:]}
+        self.home_pools = {n: pool for n, pool in self.home_pools.items() if n in lengths}
         for stage in self.stages[1:]:
             alike = (other.n_slots for other in self.stages[1:] if len(other.layers) == len(stage.layers))
             self.home_pool(stage).renew(sum(alike))
 
-    def new_slab(self, stage: Stage) -> Tensor:
+    def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
         # zeros, not empty: a masked key still meets a zero weight, and 0 * NaN is NaN
-        shape = 2, stage.n_slots * self.block_len + self.tail_rows, *self.kv_shape
+        shape = 2, stage.n_slots * self.block_len + n_tail, *self.kv_shape
         return allocate(torch.zeros, "keys and values", *shape, dtype=self.dtype, device=self.device)
 
     def home_pool(self, stage: Stage) -> Pool:
@@ -225,12 +227,14 @@ class KVCache:
         """Make room for the tokens up to position `end` in every layer's tail."""
         if end - self.tail_start <= self.tail_rows:
             return
-        self.tail_rows = end - self.tail_start + TAIL_STEP
+        n_tail = end - self.tail_start + TAIL_STEP
         for stage in self.stages:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled
-                old, self.slabs[layer] = self.slabs[layer], self.new_slab(stage)
-                self.slabs[layer][:, : old.shape[1]] = old
+                old, new = self.slabs[layer], self.new_slab(stage, n_tail)
+                new[:, : old.shape[1]] = old
+                self.slabs[layer] = new
+        self.tail_rows = n_tail  # only now: without memory for all, the conversation stays as it is
 
     # ---- keys and values ------------------------------------------------------------
 
@@ -427,7 +431,7 @@ def replace_file(path) -> Iterator[str]:
         folder.mkdir()
         yield str(part)
         os.umask(mask := os.umask(0))
-        part.chmod(0o666 & ~mask)  # the library's files are readable by their owner alone
+        part.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)  # not the library's 0600
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # before the name points to it
         os.replace(part, path)

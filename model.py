@@ -85,7 +85,7 @@ class Rows:
     cos: Tensor  # (T, 1, D/2)
     sin: Tensor
     slab_rows: Tensor  # (T,) where their keys go
-    n_older: int  # keys in the slab older than row 0, if all rows are newer than the rest
+    key_offset: int  # row i, unless revived, sees the first key_offset + i + 1 keys of the slab
     pos: Tensor  # (T,)
     n_revived: int  # leading rows that stand amid older keys
     key_pos: Tensor | None  # (S,) positions in the slab, only if there are revived rows: their mask goes by position
@@ -127,7 +127,7 @@ class Model:
                 queries, weights = self.attention(layer, x, rows)
                 at_boundary = above is not None and layer == stage.layers[-1]
                 if above is not None and self.rule.sees == "weights" and (at_boundary or self.rule.every_layer):
-                    self.look(layer, stage, rows, rows.n_older + len(x), queries, weights, worth)
+                    self.look(layer, stage, rows, rows.key_offset + len(x), queries, weights, worth)
                 if at_boundary:
                     above.remember(worth if self.rule.sees == "weights" else queries, self.window)
                     x, blocks = self.boundary(i + 1, x, blocks)
@@ -152,10 +152,10 @@ class Model:
             key_pos = torch.cat([kv.block_rows([block * b for block in stage.slots]), tail_pos])
         wide = torch.promote_types(kv.dtype, torch.float32)
         angle = pos[:, None, None] * self.inv_freq  # (T, 1, D/2) in float64: exact at any position
-        n_older = tail_row + start - kv.tail_start - n_rows
+        key_offset = tail_row + start - kv.tail_start - n_rows
         newest = [i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot]
         return Rows(
-            angle.cos().to(wide), angle.sin().to(wide), slab_rows, n_older, pos, n_revived, key_pos, kv.upload(newest)
+            angle.cos().to(wide), angle.sin().to(wide), slab_rows, key_offset, pos, n_revived, key_pos, kv.upload(newest)
         )
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
@@ -175,7 +175,7 @@ class Model:
             q, k, v = qkv.view(b - a, -1, d).split([h, g, g], dim=1)  # (t, H, D), (t, G, D), (t, G, D)
             q, k = rotate(q, rows.cos[a:b], rows.sin[a:b]), rotate(k, rows.cos[a:b], rows.sin[a:b])
             kv.append(layer, rows.slab_rows[a:b], k, v)
-            n = len(rows.key_pos) if revived else rows.n_older + b
+            n = len(rows.key_pos) if revived else rows.key_offset + b
             self.on_chunk(layer, b - a, n)
             keys, values = kv.read(layer, n)  # (S, G, D)
             if revived:
@@ -208,7 +208,8 @@ class Model:
     def look(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, worth: Tensor):
         """Show the rule what a layer's newest queries (w, H, D) attend to among n keys; raise worth (w, N) to it.
 
-        weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep their worth.
+        weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep what lower layers
+        gave them, unless the rule looks at the boundary's layer alone.
         Raises ValueError for a rule's result of another shape.
         """
         n_slot_rows, t = stage.n_slots * self.kv.block_len, len(rows.newest)
@@ -219,7 +220,8 @@ class Model:
         for a in range(0, t, few):
             q = queries[len(queries) - t :][a : a + few]
             made = attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
-            made = made[..., :n_slot_rows].view(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
+            made = F.pad(made, (0, max(0, n_slot_rows - made.shape[-1])))[..., :n_slot_rows]  # later keys got no weight
+            made = made.reshape(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
             found = self.rule.score(made)
             if not isinstance(found, Tensor) or found.shape != made.shape[::2] or not found.is_floating_point():
                 raise ValueError(
@@ -388,7 +390,7 @@ def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def layer_flops(c: Config, rows: int, keys: float, ffn_rows: int | None = None) -> float:
-    """Return a layer's operations: rows that attend to `keys` keys each on average, and rows of its FFN if others."""
+    """Return a layer's operations for rows that see `keys` keys on average; ffn_rows: rows of its FFN, if different."""
     projections, ffn = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim, 3 * c.dim * c.hidden_dim
     ffn_rows = rows if ffn_rows is None else ffn_rows
     return 2 * rows * projections + 2 * ffn_rows * ffn + 4 * rows * keys * c.n_heads * c.head_dim

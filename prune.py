@@ -26,6 +26,7 @@ from torch import Tensor
 
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
+# The paper's boundaries by depth, with shares of the prompt for its budgets; our measurements found nothing better.
 AUTO = ((9, Fraction(1, 4)), (19, Fraction(1, 8)), (28, Fraction(1, 16)))  # boundary of 30 layers, share of the prompt
 PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}  # tokens at 10, 20 and 30 of 32 layers
 SHARED_FROM = 1024  # tokens: of a shorter prompt every share is the whole, as there is nothing to gain
@@ -38,7 +39,7 @@ def at_depth(n_layers: int, layer: int, of: int) -> int:
 
 
 def auto_schedule(n_layers: int) -> dict[int, Budget]:
-    """Return the schedule that our measurements chose, as shares of the prompt, for any depth."""
+    """Return the default, as shares of the prompt, for any depth."""
     return first_of_each([(at_depth(n_layers, layer, 30), budget) for layer, budget in AUTO], n_layers)
 
 
@@ -110,8 +111,10 @@ def check_schedule(schedule: dict[int, Budget], n_layers: int, block_len: int) -
                 f"schedule budget {budget} at layer {layer} is below 2 blocks = {2 * block_len} tokens; "
                 "raise it or lower --block-len"
             )
-        if not is_tokens(budget) and not 1e-6 <= budget < 1:
-            raise ValueError(f"schedule budget {budget} at layer {layer} is no share within 0..1; give one such as 1/4")
+        if not is_tokens(budget) and not (budget == budget and 1e-6 <= share(min(budget, 2)) < 1):
+            raise ValueError(
+                f"schedule budget {float(budget):g} at layer {layer} is not a share within 0..1; give one such as 1/4"
+            )
     for kind in (True, False):
         budgets = [n for n in schedule.values() if is_tokens(n) is kind]
         if any(b >= a for a, b in zip(budgets, budgets[1:])):
@@ -148,9 +151,9 @@ class Rule:
     """How blocks are ranked: a function, and what it is given.
 
     sees "weights": score(weights (W, H, N, B)) -> (W, N), what each block is worth to each query,
-    from the softmax attention weights of one layer. It is asked in every layer (or only in the
-    boundary's, without `every_layer`), and a block counts by its maximum over those layers and
-    the newest queries. A block that a layer does not hold keeps what the layers below gave it.
+    from the softmax attention weights of one layer. It is asked in every layer, and a block counts by
+    its maximum over layers and newest queries; a block that a layer does not hold keeps what the
+    layers below gave it. Without `every_layer` only the boundary's layer is asked.
 
     sees "keys": score(queries (W, H, D), keys (N, B, G, D), blocks (N,), unit_len) -> (N,), from the
     post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
@@ -166,6 +169,17 @@ class Rule:
     every_layer: bool = True
     window: int = 8
     gamma: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not callable(self.score) or self.sees not in ("weights", "keys"):
+            raise ValueError(
+                f"rule {self.name!r:.60} needs a name, a function, and sees='weights' or 'keys'; "
+                f"it has {self.score!r:.60} and sees={self.sees!r:.60}"
+            )
+        if type(self.window) is not int or not 1 <= self.window <= 2**16:
+            raise ValueError(f"rule {self.name!r}: window is {self.window!r}; it must be a whole number of at least 1")
+        if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
+            raise ValueError(f"rule {self.name!r}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
 
 
 def peak(weights: Tensor) -> Tensor:
@@ -184,7 +198,7 @@ def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
     return keys.view(n, block_len // unit_len, unit_len, g, d).mean(2, dtype=dtype)  # (N, U, G, D)
 
 
-def block_scores(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
+def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
     """Score blocks as SlimInfer does: max over units of the mean over heads of |mean query . unit key| (paper).
 
     queries: (W, H, D) newest post-RoPE queries; keys: (N, B, G, D) post-RoPE keys of the
@@ -198,17 +212,18 @@ def block_scores(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -
     return dots.abs().mean((0, 1)).view(n, u).amax(1)  # (N,)
 
 
-RULES = {"peak": Rule("peak", peak), "paper": Rule("paper", block_scores, sees="keys", window=4, gamma=0.9)}
+RULES = {"peak": Rule("peak", peak), "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9)}
 
 
 def find_rule(score) -> Rule:
     """Return the rule of a name, a Rule as it is, or one without a name for a plain function of weights."""
     if isinstance(score, Rule):
-        if isinstance(score.name, str) and callable(score.score) and score.sees in ("weights", "keys"):
-            return score
-    elif isinstance(score, str) and score in RULES:
+        if score.name in RULES and score.score is not RULES[score.name].score:
+            raise ValueError(f"a rule of your own cannot have the name of a built-in one, {score.name!r}; rename it")
+        return score
+    if isinstance(score, str) and score in RULES:
         return RULES[score]
-    elif callable(score):
+    if callable(score):
         return Rule("", score)
     known = ", ".join(RULES)
     raise ValueError(f"--score {score!r:.60} is unknown; use {known}, or from Python a function or a prune.Rule")

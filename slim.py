@@ -102,6 +102,7 @@ class Engine:
         for. Tokens that `generate` has yielded but not run are run first. Raises ValueError before any
         prefill, after an interrupted step, for wrong ids, or too little memory.
         """
+        check_whole_tokens(room)
         ids = self.check_ids([*self.pending, *ids] if self.pending else ids)
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
@@ -197,8 +198,7 @@ class Engine:
 
     def check_room(self, ckpt: Checkpoint, n_prompt: int, n_after: int, room: int) -> None:
         """Raise ValueError unless a conversation and room after it fit in the place of the present one."""
-        if type(room) is not int or room < 0:
-            raise ValueError(f"room is {room!r}; it must be a whole number of tokens, 0 or more")
+        check_whole_tokens(room)
         check_memory(ckpt, n_prompt, n_after + room, loaded=self.model.weights.nbytes + self.kv.gpu_bytes())
 
     def check_ids(self, ids) -> list[int]:
@@ -282,6 +282,11 @@ class Engine:
             "extend_s": self.extend_s,
             "extend_tokens": self.extend_tokens,
         }
+
+
+def check_whole_tokens(room) -> None:
+    if type(room) is not int or room < 0:
+        raise ValueError(f"room is {room!r}; it must be a whole number of tokens, 0 or more")
 
 
 def as_int(i) -> int:

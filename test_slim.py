@@ -614,7 +614,7 @@ def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
 
 def test_a_score_is_the_best_units_mean_over_heads():
     q, keys = torch.randn(4, 4, 8), torch.randn(6, 16, 2, 8)
-    got = prune.block_scores(q, keys, torch.arange(6), unit_len=4)
+    got = prune.paper(q, keys, torch.arange(6), unit_len=4)
     for n in range(6):
         units = [keys[n, u : u + 4].mean(0) for u in range(0, 16, 4)]
         want = max(sum(abs(q.mean(0)[h] @ unit[h // 2]) for h in range(4)) / 4 for unit in units)
@@ -644,20 +644,34 @@ def test_a_rule_without_a_name_cannot_be_saved_and_one_that_returns_another_shap
     engine = slim.load(tiny, "cpu", schedule={2: 192}, score=lambda weights: weights.sum())
     with pytest.raises(ValueError, match=r"must return\s+floating-point scores"):
         engine.prefill(draw(640))
-    for score in ("peek", 5, prune.Rule("x", print, sees="values"), prune.Rule("x", 5)):
+    for score in ("peek", 5):
         with pytest.raises(ValueError, match="peak, paper"):
             slim.load(tiny, "cpu", score=score)
+    for wrong in (
+        dict(sees="values"),
+        dict(score=5),
+        dict(window=0),
+        dict(window=1.5),
+        dict(gamma=float("nan")),
+        dict(gamma=5),
+    ):
+        with pytest.raises(ValueError, match="rule 'x'"):
+            prune.Rule(**{"name": "x", "score": print} | wrong)
+    with pytest.raises(ValueError, match="built-in"):
+        slim.load(tiny, "cpu", score=prune.Rule("peak", newest_of_weights))
 
 
-def test_weights_are_made_for_few_rows_at_a_time_and_are_the_same(tiny, monkeypatch):
-    ids, made = draw(640), []
-    settings = dict(device="cpu", schedule={2: 192, 4: 128}, window=8, chunk=3)
-    want = slim.load(tiny, **settings).prefill(ids)
-    monkeypatch.setattr(model, "look_rows", lambda heads, keys: 3)
-    attention_weights = model.attention_weights
+@pytest.mark.parametrize("n_prompt", [640, 641, 645])  # a full last block, and ones shorter than the window
+@pytest.mark.parametrize("few, window", [(1, 8), (3, 8), (3, 100), (50, 100)])
+def test_weights_made_for_few_rows_at_a_time_choose_the_same(tiny, monkeypatch, n_prompt, few, window):
+    ids, made, settings = draw(n_prompt), [], dict(schedule={2: 192, 4: 128}, window=window, chunk=3)
+    want = slim.load(tiny, "cpu", **settings)
+    want_logits, attention_weights = want.prefill(ids), model.attention_weights
+    monkeypatch.setattr(model, "look_rows", lambda heads, keys: few)
     monkeypatch.setattr(model, "attention_weights", lambda q, k: made.append(len(q)) or attention_weights(q, k))
-    torch.testing.assert_close(slim.load(tiny, **settings).prefill(ids), want, atol=1e-5, rtol=0)
-    assert set(made) == {2, 3, 1} and model.look_rows(0, 0) == 3
+    got = slim.load(tiny, "cpu", **settings)
+    torch.testing.assert_close(got.prefill(ids), want_logits, atol=1e-5, rtol=0)
+    assert [s.slots for s in got.kv.stages] == [s.slots for s in want.kv.stages] and max(made) == few
 
 
 def test_a_schedule_is_the_engines_own(tiny):
@@ -677,6 +691,9 @@ def test_shares_are_of_the_prompt_with_a_floor(tiny):
     parsed = prune.parse_schedule("9:1/4,19:0.125,28:256")
     assert parsed == {9: Fraction(1, 4), 19: Fraction(1, 8), 28: 256}
     assert prune.parse_schedule(prune.format_schedule(parsed)) == parsed
+    for budget in (0.9999999, 1.0, 2.5, -0.5, 1e-7, float("nan"), float("inf")):  # what is written has to be readable
+        with pytest.raises(ValueError, match="not a share"):
+            slim.load(tiny, "cpu", schedule={2: budget})
     engine = slim.load(tiny, "cpu", schedule={1: 1 / 2, 3: 1 / 4})
     assert engine.prefill(draw(2048)) is not None and engine.stats["kept"] == [2048, 1024, 512]
 
@@ -1032,8 +1049,6 @@ def edit_tensors(folder, change):
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
 
 
-
-
 @pytest.fixture(scope="session")
 def talking(tmp_path_factory):
     """A checkpoint with a tokenizer."""
@@ -1094,6 +1109,25 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
         engine.generate(draw(5), 5, schedule="dense", follow_up=True)
 
 
+def test_a_conversation_survives_a_tail_that_could_not_grow(tiny, monkeypatch):
+    engine, other = slim.load(tiny, "cpu"), slim.load(tiny, "cpu")
+    engine.prefill(draw(100)), other.prefill(draw(100))
+    calls, allocate = [], kvcache.allocate
+
+    def third_fails(*args, **kw):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return allocate(*args, **kw)
+
+    monkeypatch.setattr(kvcache, "allocate", third_fails)
+    with pytest.raises(MemoryError):
+        engine.extend(draw(90))
+    with pytest.raises(ValueError, match="room is 1.5"):
+        engine.extend(draw(90), room=1.5)
+    assert torch.equal(engine.extend(draw(90)), other.extend(draw(90)))
+
+
 def test_memory_that_cannot_be_had_is_one_error_and_pools_shrink(tiny, monkeypatch):
     def fail(*args, **kw):
         raise RuntimeError("CUDA error: out of memory\nand a stack")
@@ -1121,8 +1155,11 @@ def test_free_memory_knows_the_limits_of_a_container(tmp_path, v1):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"memory.{limit}").write_text(f"{most}\n")
         (folder / f"memory.{used}").write_text(f"{now}\n")
-        (folder / "memory.stat").write_text("anon 5\ninactive_file 50\n")
+        name = "total_inactive_file" if v1 else "inactive_file"
+        (folder / "memory.stat").write_text(f"anon 5\n{name} 50\n")
     assert loading.plan.free_in_cgroup(root, own) == 650
+    (top / "outer" / "memory.stat").unlink()
+    assert loading.plan.free_in_cgroup(root, own) == 600
     assert loading.plan.free_in_cgroup(root, tmp_path / "none") == float("inf")
 
 

@@ -46,9 +46,9 @@ class Entry(NamedTuple):
 
     rule: prune.Rule = prune.RULES["peak"]
     schedule: Callable = lambda bench, n: {}  # (bench, prompt tokens) -> {boundary: budget}
-    window: int = 8
+    window: int | None = None  # None: the rule's
     block_len: int = 64
-    gamma: float = 1.0
+    gamma: float | None = None
     frozen: bool = True
     second_run: bool = False  # GemFilter: choose tokens, then run them alone
 
@@ -61,14 +61,16 @@ def steps(*pairs):
     return lambda bench, n: {prune.at_depth(bench.n_layers, p, 30): Fraction(1) / Fraction(s) for p, s in pairs}
 
 
-PAPER = steps((9, 4), (19, 8), (28, 16))  # the paper's boundaries by depth, shares for its budgets at 32k
+def AUTO(bench, n):
+    """Return the engine's default: the paper's boundaries by depth, shares of the prompt for its budgets."""
+    return prune.auto_schedule(bench.n_layers)
 
 
 def at_equal_flops(boundary: int):
-    """Return a schedule with one boundary (of 30 layers) that costs what PAPER does."""
+    """Return a schedule with one boundary (of 30 layers) that costs what AUTO does."""
 
     def schedule(bench, n):
-        goal, layer = bench.flops(PAPER, n), prune.at_depth(bench.n_layers, boundary, 30)
+        goal, layer = bench.flops(AUTO, n), prune.at_depth(bench.n_layers, boundary, 30)
         return {layer: bisect(range(n), goal, key=lambda kept: prefill_flops(bench.config, n, {layer: kept}, 1)) - 1}
 
     return schedule
@@ -141,42 +143,40 @@ def of_keys(score) -> prune.Rule:
 
 
 ORACLE = prune.Rule("oracle", None, sees="keys")  # its scores are made of the dense run of each sample
-TOKENS = dict(schedule=PAPER, block_len=1)
-MEAN = prune.Rule("mean", lambda weights: weights.mean(1).sum(-1))
-BOUNDARY_ONLY = prune.Rule("peak at the boundary", prune.peak, every_layer=False)
+TOKENS = dict(schedule=AUTO, block_len=1)
 
 RIVALS = {
     "dense": Entry(),
-    "Slim, peak": Entry(schedule=PAPER, frozen=False),
-    "Slim, peak, frozen": Entry(schedule=PAPER),
-    "paper's rule": Entry(prune.RULES["paper"], PAPER, window=4, gamma=0.9, frozen=False),
-    "summed attention, frozen": Entry(of_keys(summed), PAPER, window=4),
+    "Slim, peak": Entry(schedule=AUTO, frozen=False),
+    "Slim, peak, frozen": Entry(schedule=AUTO),
+    "paper's rule": Entry(prune.RULES["paper"], AUTO, frozen=False),
+    "summed attention, frozen": Entry(of_keys(summed), AUTO, window=4),
     "SnapKV, frozen": Entry(of_keys(snapkv), window=64, **TOKENS),
     "FastKV, frozen": Entry(of_keys(fastkv), at_equal_flops(9), window=8, block_len=1),
     "GemFilter, frozen": Entry(of_keys(gemfilter), steps((9, 1)), window=1, block_len=1, second_run=True),
     "LazyLLM": Entry(of_keys(lazyllm), window=1, frozen=False, **TOKENS),
     "OmniKV, frozen": Entry(of_keys(omnikv), window=1, **TOKENS),
-    "recent, frozen": Entry(of_keys(recent), PAPER),
-    "random, frozen": Entry(of_keys(by_chance), PAPER),
-    "oracle, frozen": Entry(ORACLE, PAPER),
+    "recent, frozen": Entry(of_keys(recent), AUTO),
+    "random, frozen": Entry(of_keys(by_chance), AUTO),
+    "oracle, frozen": Entry(ORACLE, AUTO),
 }
 SETS = {
     "rivals": RIVALS,
     "gamma": {
         "dense": Entry(),
-        "frozen": Entry(schedule=PAPER, window=8),
+        "frozen": Entry(schedule=AUTO),
         **{
-            f"gamma {g}, window {w}": Entry(schedule=PAPER, window=w, gamma=g, frozen=False)
+            f"gamma {g}, window {w}": Entry(schedule=AUTO, window=w, gamma=g, frozen=False)
             for w in (4, 8)
             for g in (0.5, 0.9, 1.0)
         },
-        "gamma 1, window 32": Entry(schedule=PAPER, window=32, frozen=False),
+        "gamma 1, window 32": Entry(schedule=AUTO, window=32, frozen=False),
     },
     "choose": {
         "dense": Entry(),
-        **{f"peak, window {w}": Entry(schedule=PAPER, window=w) for w in (4, 8, 16)},
+        **{f"peak, window {w}": Entry(schedule=AUTO, window=w) for w in (4, 8, 16)},
         **{
-            f"{name}, window 8": Entry(schedule=s, window=8)
+            f"{name}, window 8": Entry(schedule=s)
             for name, s in {
                 "9:3/8 15:1/8 21:1/16": steps((9, "8/3"), (15, 8), (21, 16)),
                 "9:1/4 15:1/8 21:1/16": steps((9, 4), (15, 8), (21, 16)),
@@ -186,9 +186,9 @@ SETS = {
                 "3:1/2 9:1/4 19:1/8": steps((3, 2), (9, 4), (19, 8)),
             }.items()
         },
-        "paper's rule": Entry(prune.RULES["paper"], PAPER, window=4),
-        "random": Entry(of_keys(by_chance), PAPER),
-        "oracle": Entry(ORACLE, PAPER),
+        "paper's rule": Entry(prune.RULES["paper"], AUTO),
+        "random": Entry(of_keys(by_chance), AUTO),
+        "oracle": Entry(ORACLE, AUTO),
     },
 }
 
@@ -285,7 +285,9 @@ class Bench:
             best = rule.score(self.queries[layer][-1:], keys[:, None], None, 1).topk(k).indices.sort().values.tolist()
             sample, schedule = sample._replace(prompt=[sample.prompt[i] for i in best]), {}
         kv = self.cache(b)
-        self.model.rule, self.model.window, self.model.gamma = rule, entry.window, 0.0 if entry.frozen else entry.gamma
+        self.model.rule, self.model.window = rule, entry.window or entry.rule.window
+        gamma = entry.rule.gamma if entry.gamma is None else entry.gamma
+        self.model.gamma = 0.0 if entry.frozen else gamma
         self.model.unit_len = min(8, b)
         kv.reset(len(sample.prompt), schedule, len(sample.answer))
         self.first = kv.stages[0].layers[-1] + 1 if len(kv.stages) > 1 else 0
@@ -293,9 +295,9 @@ class Bench:
 
     def second_run_tokens(self, layers: int, n: int) -> int:
         """Return how many tokens a second run may have that starts anew after `layers` layers of a first, at
-        PAPER's FLOPs.
+        AUTO's FLOPs.
         """
-        left = self.flops(PAPER, n) - prefill_flops(self.config, n, {}, 1) * layers / self.n_layers
+        left = self.flops(AUTO, n) - prefill_flops(self.config, n, {}, 1) * layers / self.n_layers
         return bisect(range(1, n), left, key=lambda k: prefill_flops(self.config, k, {}, 1))
 
 
@@ -406,7 +408,7 @@ def run(args, entries: dict) -> dict:
                 entry = entries[name]
                 torch.manual_seed(seed)
                 logits = dense_logits if name == "dense" else bench.run(entry, sample, oracle)
-                cost = bench.flops(PAPER if entry.second_run else entry.schedule, len(sample.prompt), entry.block_len)
+                cost = bench.flops(AUTO if entry.second_run else entry.schedule, len(sample.prompt), entry.block_len)
                 row = {
                     "task": task,
                     "n": n,

@@ -70,17 +70,17 @@ def attention_mass(queries, keys, blocks, unit_len):
 
 def average_pooled(queries, keys, blocks, unit_len):
     """The whole block as one unit."""
-    return prune.block_scores(queries, keys, blocks, keys.shape[1])
+    return prune.paper(queries, keys, blocks, keys.shape[1])
 
 
 def max_pooled(queries, keys, blocks, unit_len):
     """A block's key is its largest value in every dimension."""
-    return prune.block_scores(queries, keys.amax(1, keepdim=True), blocks, 1)
+    return prune.paper(queries, keys.amax(1, keepdim=True), blocks, 1)
 
 
 METHODS = {
     "peak": prune.RULES["peak"],
-    "slim": prune.block_scores,
+    "paper's rule": prune.paper,
     "average pool": average_pooled,
     "max pool": max_pooled,
     "attention mass": attention_mass,
@@ -225,7 +225,7 @@ class Try(NamedTuple):
     """How to answer a question: dense without a share."""
 
     share: float | None = None
-    score: Callable = prune.block_scores
+    score: Callable = prune.paper
     boundary: int = 0
 
 
@@ -486,7 +486,7 @@ def parse_args() -> tuple[Parser, argparse.Namespace]:
         "--shares", type=numbers(float, 1), default="4,8,16", help="budgets, as one over the share of the prompt"
     )
     p.add_argument("--boundary", type=int, default=4)
-    p.add_argument("--method", choices=METHODS, default="slim", help="of boundary, settings, depth and questions")
+    p.add_argument("--method", choices=METHODS, default="peak", help="of boundary, settings, depth and questions")
     p.add_argument("--block-len", type=int, default=16)
     p.add_argument("--unit-len", type=int, default=8)
     p.add_argument("--gamma", type=float, default=0.9)

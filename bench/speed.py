@@ -467,7 +467,7 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.rss:
         return rss_table(args)
-    device = slim.pick_device(args.device)
+    device = pick_device(args.device)
     if args.memory_gib and device.type != "cuda":
         p.error("--memory-gib limits the memory of a CUDA device; there is none in use")
     if args.memory_gib:

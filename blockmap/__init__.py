@@ -103,9 +103,10 @@ def describe(engine, record: dict, ids) -> dict:
     """Gather what the page shows of a conversation, as plain JSON; raise ValueError if the parts do not belong
     together.
     """
-    kv, c, stats, ids = engine.kv, engine.config, engine.stats, engine.check_ids(ids)
+    kv, c, stats = engine.kv, engine.config, engine.stats
     if kv.length == 0:
         raise ValueError("there is no map to draw: no prompt was read to its end")
+    ids = engine.check_ids(ids)
     if len(ids) < kv.length:
         raise ValueError(f"a map needs all ids of the conversation: {kv.length:,} were read, {len(ids):,} are given")
     if len(kv.stages) == 1:

@@ -82,9 +82,8 @@ def timing(r: dict) -> str:
     if not r["follow_up"]:
         return speed
     return (
-        speed
-        + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; "
-          f"{r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
+        speed + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; "
+        f"{r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
     )
 
 
@@ -115,7 +114,9 @@ def comparison(dense: dict, pruned: dict) -> str:
             "the same" if dense["ids"] == pruned["ids"] else "not the same",
         ),
     ]
-    return "\n".join(f"slim: {a:20}{b:>16}{c:>26}   {d}".rstrip() for a, b, c, d in [("", "dense", "slim", ""), *rows])
+    rows = [("", "dense", "slim", ""), *rows]
+    left, right = (max(len(row[i]) for row in rows) + 2 for i in (1, 2))
+    return "\n".join(f"slim: {a:20}{b:>{left}}{c:>{right}}   {d}".rstrip() for a, b, c, d in rows)
 
 
 def public(r: dict) -> dict:

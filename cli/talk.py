@@ -230,5 +230,5 @@ def command(talk: Talk, line: str) -> None:
         print("slim: the questions are forgotten" + (", the text is not" if talk.text_read else ""), file=sys.stderr)
     else:
         raise ValueError(
-            f"{name} is no command here; there are /stats once there is something, /map [FILE], /reset and /quit"
+            f"{name} is not available; there are /map [FILE], /reset, /quit and, once something was read, /stats"
         )

@@ -383,7 +383,7 @@ def test_commands_of_the_chat(cli, tmp_path):
     assert all((tmp_path / name).is_file() for name in ("map.html", "other.html", "third.html"))
     assert all(
         words in err
-        for words in ("of context in use", "no command", "are forgotten", "no/where.html", "would overwrite")
+        for words in ("of context in use", "not available", "are forgotten", "no/where.html", "would overwrite")
     )
     first, second = out[: len(out) // 2], out[len(out) // 2 :]  # an answer may hold a newline
     assert first == second and first.endswith("\n"), out

@@ -1,5 +1,6 @@
 """What is decided before anything is allocated: device, dtype, schedule, rule, and whether the memory is there."""
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,7 +76,8 @@ class Checkpoint:
         return {
             "block_len": self.settings.block_len, "unit_len": self.settings.unit_len, "chunk": self.settings.chunk,
             "window": self.window, "gamma": self.gamma, "schedule": prune.format_schedule(self.schedule),
-            "dtype": dtype_name(self.dtype), "score": self.rule.name, "weights": self.weights_hash,
+            "dtype": dtype_name(self.dtype), "score": self.rule.name, "sees": self.rule.sees,
+            "every_layer": self.rule.every_layer, "weights": self.weights_hash,
         }  # fmt: skip
 
     @cached_property
@@ -218,7 +220,7 @@ def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -
 
 
 def fits(need: Plan, device: torch.device, loaded: int) -> bool:
-    """Say whether a plan fits, on a GPU its part on the host too."""
+    """Say whether a plan fits; for a GPU, its host part must fit into CPU memory too."""
     if device.type == "cpu":
         return need.total + need.host - loaded <= free_bytes(device)
     return need.total - loaded <= free_bytes(device) and need.host <= free_bytes(torch.device("cpu"))
@@ -252,15 +254,21 @@ def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
         limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
         folder = top / path.strip("/")
         for place in (folder, *folder.parents):
-            try:
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            with contextlib.suppress(OSError, ValueError):  # no limit here: no file, or "max"
                 left = int((place / limit).read_text()) - int((place / used).read_text())
-                free = min(free, left + int(stat.get("inactive_file", 0)))  # a cache that is given up for us
-            except (OSError, ValueError):  # no limit here: no file, or "max"
-                pass
+                free = min(free, left + file_cache(place / "memory.stat"))
             if place == top:
                 break
     return free
+
+
+def file_cache(stat: Path) -> int:
+    """Return the bytes of a group's file cache that the kernel gives up for us; 0 where it does not say."""
+    try:
+        numbers = dict(line.split() for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
 
 
 def format_bytes(n: float) -> str:
