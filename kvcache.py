@@ -19,6 +19,11 @@ The words of this engine:
     slab of one layer     | slot 0 | slot 1 | slot 2 |  ...  | tail: last block, new tokens -> |
     holds, in any order   | block 0| block 9| block 4|       | positions from tail_start on    |
 
+One block, from the prompt to its return: block 7 runs through stage 0 and gets keys there. At the first
+boundary it is not chosen: its rows leave x for aux (`offload`). Later a token chooses it: its rows come out
+of aux (`restore`), run through stage 1 beside the token, and get keys in a freed slot (`activate`). When the
+choice changes again, the slot's content goes home, and from then on it is only copied back (`copy_layer`).
+
 A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the keys.
 Prompt keys never change, so a block goes home once and is only read from there. Copies run on a CUDA
 stream of their own in layer order, and a layer waits for its own copies only (paper, section on
@@ -77,7 +82,7 @@ class Pool:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool, piece_mib: float):
         self.shape, self.dtype, self.pin = shape, dtype, pin
         self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self.piece = max(1, int(piece_mib * 2**20) // self.entry_bytes)  # entries a piece
+        self.piece = max(1, int(piece_mib * 2**20) // self.entry_bytes)  # entries per piece
         self.free: list[Tensor] = []
         self.used = 0
 

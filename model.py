@@ -226,7 +226,7 @@ class Model:
             if not isinstance(found, Tensor) or found.shape != made.shape[::2] or not found.is_floating_point():
                 raise ValueError(
                     f"the scoring function returned {found!r:.60}; of weights {tuple(made.shape)} it must return "
-                    f"floating-point scores {tuple(made.shape[::2])}, one a query and block"
+                    f"floating-point scores {tuple(made.shape[::2])}, one per query and block"
                 )
             where = rows.newest[a : a + few, None], stage.blocks
             worth[where] = torch.maximum(worth[where], found.to(worth.dtype))

@@ -68,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--map", metavar="FILE", help="write an HTML page that shows which parts of the text were kept, and when"
     )
     g.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
-    g.add_argument("--json", action="store_true", help="print one JSON object an answer instead of the text")
+    g.add_argument("--json", action="store_true", help="print one JSON object per answer instead of the text")
     g.add_argument("--quiet", action="store_true", help="print the answer alone")
     g = p.add_argument_group("pruning")
     g.add_argument(
@@ -79,9 +79,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     g.add_argument("--score", default="peak", help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)")
     g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
-    g.add_argument("--block-len", type=int, default=d["block_len"], metavar="N", help="tokens a block (%(default)s)")
+    g.add_argument("--block-len", type=int, default=d["block_len"], metavar="N", help="tokens per block (%(default)s)")
     g.add_argument(
-        "--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens a unit of a block (%(default)s)"
+        "--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens per unit of a block (%(default)s)"
     )
     g.add_argument(
         "--window",

@@ -20,8 +20,8 @@ from model import DTYPES, Config, look_rows
 class Settings:
     """Everything that can be set about a run, with its default; checked when built."""
 
-    block_len: int = 64  # tokens a block
-    unit_len: int = 8  # tokens a unit inside a block, for rules that see keys
+    block_len: int = 64  # tokens per block
+    unit_len: int = 8  # tokens per unit of a block, for rules that see keys
     window: int = 0  # newest queries that count; 0: as many as the rule wants
     gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
