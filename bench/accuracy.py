@@ -142,7 +142,7 @@ def of_keys(score) -> prune.Rule:
     return prune.Rule(score.__name__, score, sees="keys")
 
 
-ORACLE = prune.Rule("oracle", None, sees="keys")  # its scores are made of the dense run of each sample
+ORACLE = prune.Rule("oracle", by_chance, sees="keys")  # its scores are made of the dense run of each sample
 TOKENS = dict(schedule=AUTO, block_len=1)
 
 RIVALS = {
