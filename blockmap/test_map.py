@@ -48,7 +48,7 @@ def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
         stages.append(
             {
                 "candidates": [*below],
-                "seen": [0 for _ in below],
+                "seen": [7 for _ in below],
                 "scores": [float(f"{rng.random():.4g}") for _ in below],
                 "active": kept,
             }
@@ -285,7 +285,7 @@ def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):
         arrives(b)
         assert run("return document.activeElement.dataset.block") == str(b)
     rank = sorted(data["stages"][0]["scores"], reverse=True).index(data["stages"][0]["scores"][0]) + 1
-    assert f"{data['stages'][0]['scores'][0]:g} {rank:,} of 1,999 kept" in detail.text
+    assert f"{data['stages'][0]['scores'][0]:g} 7 {rank:,} of 1,999 kept" in detail.text
     browser.find_element("id", "play").click()
     deadline = time.perf_counter() + 10
     while run("return +document.getElementById('step').value") < 2:
