@@ -155,7 +155,8 @@ class Model:
         key_offset = tail_row + start - kv.tail_start - n_rows
         newest = [i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot]
         return Rows(
-            angle.cos().to(wide), angle.sin().to(wide), slab_rows, key_offset, pos, n_revived, key_pos, kv.upload(newest)
+            angle.cos().to(wide), angle.sin().to(wide), slab_rows, key_offset, pos, n_revived, key_pos,
+            kv.upload(newest),
         )
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
