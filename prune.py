@@ -58,68 +58,12 @@ def first_of_each(pairs: list[tuple[int, Budget]], n_layers: int) -> dict[int, B
     return schedule
 
 
-def parse_schedule(text: str) -> dict[int, Budget] | str:
-    """Read '9:1/4,20:4096' as {9: 1/4, 20: 4096}; the names auto, paper and dense pass through."""
-    if text in ("auto", "paper", "dense"):
-        return text
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        pairs = [(int(layer), int(budget) if budget.isdecimal() else Fraction(budget)) for layer, budget in pairs]
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"--schedule {text!r} is not of the form LAYER:BUDGET,LAYER:BUDGET; a budget is a number of tokens "
-            "or a share of the prompt, as in 10:8192,20:4096 or 9:1/4,19:1/8"
-        ) from None
-    check_increasing([layer for layer, _ in pairs])  # before a dict would hide a boundary given twice
-    return dict(pairs)
-
-
-def format_schedule(schedule: dict[int, Budget]) -> str:
-    """Write a schedule as --schedule takes it."""
-    return ",".join(f"{layer}:{n if is_tokens(n) else share(n)}" for layer, n in schedule.items()) or "dense"
-
-
 def share(budget: float | Fraction) -> Fraction:
     return Fraction(budget).limit_denominator(10**6)
 
 
 def is_tokens(budget) -> bool:
     return type(budget) is int
-
-
-def check_increasing(layers: list[int]) -> None:
-    if any(b <= a for a, b in zip(layers, layers[1:])):
-        raise ValueError(f"schedule boundaries {layers} do not increase; give them in ascending layer order, each once")
-
-
-def check_schedule(schedule: dict[int, Budget], n_layers: int, block_len: int) -> None:
-    """Raise ValueError unless boundaries rise within 1..n_layers-1 and budgets of a kind fall.
-
-    A budget is a whole number of tokens, at least 2 blocks, or a share within 0..1, both excluded.
-    """
-    layers = list(schedule)
-    if not all(map(is_tokens, layers)) or not all(type(n) in (int, float, Fraction) for n in schedule.values()):
-        raise ValueError(f"schedule {schedule} must map whole layer numbers to token budgets or shares of the prompt")
-    check_increasing(layers)
-    for layer, budget in schedule.items():
-        if not 1 <= layer < n_layers:
-            raise ValueError(
-                f"schedule boundary {layer} is outside 1..{n_layers - 1}, the boundaries of a {n_layers}-layer model"
-            )
-        if is_tokens(budget) and budget < 2 * block_len:
-            raise ValueError(
-                f"schedule budget {budget} at layer {layer} is below 2 blocks = {2 * block_len} tokens; "
-                "raise it or lower --block-len"
-            )
-        if not is_tokens(budget) and not (budget == budget and 1e-6 <= share(min(budget, 2)) < 1):
-            raise ValueError(
-                f"schedule budget {float(budget):g} at layer {layer} is not a share within 0..1; give one such as 1/4"
-            )
-    for kind in (True, False):
-        budgets = [n for n in schedule.values() if is_tokens(n) is kind]
-        if any(b >= a for a, b in zip(budgets, budgets[1:])):
-            shown = ", ".join(str(n if kind else share(n)) for n in budgets)
-            raise ValueError(f"schedule budgets {shown} do not decrease; a later boundary must keep fewer tokens")
 
 
 def tokens(budget: Budget, n_prompt: int, block_len: int) -> int:

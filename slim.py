@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenizer
-from kvcache import SAVED, KVCache, check_saved, checksum, read_saved, replace_file
-from loading.plan import Checkpoint, check_memory, format_bytes, free_bytes, resolve_schedule, step_bytes
+from kvcache import KVCache
+from loading.plan import Checkpoint, check_memory, format_bytes, free_bytes, step_bytes
+from loading.saved import SAVED, check_saved, checksum, read_saved, replace_file
+from loading.schedule import resolve_schedule
 from loading.weights import load_weights
 from model import Model
 
@@ -86,7 +88,7 @@ class Engine:
         """
         ids, ckpt = self.check_ids(ids), self.ckpt
         if schedule is not None:
-            ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings))
+            ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len))
         self.check_room(ckpt, len(ids), 0, room)
         self.forget()
         started = time.perf_counter()
@@ -230,7 +232,7 @@ class Engine:
         if follow_up and schedule is not None:
             raise ValueError("schedule is set when a conversation starts; a follow-up cannot change it")
         if schedule is not None:
-            schedule = resolve_schedule(schedule, self.config, self.ckpt.settings)
+            schedule = resolve_schedule(schedule, self.config, self.ckpt.settings.block_len)
         rng = torch.Generator()
         rng.seed() if seed is None else rng.manual_seed(seed)
 

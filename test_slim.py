@@ -40,6 +40,7 @@ import tokenizer
 from bench import smollm2
 from cli.options import DEMO
 from kvcache import KVCache, Pool
+from loading import saved, schedule as schedules
 from loading.config import read_config
 from loading.find import find_checkpoint
 from model import inverse_frequencies, rotate
@@ -600,7 +601,7 @@ def test_default_schedules_are_the_papers_and_scale_with_depth():
     assert prune.paper_schedule(16) == {5: 8192, 10: 4096, 15: 2048}
     assert prune.paper_schedule(5) == {2: 8192, 3: 4096}  # the third boundary would stand above the last layer
     assert prune.paper_schedule(1) == {}
-    assert prune.parse_schedule("10:8192,20:4096") == {10: 8192, 20: 4096}
+    assert schedules.parse_schedule("10:8192,20:4096") == {10: 8192, 20: 4096}
 
 
 def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
@@ -689,9 +690,9 @@ def test_shares_are_of_the_prompt_with_a_floor(tiny):
     assert blocks(2048, {9: 1 / 16}) == [32, 4]  # never below sink, tail and two to choose
     assert blocks(1000, {9: 1 / 16}) == [16, 16]  # nothing to gain
     assert blocks(4096, {9: 2**-0.5}) == [64, 45]
-    parsed = prune.parse_schedule("9:1/4,19:0.125,28:256")
+    parsed = schedules.parse_schedule("9:1/4,19:0.125,28:256")
     assert parsed == {9: Fraction(1, 4), 19: Fraction(1, 8), 28: 256}
-    assert prune.parse_schedule(prune.format_schedule(parsed)) == parsed
+    assert schedules.parse_schedule(schedules.format_schedule(parsed)) == parsed
     for budget in (0.9999999, 1.0, 2.5, -0.5, 1e-7, float("nan"), float("inf")):  # what is written has to be readable
         with pytest.raises(ValueError, match="not a share"):
             slim.load(tiny, "cpu", schedule={2: budget})
@@ -702,7 +703,7 @@ def test_shares_are_of_the_prompt_with_a_floor(tiny):
 def test_the_default_schedule_prunes_at_any_depth_and_length():
     for n_layers in (5, 16, 28, 30, 32, 80):
         schedule = prune.auto_schedule(n_layers)
-        prune.check_schedule(schedule, n_layers, 64)
+        schedules.check_schedule(schedule, n_layers, 64)
         assert len(schedule) >= 2
         for n in (2048, 100_000):
             assert prune.stage_blocks(n, schedule, 64)[-1] < n // 64 // 2
@@ -807,7 +808,7 @@ def edit_saved(path, change, sign=False):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     change(header, tensors)
     text = json.dumps(header)
-    save_file(tensors, path, {"slim": text, "crc": kvcache.checksum(text, sorted(tensors.items())) if sign else crc})
+    save_file(tensors, path, {"slim": text, "crc": saved.checksum(text, sorted(tensors.items())) if sign else crc})
 
 
 def flip(path, at):

@@ -4,11 +4,12 @@
     python bench/accuracy.py --set rivals --out rivals.jsonl --table       # what is there so far
     python bench/accuracy.py --text BOOK.txt --set choose --part 0 ...     # the texts that nothing is reported on
 
-Every entry of a set answers the same samples (bench/prose.py). The answer is teacher-forced: after the prompt its
-tokens are fed, whatever the model would have said, and each counts that the model would have chosen. `frozen` entries
-choose blocks once, after the prompt, and then take the whole answer at once; the others go token by token and choose
-anew at each, as the engine does for a user. The layers below an entry's first boundary are computed once a sample, by
-the dense run. A line of --out is one entry's result on one sample; a second call computes only what is missing.
+Every entry of a set answers the same questions about the same documents (bench/prose.py). The answer is
+teacher-forced: after the prompt its tokens are fed, whatever the model would have said, and each counts that the model
+would have chosen. `frozen` entries choose blocks once, after the prompt, and then take the whole answer at once; the
+others go token by token and choose anew at each, as the engine does for a user. A document's dense run, and with it
+the layers below an entry's first boundary, is computed once for all its questions. A line of --out is one entry's
+result on one question; a second call computes only what is missing.
 
 Rivals stand here as their authors define the choice, at the FLOPs of the paper's schedule. They prune tokens where
 Slim prunes blocks; SnapKV and OmniKV select after a dense prefill, so here their choice is made at the boundaries.
@@ -36,7 +37,8 @@ import prose
 import prune
 import slim
 from kvcache import KVCache
-from model import attention_weights, prefill_flops
+from loading.plan import prefill_flops
+from model import attention_weights
 
 MOST_QUERIES = 64  # kept of the dense run: the widest window of any rule, and the longest answer
 
@@ -143,7 +145,7 @@ def of_keys(score) -> prune.Rule:
 
 
 ORACLE = prune.Rule("oracle", by_chance, sees="keys")  # its scores are made of the dense run of each sample
-TOKENS = dict(schedule=AUTO, block_len=1)
+TOKENS = {"schedule": AUTO, "block_len": 1}
 
 RIVALS = {
     "dense": Entry(),
@@ -160,35 +162,69 @@ RIVALS = {
     "random, frozen": Entry(of_keys(by_chance), AUTO),
     "oracle, frozen": Entry(ORACLE, AUTO),
 }
+
+
+def mean_of_heads(weights):
+    """Peak with a mean in place of the maximum over heads."""
+    return weights.mean(1).amax(-1)
+
+
+def sum_of_tokens(weights):
+    """Peak with a sum in place of the maximum over a block's tokens."""
+    return weights.sum(3).amax(1)
+
+
+def anew(schedule, **settings) -> Entry:
+    return Entry(schedule=schedule, frozen=False, **settings)
+
+
+def of_weights(score, **settings) -> prune.Rule:
+    return prune.Rule(score.__name__, score, **settings)
+
+
+def at_shares(a, b, c):
+    """Return the entries of one point of the curves: the paper's boundaries, with other shares."""
+    schedule, shares = steps((9, a), (19, b), (28, c)), f"1/{a} 1/{b} 1/{c}"
+    tokens = {"schedule": schedule, "block_len": 1}
+    return {
+        f"Slim, peak, {shares}": anew(schedule),
+        f"paper's rule, {shares}": Entry(prune.RULES["paper"], schedule, frozen=False),
+        f"summed attention, frozen, {shares}": Entry(of_keys(summed), schedule, window=4),
+        f"SnapKV, frozen, {shares}": Entry(of_keys(snapkv), window=64, **tokens),
+        f"random, frozen, {shares}": Entry(of_keys(by_chance), schedule),
+        f"oracle, frozen, {shares}": Entry(ORACLE, schedule),
+    }
+
+
 SETS = {
     "rivals": RIVALS,
-    "gamma": {
+    "curves": {"dense": Entry(), **at_shares(2, 4, 8), **at_shares(8, 16, 32)},
+    "schedules": {
         "dense": Entry(),
-        "frozen": Entry(schedule=AUTO),
         **{
-            f"gamma {g}, window {w}": Entry(schedule=AUTO, window=w, gamma=g, frozen=False)
-            for w in (4, 8)
-            for g in (0.5, 0.9, 1.0)
+            " ".join(f"{layer}:1/{share}" for layer, share in pairs): anew(steps(*pairs))
+            for pairs in (
+                ((9, 4), (19, 8), (28, 16)),
+                ((9, 4), (15, 8), (21, 16)),
+                ((9, 8), (19, 16)),
+                ((9, 8),),
+                ((12, 4), (19, 8)),
+                ((7, 2), (9, 4), (19, 8), (28, 16)),
+                ((5, 2), (9, 4), (19, 8), (28, 16)),
+                ((3, 2), (9, 4), (19, 8), (28, 16)),
+                ((5, "1.33"), (9, 4), (19, 8), (28, 16)),
+            )
         },
-        "gamma 1, window 32": Entry(schedule=AUTO, window=32, frozen=False),
     },
-    "choose": {
+    "ablations": {
         "dense": Entry(),
-        **{f"peak, window {w}": Entry(schedule=AUTO, window=w) for w in (4, 8, 16)},
-        **{
-            f"{name}, window 8": Entry(schedule=s)
-            for name, s in {
-                "9:3/8 15:1/8 21:1/16": steps((9, "8/3"), (15, 8), (21, 16)),
-                "9:1/4 15:1/8 21:1/16": steps((9, 4), (15, 8), (21, 16)),
-                "7:1/2 12:1/4 19:1/8 25:1/16": steps((7, 2), (12, 4), (19, 8), (25, 16)),
-                "7:3/8 15:1/8 24:1/16": steps((7, "8/3"), (15, 8), (24, 16)),
-                "5:1/2 9:1/4 15:1/8 24:1/16": steps((5, 2), (9, 4), (15, 8), (24, 16)),
-                "3:1/2 9:1/4 19:1/8": steps((3, 2), (9, 4), (19, 8)),
-            }.items()
-        },
-        "paper's rule": Entry(prune.RULES["paper"], AUTO),
-        "random": Entry(of_keys(by_chance), AUTO),
-        "oracle": Entry(ORACLE, AUTO),
+        "peak": anew(AUTO),
+        **{f"window {w}": anew(AUTO, window=w) for w in (1, 4, 16, 32)},
+        **{f"blocks of {b}": anew(AUTO, block_len=b) for b in (32, 16)},
+        "the boundary's layer alone": anew(AUTO, rule=of_weights(prune.peak, every_layer=False)),
+        "mean over heads": anew(AUTO, rule=of_weights(mean_of_heads)),
+        "sum over tokens": anew(AUTO, rule=of_weights(sum_of_tokens)),
+        "gamma 0.9": anew(AUTO, gamma=0.9),
     },
 }
 
@@ -196,19 +232,32 @@ SETS = {
 # ---- one sample, every entry ---------------------------------------------------------------
 
 
-class Bench:
-    """A model whose layers below a boundary are taken from the sample's dense run."""
+class Record(NamedTuple):
+    """Of one step of the dense run: the newest queries by layer, and x above the attention below some boundaries."""
 
-    def __init__(self, ckpt: str, device: str, dtype: str):
+    queries: list[torch.Tensor]
+    x: dict[int, torch.Tensor]
+
+
+class Bench:
+    """A model whose layers below a boundary are taken from the dense run."""
+
+    def __init__(self, ckpt: str, device: str, dtype: str, entries: dict):
         self.engine = slim.load(ckpt, device, dtype, schedule="dense")
         self.model, self.config, self.n_layers = self.engine.model, self.engine.config, self.engine.config.n_layers
         self.caches: dict = {}
         self.attention, self.ffn = self.model.attention, self.model.ffn
         self.model.attention, self.model.ffn = self.attend, self.feed
-        self.first, self.recording = 0, False
+        self.wanted = {next(iter(schedule)) for e in entries.values() if (schedule := e.schedule(self, 4096))}
+        self.first, self.recording = 0, None
 
     def flops(self, schedule: Callable, n: int, block_len: int = 64) -> float:
         return prefill_flops(self.config, n, schedule(self, n), block_len)
+
+    def saving(self, entry: Entry, n: int) -> float:
+        """Return how many times fewer FLOPs an entry's first token takes than dense."""
+        cost = self.flops(AUTO if entry.second_run else entry.schedule, n, entry.block_len)
+        return self.flops(lambda bench, n: {}, n) / cost
 
     def cache(self, block_len, key=None) -> KVCache:
         c, kv = self.config, self.engine.kv
@@ -226,54 +275,63 @@ class Bench:
             n = len(x)
             kv.slabs[layer][:, :n] = self.dense.slabs[layer][:, :n]
             if layer == self.first - 1:
-                x.copy_(self.x[self.first])
-            return self.queries[layer][-self.model.window :], None
+                x[:] = torch.cat([self.record["shared"].x[self.first], self.record["question"].x[self.first]])
+            return self.last_queries(layer)[-self.model.window :], None
         queries, weights = self.attention(layer, x, rows)
-        if self.recording:
-            if kv.length == 0:
-                self.queries.append(queries)
-                if layer + 1 in self.wanted:
-                    self.x[layer + 1] = x.clone()
-            else:
-                self.answer_queries.append(queries)
+        if self.recording is not None:
+            self.recording.queries.append(queries)
+            if layer + 1 in self.recording.x:
+                self.recording.x[layer + 1] = x.clone()
         return queries, weights
 
     def feed(self, layer, x):
         if self.model.kv.length or layer >= self.first - 1:
             self.ffn(layer, x)
 
-    def run_dense(self, sample: prose.Sample, wanted: set[int]) -> torch.Tensor:
-        """Answer without pruning, and keep what others go on from; return the logits (answer tokens, V)."""
-        self.queries, self.answer_queries, self.x, self.wanted = [], [], {}, wanted
-        self.first, self.recording, self.dense = 0, True, self.cache(64, "dense")
-        self.model.window = MOST_QUERIES
-        self.dense.reset(len(sample.prompt), {}, len(sample.answer))
-        logits = self.answer(self.dense, sample, True)
-        self.recording = False
+    def last_queries(self, layer: int) -> torch.Tensor:
+        """Return the dense run's newest queries (w, H, D) after the prompt."""
+        parts = [self.record[part].queries[layer] for part in ("shared", "question")]
+        return torch.cat(parts)[-MOST_QUERIES:]
+
+    def dense_step(self, part: str, ids: list[int], n_logits: int = 1) -> torch.Tensor:
+        self.record[part] = self.recording = Record([], dict.fromkeys(self.wanted))
+        logits = self.model.step(torch.tensor(ids), n_logits) if ids else self.logits
+        if not ids:  # the question is the text itself
+            nothing, layers = self.record["shared"], range(self.n_layers)
+            self.record[part] = Record(
+                [nothing.queries[i][:0] for i in layers], {i: x[:0] for i, x in nothing.x.items()}
+            )
+        self.recording = None
         return logits
+
+    def read_document(self, shared: list[int], room: int) -> None:
+        """Run what all prompts of a document begin with, without pruning, and keep what others go on from."""
+        self.model.kv = self.dense = self.cache(64, "dense")
+        self.model.window, self.first, self.record = MOST_QUERIES, 0, {}
+        self.dense.reset(len(shared), {}, room)
+        self.logits = self.dense_step("shared", shared)
+
+    def run_dense(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        """Answer one question without pruning; return the logits (answer tokens, V)."""
+        self.model.kv, self.model.window, self.first = self.dense, MOST_QUERIES, 0
+        self.dense.rewind()
+        logits = [self.dense_step("question", prompt[self.dense.length :])]
+        logits.append(self.dense_step("answer", answer[:-1], len(answer) - 1))
+        return torch.cat(logits)
 
     def oracle(self, n: int) -> torch.Tensor:
         """Return (n,): the strongest weight that a row which names an answer's token casts on each prompt token."""
         best = torch.zeros(n)
         for layer in range(self.n_layers * 9 // 30, self.n_layers):
-            rows = torch.cat([self.queries[layer][-1:], self.answer_queries[layer]])
+            rows = torch.cat([self.last_queries(layer)[-1:], self.record["answer"].queries[layer]])
             for i, row in enumerate(rows):
                 keys, _ = self.dense.read(layer, n + i)
                 best = torch.maximum(best, attention_weights(row[None], keys)[0, :, :n].amax(0).float().cpu())
         return best
 
-    def answer(self, kv: KVCache, sample: prose.Sample, at_once: bool) -> torch.Tensor:
-        """Return the logits (answer tokens, V) of a prompt and a fed answer, on a cache that was laid out for it."""
-        self.model.kv, fed = kv, torch.tensor(sample.answer[:-1])
-        logits = [self.model.step(torch.tensor(sample.prompt))]
-        if at_once and len(fed):
-            logits.append(self.model.step(fed, len(fed)))
-        else:
-            logits += [self.model.step(token[None]) for token in fed]
-        return torch.cat(logits)
-
-    def run(self, entry: Entry, sample: prose.Sample, oracle: torch.Tensor) -> torch.Tensor:
-        n, b = len(sample.prompt), entry.block_len
+    def run(self, entry: Entry, prompt: list[int], answer: list[int], oracle: torch.Tensor) -> torch.Tensor:
+        """Answer as an entry does; return the logits (answer tokens, V)."""
+        n, b = len(prompt), entry.block_len
         schedule, rule = entry.schedule(self, n), entry.rule
         if rule is ORACLE:
             scores = F.pad(oracle, (0, -n % b)).view(-1, b).amax(1)
@@ -282,16 +340,21 @@ class Bench:
             layer = next(iter(schedule)) - 1
             keys, _ = self.dense.read(layer, n)
             k = self.second_run_tokens(layer + 1, n)
-            best = rule.score(self.queries[layer][-1:], keys[:, None], None, 1).topk(k).indices.sort().values.tolist()
-            sample, schedule = sample._replace(prompt=[sample.prompt[i] for i in best]), {}
-        kv = self.cache(b)
+            best = rule.score(self.last_queries(layer)[-1:], keys[:, None], None, 1).topk(k).indices.sort().values
+            prompt, schedule = [prompt[i] for i in best.tolist()], {}
+        self.model.kv = kv = self.cache(b)
         self.model.rule, self.model.window = rule, entry.window or entry.rule.window
         gamma = entry.rule.gamma if entry.gamma is None else entry.gamma
         self.model.gamma = 0.0 if entry.frozen else gamma
         self.model.unit_len = min(8, b)
-        kv.reset(len(sample.prompt), schedule, len(sample.answer))
+        kv.reset(len(prompt), schedule, len(answer))
         self.first = kv.stages[0].layers[-1] + 1 if len(kv.stages) > 1 else 0
-        return self.answer(kv, sample, entry.frozen)
+        fed, logits = torch.tensor(answer[:-1]), [self.model.step(torch.tensor(prompt))]
+        if entry.frozen:
+            logits.append(self.model.step(fed, len(fed)))
+        else:
+            logits += [self.model.step(token[None]) for token in fed]
+        return torch.cat(logits)
 
     def second_run_tokens(self, layers: int, n: int) -> int:
         """Return how many tokens a second run may have that starts anew after `layers` layers of a first, at
@@ -388,40 +451,34 @@ def plot(path: str, results: dict, entries: dict, part: int, n: int) -> None:
 
 def run(args, entries: dict) -> dict:
     out, results = Path(args.out), read_results(Path(args.out))
-    bench = Bench(args.ckpt, args.device, args.dtype)
+    bench = Bench(args.ckpt, args.device, args.dtype, entries)
     book = prose.Book(Path(args.text).read_text(encoding="utf-8"), bench.engine.tokenizer, args.part)
-    wanted = {next(iter(schedule)) for e in entries.values() if (schedule := e.schedule(bench, 4096))}
     with out.open("a") as file, torch.inference_mode():
-        for seed, n, task in (
-            (s, n, t) for s in range(args.first, args.first + args.samples) for n in args.lengths for t in args.tasks
-        ):
-            key = task, n, args.part, seed
-            missing = [name for name in entries if (*key, name) not in results]
+        for seed, n in ((s, n) for s in range(args.first, args.first + args.samples) for n in args.lengths):
+            missing = [
+                (task, name)
+                for task in args.tasks
+                for name in entries
+                if (task, n, args.part, seed, name) not in results
+            ]
             if not missing:
                 continue
-            sample, started = prose.make(book, task, n, seed), time.perf_counter()
-            dense_logits, oracle = bench.run_dense(sample, wanted), None
-            if any(entries[name].rule is ORACLE for name in missing):
-                oracle = bench.oracle(len(sample.prompt))
-            dense_flops = bench.flops(lambda b, n: {}, len(sample.prompt))
-            for name in missing:
-                entry = entries[name]
-                torch.manual_seed(seed)
-                logits = dense_logits if name == "dense" else bench.run(entry, sample, oracle)
-                cost = bench.flops(AUTO if entry.second_run else entry.schedule, len(sample.prompt), entry.block_len)
-                row = {
-                    "task": task,
-                    "n": n,
-                    "part": args.part,
-                    "seed": seed,
-                    "entry": name,
-                    **measure(logits, sample.answer),
-                    "flops": dense_flops / cost,
-                }
-                results[*key, name] = row
-                file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(f"{task} {n} #{seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            started, document = time.perf_counter(), prose.document(book, n, seed)
+            bench.read_document(document.shared, 2 * prose.ROOM)
+            for task in dict(missing):
+                prompt, answer = document.questions[task]
+                dense_logits = bench.run_dense(prompt, answer)
+                names = [name for other, name in missing if other == task]
+                oracle = bench.oracle(len(prompt)) if any(entries[name].rule is ORACLE for name in names) else None
+                for name in names:
+                    torch.manual_seed(seed)
+                    logits = dense_logits if name == "dense" else bench.run(entries[name], prompt, answer, oracle)
+                    row = {"task": task, "n": n, "part": args.part, "seed": seed, "entry": name}
+                    row |= {**measure(logits, answer), "flops": bench.saving(entries[name], len(prompt))}
+                    results[task, n, args.part, seed, name] = row
+                    file.write(json.dumps(row) + "\n")
+                file.flush()
+            print(f"{n:,} tokens, #{seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return results
 
 
@@ -436,8 +493,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--only", help="entries of the set, by the start of their names, with semicolons between")
     p.add_argument("--tasks", type=lambda s: s.split(","), default=",".join(prose.TASKS))
     p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096")
-    p.add_argument("--samples", type=int, default=60)
-    p.add_argument("--first", type=int, default=0, help="number of the first sample")
+    p.add_argument("--samples", type=int, default=60, help="documents; each has a question of every task")
+    p.add_argument("--first", type=int, default=0, help="number of the first document")
     p.add_argument(
         "--threads",
         type=int,

@@ -189,7 +189,7 @@ def flops(f: dict, length: int) -> float:
     import speed
 
     config = speed.parse_config(speed.SHAPES[f["shape"]], f["shape"])
-    schedule = {} if f["schedule"] == "dense" else speed.prune.parse_schedule(f["schedule"])
+    schedule = {} if f["schedule"] == "dense" else speed.resolve_schedule(f["schedule"], config, 64)
     return speed.prefill_flops(config, length, schedule)
 
 

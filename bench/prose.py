@@ -1,32 +1,38 @@
 """Questions on real prose, for models that can read it: what is asked lies somewhere in a long text.
 
-A task builds a prompt of about n tokens from a stretch of a book, with facts put in at random places, and the answer
-that a model which read everything gives. The model is asked in its own chat format, and the answer's first words are
-given, so that it has to name the fact and nothing else. Texts for choosing a rule and texts for reporting about it are
-different parts of the book: even stretches of 2^16 characters for the one, odd ones for the other.
+A document is a stretch of a book with the facts of all tasks put in at random places; each task asks for its own, and
+the others' distract. The model is asked in its own chat format, and the answer's first words are given, so that it has
+to name the fact and nothing else. All prompts of a document begin alike, so what lies below a question is computed
+once. Texts for choosing a rule and texts for reporting about it are different parts of the book: even stretches of
+2^16 characters for the one, odd ones for the other.
 """
 
+import os
 import random
-from collections.abc import Callable
 from typing import NamedTuple
 
+TASKS = "fact", "lookalike", "values", "chain", "reworded", "passage", "continuation"
 CITIES = ("Paris London Tokyo Cairo Lima Oslo Rome Delhi Boston Berlin Madrid Vienna Dublin Lisbon Prague Warsaw "
           "Athens Havana Quito Seoul").split()  # fmt: skip
+DOORS = "vault archive cellar library garden harbour laboratory museum observatory workshop".split()
+PEOPLE = "Alice Henry Clara Victor Emma Oscar Julia Hugo Nora Felix".split()
 STRETCH = 2**16  # characters
+ROOM = 150  # tokens of a prompt that are not the text's: the chat format, the question, the answer's first words
 
 
-class Sample(NamedTuple):
-    prompt: list[int]
-    answer: list[int]
-    wanted: list[list[int]]  # what of the answer stands in the text, as ids
+class Document(NamedTuple):
+    shared: list[int]  # what all prompts begin with
+    questions: dict[str, tuple[list[int], list[int]]]  # task -> prompt, answer
 
 
 class Book:
-    """A text and a tokenizer; `part` 0 is for choosing, 1 for reporting."""
+    """A text and a tokenizer; `part` 0 is for choosing, 1 for reporting. Raises ValueError for a short text."""
 
     def __init__(self, text: str, tok, part: int):
         pieces = [text[at : at + STRETCH] for at in range(part * STRETCH, len(text), 2 * STRETCH)]
         self.tok, self.pieces = tok, [piece for piece in pieces if len(piece) == STRETCH]
+        if not self.pieces:
+            raise ValueError(f"the text has {len(text):,} characters; {2 * STRETCH:,} are needed, a book's")
 
     def prose(self, n: int, rng: random.Random) -> list[int]:
         """Return n tokens of running text; a long one goes on with another stretch."""
@@ -37,77 +43,56 @@ class Book:
             ids += self.tok.encode(piece[start : start + 5 * (n - len(ids)) + 1000])
         return ids[:n]
 
-    def with_facts(self, facts: list[str], n: int, rng: random.Random) -> str:
-        """Return about n tokens of prose with each fact in a line of its own, in the given order."""
-        parts = [self.tok.encode(f"\n{fact}\n") for fact in facts]
-        ids = self.prose(n - sum(map(len, parts)), rng)
-        cuts = sorted(rng.randrange(len(ids) // 20, len(ids) * 19 // 20) for _ in facts)
-        out, last = [], 0
-        for part, cut in zip(parts, cuts):
-            out, last = out + ids[last:cut] + part, cut
-        return self.tok.decode(out + ids[last:])
 
-    def asked(self, text: str, question: str, begin: str, answer: str, wanted: list[str]) -> Sample:
-        """Ask after the text in the model's chat format, with the answer's first words."""
-        prompt = self.tok.chat(f"{text}\n\n{question}") + self.tok.encode(begin)
-        return Sample(prompt, self.tok.encode(answer), [self.tok.encode(w) for w in wanted])
-
-
-NUMBER = "One of the special magic numbers for {} is: {}."
-INTRO = "Some special magic numbers are hidden within the following text. Make sure to memorize them.\n"
+# ---- a task's lines in the text, and what is asked: (lines, question, answer's first words, answer) --------------
 
 
 def number(rng: random.Random, digits: int = 7) -> str:
     return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
-def fact(book: Book, n: int, rng: random.Random, others: int = 0) -> Sample:
-    """One number of one city."""
-    cities = rng.sample(CITIES, 1 + others)
-    facts = [NUMBER.format(city, number(rng)) for city in cities]
-    asked = rng.randrange(len(cities))
-    city, value = cities[asked], facts[asked].split(": ")[1].rstrip(".")
+def fact(rng: random.Random):
+    """The only access code of the text."""
+    door, value = rng.choice(DOORS), number(rng)
+    begin = f"The access code of the {door} mentioned in the provided text is:"
+    question = f"What is the access code of the {door} mentioned in the provided text?"
+    return [f"The access code of the {door} is: {value}."], question, begin, f" {value}."
+
+
+def lookalike(rng: random.Random):
+    """The number of one city, where three other cities have theirs."""
+    found = {city: number(rng) for city in rng.sample(CITIES, 4)}
+    city = rng.choice(list(found))
     question = f"What is the special magic number for {city} mentioned in the provided text?"
     begin = f"The special magic number for {city} mentioned in the provided text is:"
-    return book.asked(INTRO + book.with_facts(facts, n - 120, rng), question, begin, f" {value}.", [value])
+    lines = [f"One of the special magic numbers for {c} is: {value}." for c, value in found.items()]
+    return lines, question, begin, f" {found[city]}."
 
 
-def lookalike(book: Book, n: int, rng: random.Random) -> Sample:
-    """The number of one city, where three other cities have theirs."""
-    return fact(book, n, rng, others=3)
-
-
-def values(book: Book, n: int, rng: random.Random) -> Sample:
-    """All three numbers of one city, where another city has two."""
-    city, other = rng.sample(CITIES, 2)
+def values(rng: random.Random):
+    """All three numbers of one person, where another has two."""
+    name, other = rng.sample(PEOPLE, 2)
     found = [number(rng, 5) for _ in range(3)]
-    facts = [NUMBER.format(city, value) for value in found]
+    lines = [f"One of the lucky numbers of {name} is: {value}." for value in found]
     for _ in range(2):
-        facts.insert(rng.randrange(len(facts) + 1), NUMBER.format(other, number(rng, 5)))
-    question = f"What are all the special magic numbers for {city} mentioned in the provided text?"
-    begin = f"The special magic numbers for {city} mentioned in the provided text are:"
-    return book.asked(INTRO + book.with_facts(facts, n - 120, rng), question, begin, f" {', '.join(found)}.", found)
+        lines.insert(rng.randrange(len(lines) + 1), f"One of the lucky numbers of {other} is: {number(rng, 5)}.")
+    question = f"What are all the lucky numbers of {name} mentioned in the provided text?"
+    begin = f"The lucky numbers of {name} mentioned in the provided text are:"
+    return lines, question, begin, f" {', '.join(found)}."
 
 
-def chain(book: Book, n: int, rng: random.Random) -> Sample:
-    """Variables that get one value from another, amid a second such chain; an example first, as the model is small."""
+def assignments(rng: random.Random) -> list[tuple[list[str], str, str, str]]:
+    """Three chains of variables that get one value from another: lines, question, answer's first words, answer."""
     names = rng.sample([f"{a}{b}{c}" for a in "BCDFGKLM" for b in "AEIOU" for c in "NPRSTVXZ"], 9)
-    values = [number(rng, 5) for _ in range(3)]
-    chains = [[f"VAR {a} = {value}", f"VAR {b} = VAR {a} ", f"VAR {c} = VAR {b} "]
-              for value, a, b, c in zip(values, names[::3], names[1::3], names[2::3])]  # fmt: skip
-    hidden = sorted((i + rng.random(), line) for part in chains[:2] for i, line in enumerate(part))
-
-    def ask(i: int) -> tuple[str, str, str]:
-        question = f"Question: Find all variables that are assigned the value {values[i]} in the text above."
+    chains = []
+    for a, b, c in zip(names[::3], names[1::3], names[2::3]):
+        value = number(rng, 5)
+        lines = [f"VAR {a} = {value}", f"VAR {b} = VAR {a} ", f"VAR {c} = VAR {b} "]
+        question = f"Question: Find all variables that are assigned the value {value} in the text above."
         begin = (f"Answer: According to the chain of variable assignments in the text above, 3 variables are assigned "
-                 f"the value {values[i]}, they are:")  # fmt: skip
-        return question, begin, " " + " ".join(names[3 * i : 3 * i + 3])
-
-    text = "Memorize and track the chains of variable assignments hidden in the following text.\n"
-    example = "\n".join([text, *chains[2], ask(2)[0], ask(2)[1] + ask(2)[2]]) + "\n\n"
-    question, begin, answer = ask(0)
-    return book.asked(example + text + book.with_facts([line for _, line in hidden], n - 300, rng), question, begin,
-                      answer, chains[0])  # fmt: skip
+                 f"the value {value}, they are:")  # fmt: skip
+        chains.append((lines, question, begin, f" {a} {b} {c}"))
+    return chains
 
 
 REWORDED = [  # what the text says, what is asked, how the answer begins
@@ -154,39 +139,55 @@ REWORDED = [  # what the text says, what is asked, how the answer begins
 ]
 
 
-def reworded(book: Book, n: int, rng: random.Random) -> Sample:
+def reworded(rng: random.Random):
     """A fact asked for in other words than its own, amid three others."""
-    picked = rng.sample(REWORDED, 4)
-    found = [number(rng, 5) for _ in picked]
-    asked = rng.randrange(4)
-    _, question, begin = picked[asked]
-    text = book.with_facts([says.format(value) for (says, *_), value in zip(picked, found)], n - 100, rng)
-    return book.asked(
-        text, question + " Answer with the number that the text gives.", begin, f" {found[asked]}.", [found[asked]]
-    )
+    found = [(number(rng, 5), *words) for words in rng.sample(REWORDED, 4)]
+    value, _, question, begin = rng.choice(found)
+    lines = [says.format(value) for value, says, *_ in found]
+    return lines, question + " Answer with the number that the text gives.", begin, f" {value}."
 
 
-def passage(book: Book, n: int, rng: random.Random) -> Sample:
-    """The text's own words again: 24 of them are quoted at the end, the next 32 are wanted."""
-    ids = book.prose(n - 40, rng)
+# ---- documents -----------------------------------------------------------------------------
+
+
+def document(book: Book, n: int, seed: int) -> Document:
+    """Return the seed-th document whose prompts have about n tokens; the same for the same arguments.
+
+    passage asks for the text's own words again: 24 tokens are quoted, the next 32 wanted. continuation is what the
+    book says next, 64 tokens of it, for perplexity.
+    """
+    rng, tok = random.Random(f"{n} {seed}"), book.tok
+    chain, other, example = assignments(rng)
+    asked = {
+        "fact": fact(rng),
+        "lookalike": lookalike(rng),
+        "values": values(rng),
+        "chain": chain,
+        "reworded": reworded(rng),
+    }
+    groups = [lines for lines, *_ in asked.values()] + [other[0]]
+    for lines in (asked["lookalike"][0], asked["reworded"][0]):
+        rng.shuffle(lines)
+    placed = sorted((at, line) for lines in groups for at, line in zip(sorted(rng.random() for _ in lines), lines))
+    intro = (
+        "Some facts, special magic numbers and chains of variable assignments are hidden within a text. "
+        "Memorize them. An example of a chain:\n\n"
+        + "\n".join([*example[0], example[1], example[2] + example[3]]) + "\n\nThe text:\n"
+    )  # fmt: skip
+    parts = [(at, tok.encode(f"\n{line}\n")) for at, line in placed]
+    ids = book.prose(n - ROOM - len(tok.encode(intro)) - sum(len(part) for _, part in parts) + 64, rng)
+    ids, after = ids[:-64], ids[-64:]
+    out, last = [], 0
+    for at, part in parts:
+        cut = int(len(ids) * (0.03 + 0.94 * at))
+        out, last = out + ids[last:cut] + part, cut
+    text = intro + tok.decode(out + ids[last:])
+    prompts = {
+        task: (tok.chat(f"{text}\n\n{question}") + tok.encode(begin), tok.encode(answer))
+        for task, (_, question, begin, answer) in asked.items()
+    }
+    shared = os.path.commonprefix([prompt for prompt, _ in prompts.values()])
     at = rng.randrange(len(ids) // 20, len(ids) - 200)
-    return Sample(
-        ids + book.tok.encode("\n\n* * *\n\n") + ids[at : at + 24], ids[at + 24 : at + 56], [ids[at : at + 56]]
-    )
-
-
-def going_on(book: Book, n: int, rng: random.Random) -> Sample:
-    """What the book says next, 64 tokens of it: for perplexity."""
-    ids = book.prose(n + 64, rng)
-    return Sample(ids[:n], ids[n:], [])
-
-
-TASKS: dict[str, Callable] = {
-    "fact": fact, "lookalike": lookalike, "values": values, "chain": chain, "reworded": reworded, "passage": passage,
-    "continuation": going_on,
-}  # fmt: skip
-
-
-def make(book: Book, task: str, n: int, seed: int) -> Sample:
-    """Return the seed-th sample of a task, of about n prompt tokens; the same for the same arguments."""
-    return TASKS[task](book, n, random.Random(f"{task} {n} {seed}"))
+    quoted = shared + tok.encode("\n\n* * *\n\n") + ids[at : at + 24]
+    prompts |= {"passage": (quoted, ids[at + 24 : at + 56]), "continuation": (shared, after)}
+    return Document(os.path.commonprefix([prompt for prompt, _ in prompts.values()]), prompts)

@@ -33,11 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import prune
 import slim
-from kvcache import CopyStream, check_path
+from kvcache import CopyStream
 from loading.config import parse_config
-from loading.plan import Checkpoint, Settings, format_bytes, pick_device, resolve_schedule
+from loading.plan import Checkpoint, Settings, format_bytes, pick_device, prefill_flops
+from loading.saved import check_path
+from loading.schedule import format_schedule, resolve_schedule
 from loading.weights import tensor_shapes
-from model import Config, prefill_flops
+from model import Config
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],
@@ -427,7 +429,7 @@ def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int, 
     """Return an engine of a shape with random weights."""
     device, dtype, rule = pick_device(device), model.DTYPES[dtype], prune.RULES[score]
     config, options = parse_config(SHAPES[shape], shape), Settings(chunk=chunk)
-    budgets = resolve_schedule(schedule, config, options)
+    budgets = resolve_schedule(schedule, config, options.block_len)
     tensors = RandomTensors(config, device, dtype)
     return slim.start(Checkpoint(Path(shape), config, tensors, set(), device, dtype, budgets, rule, options))
 
@@ -483,7 +485,7 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         "shape": args.shape,
         "dtype": args.dtype,
         "chunk": chunk,
-        "schedule": prune.format_schedule(schedule),
+        "schedule": format_schedule(schedule),
         "new": args.new,
         "rounds": args.rounds,
         "memory_gib": args.memory_gib,

@@ -18,8 +18,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from kvcache import replace_file
-from model import prefill_flops
+from loading.plan import prefill_flops
+from loading.saved import replace_file
 
 HERE = Path(__file__).parent
 

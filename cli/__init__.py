@@ -7,14 +7,14 @@ import sys
 import threading
 from dataclasses import fields
 
-import prune
 import slim
 import tokenizer
 from cli.options import adopt, build_ids, check_args, parse_args, read_prompt
 from cli.show import Progress, status
 from cli.talk import Talk, chat
-from kvcache import check_saved
 from loading.plan import Checkpoint, Settings, dtype_name, format_bytes, free_bytes, plan
+from loading.saved import check_saved
+from loading.schedule import format_schedule
 
 
 def main(argv=None) -> int:
@@ -73,7 +73,7 @@ def run(args, progress: Progress) -> int:
     ids = [] if header else build_ids(args, read_prompt(args), tok)
     n_prompt = max(1, len(header["ids"]) if header else len(ids))
     engine = slim.start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
-    pruning = "dense" if not ckpt.schedule else f"{prune.format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
+    pruning = "dense" if not ckpt.schedule else f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
     say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens")
     need, free = plan(ckpt, n_prompt, args.max_new_tokens), format_bytes(free_bytes(ckpt.device))
     say(f"slim: {ckpt.device}, {dtype_name(ckpt.dtype)}: {need}, {free} more free")

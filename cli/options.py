@@ -8,7 +8,7 @@ from pathlib import Path
 
 import prune
 import slim
-from kvcache import check_path, read_saved
+from loading.saved import check_path, read_saved
 from loading.plan import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,7 @@ import sys
 import time
 
 import slim
-from loading.plan import format_bytes
-from model import layer_flops
+from loading.plan import format_bytes, layer_flops
 
 
 class Progress:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 import prune
-from kvcache import tail_rows, stage_layout
+from kvcache import stage_layout, tail_rows
 from loading.config import read_config, stop_tokens
 from loading.find import find_checkpoint
+from loading.schedule import format_schedule, resolve_schedule
 from loading.weights import check_tensors, fingerprint, open_shards, weight_bytes
 from model import DTYPES, Config, look_rows
 
@@ -64,7 +65,7 @@ class Checkpoint:
         options, rule, place = Settings(**settings), prune.find_rule(score), pick_device(device)
         folder = find_checkpoint(ckpt)
         config = read_config(folder / "config.json")
-        kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options)
+        kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options.block_len)
         tensors = open_shards(folder)
         check_tensors(folder, config, tensors)
         stop = stop_tokens(folder, config.vocab_size)
@@ -75,7 +76,7 @@ class Checkpoint:
         """What a saved conversation depends on: settings, schedule, dtype, rule and weights."""
         return {
             "block_len": self.settings.block_len, "unit_len": self.settings.unit_len, "chunk": self.settings.chunk,
-            "window": self.window, "gamma": self.gamma, "schedule": prune.format_schedule(self.schedule),
+            "window": self.window, "gamma": self.gamma, "schedule": format_schedule(self.schedule),
             "dtype": dtype_name(self.dtype), "score": self.rule.name, "sees": self.rule.sees,
             "every_layer": self.rule.every_layer, "weights": self.weights_hash,
         }  # fmt: skip
@@ -134,19 +135,23 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def resolve_schedule(schedule, config: Config, settings: Settings) -> dict[int, prune.Budget]:
-    """Return {boundary: budget} for "auto", "paper", "dense", a string or a dict, checked against the model."""
-    if isinstance(schedule, str):
-        schedule = prune.parse_schedule(schedule)
-    if schedule == "auto":
-        schedule = prune.auto_schedule(config.n_layers)
-    elif schedule == "paper":
-        schedule = prune.paper_schedule(config.n_layers, config.model_type)
-    schedule = {} if schedule == "dense" else schedule
-    if not isinstance(schedule, dict):
-        raise ValueError(f"schedule {schedule!r} must be 'auto', 'paper', 'dense' or a dict of boundary: budget")
-    prune.check_schedule(schedule, config.n_layers, settings.block_len)
-    return dict(schedule)  # the caller's may change later
+# ---- operations -------------------------------------------------------------------------
+
+
+def layer_flops(c: Config, rows: int, keys: float, ffn_rows: int | None = None) -> float:
+    """Return a layer's operations for rows that see `keys` keys on average; ffn_rows: rows of its FFN, if different."""
+    projections, ffn = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim, 3 * c.dim * c.hidden_dim
+    ffn_rows = rows if ffn_rows is None else ffn_rows
+    return 2 * rows * projections + 2 * ffn_rows * ffn + 4 * rows * keys * c.n_heads * c.head_dim
+
+
+def prefill_flops(c: Config, n_prompt: int, schedule: dict, block_len: int = 64) -> float:
+    """Return the floating-point operations of a prefill: matrices and causal attention, the head once."""
+    sizes = prune.stage_blocks(n_prompt, schedule, block_len)
+    rows = [n_prompt - (sizes[0] - n) * block_len for n in sizes]
+    alive = [r for a, b, r in zip([0, *schedule], [*schedule, c.n_layers], rows) for _ in range(a, b)]
+    ffn_rows = alive[1:] + alive[-1:]  # the FFN below a boundary runs on its survivors
+    return sum(layer_flops(c, n, n / 2, m) for n, m in zip(alive, ffn_rows)) + 2 * c.dim * c.vocab_size
 
 
 # ---- memory -----------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -
     default = prune.auto_schedule(ckpt.config.n_layers)
     small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
-    ways |= {f"--schedule {prune.format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
+    ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
     found = [flag for flag, way in ways.items() if fits(plan(way, n_prompt, n_new), ckpt.device, loaded)]

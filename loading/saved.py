@@ -1,0 +1,90 @@
+"""A conversation in a file: safetensors with a JSON header and a checksum, replaced as a whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SAVED = "slim 2"  # the format
+
+
+def check_path(path) -> Path:
+    """Return the file that a path to write to stands for, links followed; raise ValueError if it cannot be written."""
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir() or target.exists() and not target.is_file():
+            raise ValueError("it is not a file")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise ValueError("its folder does not exist or does not allow writing")
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"{path!s:.200} cannot be written: {error}") from None
+    return target
+
+
+@contextlib.contextmanager
+def replace_file(path) -> Iterator[str]:
+    """Give a path to write to; what is written there replaces `path` at the end, or is deleted on an error.
+
+    It lies in a folder of its own, because the library puts temporary files beside it; what a
+    killed process leaves is removed by the next try. Raises ValueError if writing fails.
+    """
+    path = check_path(path)
+    folder = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
+    part = folder / path.name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        yield str(part)
+        os.umask(mask := os.umask(0))
+        part.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)  # not the library's 0600
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # before the name points to it
+        os.replace(part, path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be written ({error}); choose another place") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def checksum(header: str, tensors) -> str:
+    """Return the CRC of a header and of pairs (name, tensor), dtypes and shapes included."""
+    crc = zlib.crc32(header.encode())
+    for name, tensor in tensors:
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def read_saved(path) -> tuple[dict, object]:
+    """Return the header of a saved conversation and its open file; raise ValueError for anything else."""
+    parts = {"identity": dict, "ids": list, "pending": list, "kv": dict, "extra": dict}
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("no such file")
+        file = safe_open(path, framework="pt", device="cpu")
+        header = json.loads((file.metadata() or {})["slim"])
+        if header["format"] != SAVED:
+            raise OSError(f"its format is {header['format']!r}, not {SAVED!r}")
+        if all(isinstance(header.get(name), kind) for name, kind in parts.items()):
+            return header, file
+        problem = "parts are missing"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        problem = str(error) if isinstance(error, OSError) else "it is truncated, or something else"
+    raise ValueError(f"{path} is not a conversation saved by Slim: {problem}; write one with --save")
+
+
+def check_saved(path, header: dict, identity: dict) -> None:
+    """Raise ValueError that lists all in which a saved conversation differs from the engine that is to continue it."""
+    theirs = header["identity"]
+    if wrong := [key for key in identity if theirs.get(key) != identity[key]]:
+        shown = ", ".join(
+            "other weights" if key == "weights" else f"{key} {theirs.get(key)!r} where this run has {identity[key]!r}"
+            for key in wrong
+        )
+        raise ValueError(f"{path} was saved with {shown}; use the same settings, or read the document again")
