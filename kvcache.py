@@ -22,12 +22,13 @@ The words of this engine:
 One block, from the prompt to its return: block 7 runs through stage 0 and gets keys there. At the first
 boundary it is not chosen: its rows leave x for aux (`offload`). Later a token chooses it: its rows come out
 of aux (`restore`), run through stage 1 beside the token, and get keys in a freed slot (`activate`). When the
-choice changes again, the slot's content goes home, and from then on it is only copied back (`copy_layer`).
+choice changes again, the slot's content goes home, and from then on it is only copied back (`move`).
 
 A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the keys.
 Prompt keys never change, so a block goes home once and is only read from there. Copies run on a CUDA
 stream of their own in layer order, and a layer waits for its own copies only (paper, section on
-asynchronous KV management). On a CPU the same code runs without streams.
+asynchronous KV management). Blocks that leave or return together are one copy a layer. On a CPU the
+same code runs without streams.
 
 Invariants: a stage's slots are always full; a block with keys in a stage is in a slot, at home, or
 both; a block without is in aux of that stage's boundary or of one below.
@@ -44,6 +45,8 @@ from prune import Budget, stage_blocks
 
 COUNTERS = "swaps", "revived", "to_cpu_bytes", "to_gpu_bytes"
 TAIL_STEP = 64  # rows a tail grows by: small, so that memory stays what the plan said
+PIECE_BYTES = 2**26  # of pinned memory, at least, where a first piece was too small
+TOGETHER = 16  # blocks that leave x at a time: a copy of them is made on the device
 
 
 def stage_layout(n_layers: int, n_prompt: int, schedule: dict[int, Budget], block_len: int) -> list[tuple[range, int]]:
@@ -68,43 +71,33 @@ def allocate(make, what: str, *shape, **options) -> Tensor:
         raise MemoryError(f"no room for {mib:,.0f} MiB of {what} ({str(error).splitlines()[0]:.100})") from None
 
 
-class Pool:
-    """Equal entries of pinned CPU memory, allocated in pieces because pinning is slow and must be rare."""
+class HostMemory:
+    """Pinned CPU memory for equal entries; it comes in large pieces because pinning is slow."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool, piece_mib: float):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool):
         self.shape, self.dtype, self.pin = shape, dtype, pin
         self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self.piece = max(1, int(piece_mib * 2**20) // self.entry_bytes)  # entries per piece
-        self.free: list[Tensor] = []
+        self.piece: Tensor | None = None  # (entries, *shape), the newest; older ones live as long as what lies in them
+        self.used = 0  # entries of the piece
+
+    def reset(self, n: int) -> None:
+        """Start afresh with room for n entries; keep the piece that is there unless it is too small or far too large."""
         self.used = 0
+        if self.piece is None or not n <= len(self.piece) <= 2 * max(n, PIECE_BYTES // self.entry_bytes):
+            self.piece = None  # the old memory goes before the new comes
+            self.grow(n)
 
-    def reserve(self, n: int) -> None:
-        """Make sure of n free entries, in one piece of at least the usual size."""
-        if (missing := n - len(self.free)) > 0:
-            n_new = max(missing, self.piece)
-            memory = allocate(
-                torch.empty, "CPU memory for pruned blocks", n_new, *self.shape, dtype=self.dtype, pin_memory=self.pin
-            )
-            self.free.extend(memory.unbind(0))
+    def take(self, n: int) -> Tensor:
+        """Return n entries that lie together (n, *shape)."""
+        if self.used + n > len(self.piece):
+            self.grow(max(n, PIECE_BYTES // self.entry_bytes))
+        self.used += n
+        return self.piece[self.used - n : self.used]
 
-    def take(self) -> Tensor:
-        self.reserve(1)
-        self.used += 1
-        return self.free.pop()
-
-    def give(self, entry: Tensor) -> None:
-        self.used -= 1
-        self.free.append(entry)
-
-    def renew(self, n: int) -> None:
-        """Reserve n entries for a new conversation; give memory back that is far more than it needs."""
-        if not self.used and len(self.free) > 2 * max(n, self.piece):
-            self.free.clear()
-        self.reserve(n)
-
-    @property
-    def nbytes(self) -> int:
-        return self.used * self.entry_bytes
+    def grow(self, n: int) -> None:
+        what = "CPU memory for pruned blocks"
+        self.piece = allocate(torch.empty, what, n, *self.shape, dtype=self.dtype, pin_memory=self.pin)
+        self.used = 0
 
 
 class CopyStream:
@@ -113,12 +106,15 @@ class CopyStream:
     def __init__(self, device: torch.device, overlap: bool):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and overlap else None
-        self.non_blocking = self.stream is not None
 
-    def after_compute(self):
-        """Enter the stream: what is copied inside starts after all compute issued so far."""
+    def compute_event(self):
+        """Mark this point of the compute stream."""
+        return torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
+
+    def after(self, event):
+        """Enter the stream: what is copied inside starts after an event of the compute stream."""
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)  # of None: changes nothing
 
     def event(self):
@@ -130,10 +126,16 @@ class CopyStream:
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
-    def keep(self, tensor: Tensor) -> None:
-        """Hold the memory of a compute tensor that the stream still reads when its last name is gone."""
-        if self.stream is not None:
-            tensor.record_stream(self.stream)
+    def to_host(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=self.stream is not None)
+
+    def to_device(self, entries: list[Tensor], sent) -> Tensor:
+        """Return entries of pinned memory as one tensor on the device; `sent` is the event after they came there."""
+        if sent is not None:
+            sent.synchronize()  # of an earlier step, so it is past
+        pin = self.device.type == "cuda"
+        together = torch.empty(len(entries), *entries[0].shape, dtype=entries[0].dtype, pin_memory=pin)
+        return torch.stack(entries, out=together).to(self.device, non_blocking=self.stream is not None)
 
 
 @dataclass
@@ -145,8 +147,10 @@ class Stage:
     slots: list[int] = field(default_factory=list)  # slot -> block
     blocks: Tensor | None = None  # the same on the device
     held: set[int] = field(default_factory=set)  # blocks whose keys this stage has, in a slot or at home
-    home: dict[int, Tensor] = field(default_factory=dict)  # block -> (layers, 2, B, G, D) on the CPU
+    home: dict[int, Tensor] = field(default_factory=dict)  # block -> (layers, 2, G, B, D) on the CPU
     aux: dict[int, Tensor] = field(default_factory=dict)  # block -> (B, C) on the CPU, pruned at this stage's boundary
+    home_sent: object = None  # the event after the newest copy to home
+    aux_sent: object = None  # and to aux
     seen: Tensor | None = None  # of the newest tokens at this boundary: worth (w, N), or queries (w, H, D)
 
     def remember(self, newest: Tensor, window: int) -> None:
@@ -157,15 +161,16 @@ class Stage:
 class KVCache:
     """Keys and values of one conversation; `reset` lays it out for a prompt and a schedule {boundary: budget}."""
 
-    def __init__(self, n_layers, n_kv_heads, head_dim, dim, block_len, dtype, device, overlap=True, pool_mib=64.0):
+    def __init__(self, n_layers, n_kv_heads, head_dim, dim, block_len, dtype, device, overlap=True):
         self.n_layers, self.block_len, self.dtype, self.device = n_layers, block_len, dtype, device
-        self.kv_shape, self.dim, self.pool_mib = (n_kv_heads, head_dim), dim, pool_mib
+        self.n_kv_heads, self.head_dim, self.dim = n_kv_heads, head_dim, dim
         self.copies = CopyStream(device, overlap)
         self.pin = device.type == "cuda"
-        self.aux_pool = Pool((block_len, dim), dtype, self.pin, pool_mib)
-        self.home_pools: dict[int, Pool] = {}  # layers of a stage -> pool
+        self.aux_memory = HostMemory((block_len, dim), dtype, self.pin)
+        self.home_memory = HostMemory((2, n_kv_heads, block_len, head_dim), dtype, self.pin)  # a block in one layer
+        self.moves: list = []  # what `activate` decided and `move` has to do
         self.stages: list[Stage] = []
-        self.slabs: list[Tensor] = []  # per layer (2, S, G, D): keys, values
+        self.slabs: list[Tensor] = []  # per layer (2, G, S, D): keys, values, a head's rows together
         self.copied: list = []  # per layer: the event after its newest copies, or None
         self.schedule: dict[int, Budget] = {}
         self.n_prompt = self.length = 0  # tokens of the prompt; of the conversation, whose keys are complete
@@ -178,14 +183,9 @@ class KVCache:
         """Drop everything and lay out slabs for a prompt of n_prompt tokens and `room` more."""
         if self.pin:
             torch.cuda.synchronize(self.device)  # copies may still touch the slabs freed here
-        for stage in self.stages:
-            for entry in stage.aux.values():
-                self.aux_pool.give(entry)
-            for entry in stage.home.values():
-                self.home_pool(stage).give(entry)
         self.schedule = schedule
         layout = stage_layout(self.n_layers, n_prompt, schedule, self.block_len)
-        self.stages = [Stage(layers, n_slots) for layers, n_slots in layout]
+        self.stages, self.moves = [Stage(layers, n_slots) for layers, n_slots in layout], []
         n_slots = self.stages[0].n_slots
         self.activate(self.stages[0], set(range(n_slots)))
         self.tail_start, self.tail_rows = n_slots * self.block_len, tail_rows(n_prompt, self.block_len) + room
@@ -195,30 +195,20 @@ class KVCache:
         for counter in COUNTERS:
             setattr(self, counter, 0)
         # What the first step sends to the CPU, and a home for every slot: no copy shall wait for pinning.
-        self.aux_pool.renew(n_slots - self.stages[-1].n_slots)
-        lengths = {len(stage.layers) for stage in self.stages[1:]}
-        self.home_pools = {n: pool for n, pool in self.home_pools.items() if n in lengths}
-        for stage in self.stages[1:]:
-            alike = (other.n_slots for other in self.stages[1:] if len(other.layers) == len(stage.layers))
-            self.home_pool(stage).renew(sum(alike))
+        self.aux_memory.reset(n_slots - self.stages[-1].n_slots)
+        self.home_memory.reset(sum(len(stage.layers) * stage.n_slots for stage in self.stages[1:]))
 
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
         # zeros, not empty: a masked key still meets a zero weight, and 0 * NaN is NaN
-        shape = 2, stage.n_slots * self.block_len + n_tail, *self.kv_shape
+        shape = 2, self.n_kv_heads, stage.n_slots * self.block_len + n_tail, self.head_dim
         return allocate(torch.zeros, "keys and values", *shape, dtype=self.dtype, device=self.device)
-
-    def home_pool(self, stage: Stage) -> Pool:
-        n = len(stage.layers)
-        if n not in self.home_pools:
-            self.home_pools[n] = Pool((n, 2, self.block_len, *self.kv_shape), self.dtype, self.pin, self.pool_mib)
-        return self.home_pools[n]
 
     def growth_bytes(self, end: int) -> int:
         """Return the memory that `grow_tail` will ask for: longer tails, and one slab that is there twice."""
         rows = end - self.tail_start - self.tail_rows + TAIL_STEP
         if rows <= TAIL_STEP:
             return 0
-        return self.n_layers * rows * self.slabs[0][:, 0].nbytes + self.slabs[0].nbytes
+        return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + self.slabs[0].nbytes
 
     def grow_tail(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every layer's tail."""
@@ -229,7 +219,7 @@ class KVCache:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled
                 old, new = self.slabs[layer], self.new_slab(stage, n_tail)
-                new[:, : old.shape[1]] = old
+                new[:, :, : old.shape[2]] = old
                 self.slabs[layer] = new
         self.tail_rows = n_tail  # only now: without memory for all, the conversation stays as it is
 
@@ -237,17 +227,16 @@ class KVCache:
 
     def append(self, layer: int, slab_rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Write keys and values (T, G, D) to slab rows (T,)."""
-        self.slabs[layer][0].index_copy_(0, slab_rows, k)
-        self.slabs[layer][1].index_copy_(0, slab_rows, v)
+        for half, new in zip(self.slabs[layer], (k, v)):
+            half.index_copy_(1, slab_rows, new.transpose(0, 1))
 
-    def read(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
-        """Return the first n slab rows of a layer as views (n, G, D): keys, values."""
-        return self.slabs[layer][0, :n], self.slabs[layer][1, :n]
+    def read(self, layer: int, n: int) -> Tensor:
+        """Return the first n slab rows of a layer as a view (2, n, G, D): keys, values."""
+        return self.slabs[layer][:, :, :n].transpose(1, 2)
 
-    def block_keys(self, stage: int, layer: int) -> Tensor:
-        """Return the keys of the stage's slots at `layer` as a view (N, B, G, D), in slot order."""
-        n = self.stages[stage].n_slots
-        return self.slabs[layer][0, : n * self.block_len].view(n, self.block_len, *self.kv_shape)
+    def slots(self, stage: Stage, layer: int) -> Tensor:
+        """Return the slots of a layer as a view (2, G, N, B, D)."""
+        return self.slabs[layer][:, :, : stage.n_slots * self.block_len].unflatten(2, (-1, self.block_len))
 
     def wait(self, layer: int) -> None:
         """Let compute go on only when the copies of this layer's slots are done.
@@ -270,65 +259,65 @@ class KVCache:
         if active == set(stage.slots):
             return
         freed = [s for s, block in enumerate(stage.slots) if block not in active]
-        moves = list(zip(freed, sorted(active - set(stage.slots))))  # (slot, block that enters)
-        leaving = [(s, stage.slots[s]) for s, _ in moves if stage.slots[s] not in stage.home]
-        returning = [(s, block) for s, block in moves if block in stage.home]
-        for _, block in leaving:
-            stage.home[block] = self.home_pool(stage).take()
-        entered = dict(moves)
-        self.fill(stage, [entered.get(s, block) for s, block in enumerate(stage.slots)])
-        self.swaps += len(moves)
-        self.copy_blocks(stage, leaving, returning)
+        entering = dict(zip(freed, sorted(active - set(stage.slots))))
+        leaving = [(s, stage.slots[s]) for s in entering if stage.slots[s] not in stage.home]
+        returning = [(s, block) for s, block in entering.items() if block in stage.home]
+        homes = self.home_memory.take(len(stage.layers) * len(leaving)).view(len(stage.layers), len(leaving), *self.home_memory.shape)
+        self.moves.append((stage, leaving, homes, returning, self.copies.compute_event()))
+        stage.home |= {block: homes[:, i] for i, (_, block) in enumerate(leaving)}
+        self.fill(stage, [entering.get(s, block) for s, block in enumerate(stage.slots)])
+        self.swaps += len(entering)
 
     def fill(self, stage: Stage, slots: list[int]) -> None:
         stage.slots, stage.blocks = slots, self.upload(slots)
         stage.held |= set(slots)
 
-    def copy_blocks(self, stage: Stage, leaving: list, returning: list) -> None:
-        """Issue a stage's copies layer by layer; each layer's event fires when its own are done.
+    def move(self) -> None:
+        """Copy what `activate` decided, layer by layer; each layer's event fires when its own copies are done.
 
-        Compute issued so far holds the last read of every slot overwritten here, and the
-        last write of every block that leaves: the copies start after it.
+        Called once the FFN is issued that hides the copies. They start after the compute before `activate`, which
+        holds the last read of every slot overwritten here, and the last write of every block that leaves.
         """
-        with self.copies.after_compute():
-            for i, layer in enumerate(stage.layers):
-                self.copy_layer(stage, i, self.slabs[layer], leaving, returning)
-                self.copied[layer] = self.copies.event()
-        self.to_cpu_bytes += len(leaving) * self.home_pool(stage).entry_bytes
-        self.to_gpu_bytes += len(returning) * self.home_pool(stage).entry_bytes
+        for stage, leaving, homes, returning, event in self.moves:
+            sent = stage.home_sent
+            with self.copies.after(event):
+                out, into = (self.upload([s for s, _ in pairs]) for pairs in (leaving, returning))
+                for i, layer in enumerate(stage.layers):
+                    self.move_layer(stage, i, layer, out, homes, into, [b for _, b in returning], sent)
+                    self.copied[layer] = stage.home_sent = self.copies.event()
+            self.to_cpu_bytes += homes.nbytes
+            self.to_gpu_bytes += len(returning) * len(stage.layers) * self.home_memory.entry_bytes
+        self.moves = []
 
-    def copy_layer(self, stage: Stage, i: int, slab: Tensor, leaving: list, returning: list) -> None:
-        """Copy blocks out of and then into the slots of the stage's i-th layer; keys and values are contiguous each."""
-        b, quiet = self.block_len, self.copies.non_blocking
-        for half in (0, 1):
-            for slot, block in leaving:
-                stage.home[block][i, half].copy_(slab[half, slot * b : slot * b + b], non_blocking=quiet)
-            for slot, block in returning:
-                slab[half, slot * b : slot * b + b].copy_(stage.home[block][i, half], non_blocking=quiet)
+    def move_layer(self, stage: Stage, i: int, layer: int, out, homes, into, blocks: list[int], sent) -> None:
+        """Copy slots `out` home, then blocks from home to slots `into`, in the stage's i-th layer: one copy each."""
+        slots = self.slots(stage, layer)  # (2, G, N, B, D)
+        if len(out):
+            self.copies.to_host(homes[i], slots[:, :, out].permute(2, 0, 1, 3, 4).contiguous())
+        if blocks:
+            back = self.copies.to_device([stage.home[block][i] for block in blocks], sent)  # (n, 2, G, B, D)
+            slots[:, :, into] = back.permute(1, 2, 0, 3, 4)
 
     # ---- rows that leave and return --------------------------------------------------
 
-    def offload(self, stage: Stage, rows: dict[int, Tensor]) -> None:
-        """Keep the hidden states {block: (B, C)} pruned at this stage's boundary in aux."""
-        with self.copies.after_compute():  # the rows are the newest compute
-            for block, x in rows.items():
-                stage.aux[block] = self.aux_pool.take()
-                stage.aux[block].copy_(x, non_blocking=self.copies.non_blocking)
-                self.copies.keep(x)
-        self.to_cpu_bytes += len(rows) * self.aux_pool.entry_bytes
+    def offload(self, stage: Stage, x: Tensor, first_row: dict[int, int]) -> None:
+        """Keep hidden states pruned at this stage's boundary in aux: of blocks that begin at rows of x (T, C)."""
+        event, blocks = self.copies.compute_event(), list(first_row)  # the rows are the newest compute
+        with self.copies.after(event):
+            for part in (blocks[i : i + TOGETHER] for i in range(0, len(blocks), TOGETHER)):
+                entries = self.aux_memory.take(len(part))  # (n, B, C)
+                self.copies.to_host(entries, x[self.block_rows([first_row[block] for block in part])].view_as(entries))
+                stage.aux |= dict(zip(part, entries))
+            stage.aux_sent = self.copies.event()
+        if self.copies.stream is not None:
+            x.record_stream(self.copies.stream)  # read there after its last name here is gone
+        self.to_cpu_bytes += len(blocks) * self.aux_memory.entry_bytes
 
     def restore(self, stage: Stage, blocks: list[int]) -> Tensor:
         """Take blocks out of aux: their hidden states (len(blocks) * B, C) on the device, ready to use."""
-        x = torch.empty(len(blocks), self.block_len, self.dim, dtype=self.dtype, device=self.device)
-        with self.copies.after_compute():  # x may reuse memory that compute has not finished with
-            for row, block in zip(x, blocks):
-                entry = stage.aux.pop(block)
-                row.copy_(entry, non_blocking=self.copies.non_blocking)
-                self.aux_pool.give(entry)  # reused by later copies of this same stream only
-            arrived = self.copies.event()
-        self.copies.wait(arrived)  # the FFN of the boundary's layer reads x next
+        x = self.copies.to_device([stage.aux.pop(block) for block in blocks], stage.aux_sent)
         self.revived += len(blocks)
-        self.to_gpu_bytes += len(blocks) * self.aux_pool.entry_bytes
+        self.to_gpu_bytes += x.nbytes
         return x.view(-1, self.dim)
 
     # ---- going back, and out to a file -----------------------------------------------
@@ -351,14 +340,15 @@ class KVCache:
         tensors = {}
         for i, stage in enumerate(self.stages):
             for layer in stage.layers:
-                halves = self.read(layer, stage.n_slots * self.block_len + self.length - self.tail_start)
-                tensors |= {f"layer.{layer}.{name}": half.cpu() for name, half in zip(("keys", "values"), halves)}
-            tensors |= {f"stage.{i}.home.{block}": entry for block, entry in stage.home.items()}
+                n = stage.n_slots * self.block_len + self.length - self.tail_start
+                tensors[f"layer.{layer}"] = self.slabs[layer][:, :, :n].cpu().contiguous()
+            tensors |= {f"stage.{i}.home.{block}": entry.contiguous() for block, entry in stage.home.items()}
             tensors |= {f"stage.{i}.aux.{block}": entry for block, entry in stage.aux.items()}
             if stage.seen is not None:
                 tensors[f"stage.{i}.seen"] = stage.seen.cpu()
         return layout, tensors
 
+    @torch.inference_mode()
     def undump(self, layout: dict, tensor, schedule: dict[int, Budget], room: int = 0) -> None:
         """Lay out a dumped conversation and fill it from tensor(name)."""
         self.reset(layout["n_prompt"], schedule, layout["length"] - layout["n_prompt"] + room)
@@ -366,12 +356,13 @@ class KVCache:
             self.fill(stage, saved["slots"])
             stage.held |= set(saved["home"])
             for layer in stage.layers:
-                for half, name in enumerate(("keys", "values")):
-                    rows = tensor(f"layer.{layer}.{name}")
-                    self.slabs[layer][half, : len(rows)] = rows
-            for name, pool in (("home", self.home_pool(stage)), ("aux", self.aux_pool)):
-                for block in saved[name]:
-                    getattr(stage, name)[block] = pool.take().copy_(tensor(f"stage.{i}.{name}.{block}"))
+                rows = tensor(f"layer.{layer}")
+                self.slabs[layer][:, :, : rows.shape[2]] = rows
+            for block in saved["home"]:
+                entry = self.home_memory.take(len(stage.layers))
+                stage.home[block] = entry.copy_(tensor(f"stage.{i}.home.{block}"))
+            for block in saved["aux"]:
+                stage.aux[block] = self.aux_memory.take(1)[0].copy_(tensor(f"stage.{i}.aux.{block}"))
             stage.seen = tensor(f"stage.{i}.seen").to(self.device) if saved["seen"] else None
         for key in ("length", *COUNTERS):
             setattr(self, key, layout[key])
@@ -391,5 +382,8 @@ class KVCache:
     def gpu_bytes(self) -> int:
         return sum(slab.nbytes for slab in self.slabs)
 
-    def cpu_bytes(self) -> int:
-        return sum(pool.nbytes for pool in self.home_pools.values())
+    def home_bytes(self) -> int:
+        return sum(len(stage.home) * len(stage.layers) for stage in self.stages) * self.home_memory.entry_bytes
+
+    def aux_bytes(self) -> int:
+        return sum(len(stage.aux) for stage in self.stages) * self.aux_memory.entry_bytes

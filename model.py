@@ -132,6 +132,7 @@ class Model:
                     above.remember(worth if self.rule.sees == "weights" else queries, self.window)
                     x, blocks = self.boundary(i + 1, x, blocks)
                 self.ffn(layer, x)
+                kv.move()
         kv.length = end
         last = F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)
         logits = F.linear(last, w.head)
@@ -240,14 +241,14 @@ class Model:
         kv, stage, b = self.kv, self.kv.stages[i], self.kv.block_len
         # choose
         active = self.choose(i)
-        # rows leave: blocks that are not active wait on the CPU
-        first_row = {block: j * b for j, block in enumerate(blocks)}
-        kv.offload(stage, {block: x[r : r + b] for block, r in first_row.items() if block not in active})
-        kept = [block for block in blocks if block in active]
         # rows return: active blocks that were pruned when the prompt came through
         revived = sorted(active - stage.held - set(blocks))
         returned = kv.restore(stage, revived) if revived else x[:0]
-        # KV moves: between slots and homes, while the FFN runs
+        # rows leave: blocks that are not active wait on the CPU
+        first_row = {block: j * b for j, block in enumerate(blocks)}
+        kv.offload(stage, x, {block: row for block, row in first_row.items() if block not in active})
+        kept = [block for block in blocks if block in active]
+        # KV moves: between slots and homes, while the FFN runs (`KVCache.move`)
         kv.activate(stage, active)
         if len(kept) == len(blocks) and not revived:
             return x, blocks
@@ -263,7 +264,7 @@ class Model:
         if self.rule.sees == "weights":
             scores = stage.seen.amax(0)[below.blocks]  # (N,)
         else:
-            keys = kv.block_keys(i - 1, below.layers[-1])  # (N, B, G, D)
+            keys = kv.slots(below, below.layers[-1])[0].permute(1, 2, 0, 3)  # (N, B, G, D)
             scores = self.rule.score(stage.seen, keys, below.blocks, self.unit_len)
         new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap

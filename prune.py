@@ -111,7 +111,7 @@ class Rule:
     score: Callable
     sees: str = "weights"
     every_layer: bool = True
-    window: int = 8
+    window: int = 32
     gamma: float = 1.0
 
     def __post_init__(self):

@@ -55,9 +55,7 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
     check_memory(ckpt, n_prompt, n_new)
     c, s = ckpt.config, ckpt.settings
-    kv = KVCache(
-        c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap, s.pool_mib
-    )
+    kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap)
     kv.reset(n_prompt, ckpt.schedule, n_new)
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
     return Engine(ckpt, Model(c, weights, kv, ckpt.rule, s.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk))
@@ -263,7 +261,7 @@ class Engine:
 
         kv_gpu_bytes is what the slabs take, room for new tokens included, and kv_dense_bytes
         what they would take without pruning; CPU bytes are of blocks that are there, without
-        the free part of their pools.
+        the memory that is kept for more.
         """
         kv, c = self.kv, self.config
         tail = kv.n_prompt - kv.tail_start
@@ -275,8 +273,8 @@ class Engine:
             "swaps": kv.swaps,
             "revived": kv.revived,
             "kv_gpu_bytes": kv.gpu_bytes(),
-            "kv_cpu_bytes": kv.cpu_bytes(),
-            "aux_cpu_bytes": kv.aux_pool.nbytes,
+            "kv_cpu_bytes": kv.home_bytes(),
+            "aux_cpu_bytes": kv.aux_bytes(),
             "kv_dense_bytes": (kv.tail_start + kv.tail_rows) * kv_row,
             "to_cpu_bytes": kv.to_cpu_bytes,
             "to_gpu_bytes": kv.to_gpu_bytes,

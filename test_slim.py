@@ -22,6 +22,7 @@ import time
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ import slim
 import tokenizer
 from bench import smollm2
 from cli.options import DEMO
-from kvcache import KVCache, Pool
+from kvcache import HostMemory, KVCache
 from loading import saved, schedule as schedules
 from loading.config import read_config
 from loading.find import find_checkpoint
@@ -414,13 +415,15 @@ def test_budgets_that_cover_the_prompt_give_the_dense_logits_bit_for_bit(tiny, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_copies_and_pools_change_nothing_and_chunks_only_rounding(tiny, device):
+def test_copies_and_memory_change_nothing_and_chunks_only_rounding(tiny, device, monkeypatch):
     play = lambda **kw: conversation(
         slim.load(tiny, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, **kw), draw(150)
     )
     logits, tokens = play()
-    for other in (dict(overlap=False), dict(pool_mib=0), dict(pool_mib=64)):
-        assert torch.equal(play(**other)[0], logits), other
+    assert torch.equal(play(overlap=False)[0], logits)
+    monkeypatch.setattr(kvcache, "PIECE_BYTES", 1)  # host memory grows at every swap
+    monkeypatch.setattr(kvcache, "TOGETHER", 1)
+    assert torch.equal(play()[0], logits)
     for chunk in (1, 13, 64, 1000):
         again, same = play(chunk=chunk)
         assert same == tokens
@@ -437,17 +440,17 @@ def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
     """Without a GPU: copies of a layer are put off until it waits, as a stream may; until then its new slots hold
     NaN.
     """
-    want, copy_layer, cache_wait, put_off = play(tiny, "cpu"), KVCache.copy_layer, KVCache.wait, {}
+    want, move_layer, cache_wait, put_off = play(tiny, "cpu"), KVCache.move_layer, KVCache.wait, {}
 
-    def later(kv, stage, i, slab, leaving, returning):
-        assert stage.layers[i] not in put_off
-        put_off[stage.layers[i]] = lambda: copy_layer(kv, stage, i, slab, leaving, returning)
+    def later(kv, stage, i, layer, *args):
+        assert layer not in put_off
+        put_off[layer] = lambda: move_layer(kv, stage, i, layer, *args)
 
     def wait(kv, layer):
         put_off.pop(layer, lambda: None)()
         cache_wait(kv, layer)
 
-    monkeypatch.setattr(KVCache, "copy_layer", later)
+    monkeypatch.setattr(KVCache, "move_layer", later)
     monkeypatch.setattr(KVCache, "wait", wait)
     assert torch.equal(play(tiny, "cpu"), want)
 
@@ -456,10 +459,10 @@ def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
 @pytest.mark.parametrize("late", ["copies", "compute"])
 def test_results_survive_a_late_stream(tiny, monkeypatch, late):
     """A wait that is missing shows when one stream is far behind the other."""
-    want, after_compute, append = play(tiny, "cuda"), kvcache.CopyStream.after_compute, KVCache.append
+    want, after, append = play(tiny, "cuda"), kvcache.CopyStream.after, KVCache.append
 
-    def late_copies(lane):
-        context = after_compute(lane)
+    def late_copies(lane, event):
+        context = after(lane, event)
         with torch.cuda.stream(lane.stream):
             torch.cuda._sleep(20_000_000)  # cycles: some 10 ms
         return context
@@ -469,14 +472,14 @@ def test_results_survive_a_late_stream(tiny, monkeypatch, late):
         append(kv, *args)
 
     if late == "copies":
-        monkeypatch.setattr(kvcache.CopyStream, "after_compute", late_copies)
+        monkeypatch.setattr(kvcache.CopyStream, "after", late_copies)
     else:
         monkeypatch.setattr(KVCache, "append", late_compute)
     assert torch.equal(play(tiny, "cuda"), want)
 
 
 def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
-    engine, t = slim.load(tiny, "cpu", chunk=32, schedule={2: 512}, pool_mib=0), 4000
+    engine, t = slim.load(tiny, "cpu", chunk=32, schedule={2: 512}), 4000
     engine.prefill(draw(64))
     with torch.profiler.profile(profile_memory=True) as profile:
         engine.prefill(draw(t))
@@ -486,76 +489,53 @@ def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
 
 # ---- the KV store -----------------------------------------------------------------------
 
-CONVERSATIONS = st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, 5)), min_size=5, max_size=40)
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=3, max_size=20), st.integers(1, 150), st.sampled_from([1, 2**26]))
+def test_every_block_comes_back_bit_exact_and_none_is_lost(tiny, steps, n_prompt, piece_bytes):
+    """A rule that chooses by chance, so that blocks come and go, against all that was written and pruned."""
+    by_chance = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]))
+    engine = slim.load(tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, by_chance, block_len=8, unit_len=4)
+    kv, append, offload, restore = engine.kv, KVCache.append, KVCache.offload, KVCache.restore
+
+    def record(kv, layer, slab_rows, k, v):
+        stage = next(stage for stage in kv.stages if layer in stage.layers)
+        places = positions_in_slab(kv, stage, kv.tail_start + kv.tail_rows)
+        written[layer] |= {places[row]: pair for row, pair in zip(slab_rows.tolist(), torch.stack([k, v], 1))}
+        append(kv, layer, slab_rows, k, v)
+
+    def leave(kv, stage, x, first_row):
+        hidden[kv.stages.index(stage)] |= {block: x[row : row + 8].clone() for block, row in first_row.items()}
+        offload(kv, stage, x, first_row)
+
+    def come_back(kv, stage, blocks):
+        x = restore(kv, stage, blocks)
+        assert torch.equal(x, torch.cat([hidden[kv.stages.index(stage)].pop(block) for block in blocks]))
+        return x
+
+    spies = mock.patch.multiple(KVCache, append=record, offload=leave, restore=come_back)
+    with spies, mock.patch.object(kvcache, "PIECE_BYTES", piece_bytes):
+        for _ in range(2):  # the second conversation takes over the host memory of the first
+            written, hidden = [{} for _ in range(engine.config.n_layers)], [{} for _ in range(4)]
+            engine.prefill(draw(n_prompt))
+            check_store(kv, written, hidden)
+            for step in steps:
+                engine.extend(draw(step, seed=step))
+                check_store(kv, written, hidden)
 
 
-@hypothesis_settings(max_examples=120, deadline=None)
-@given(CONVERSATIONS, st.integers(1, 90), st.sampled_from([0.0, 0.01, 1.0]))
-def test_every_block_comes_back_bit_exact_and_none_is_lost(steps, n_prompt, pool_mib):
-    """Random selections with swaps, revivals and appends, against a dictionary of what was written."""
-    b, shape = 4, (2, 3)
-    kv = KVCache(3, *shape, 6, b, torch.float32, torch.device("cpu"), pool_mib=pool_mib)
-    for _ in range(2):  # the second conversation takes over the pools of the first
-        kv.reset(n_prompt, {1: 24, 2: 12})
-        written, hidden = [{}, {}, {}], [{}, {}, {}]  # layer -> slab content by position; boundary -> block -> rows
-
-        def write(stage, positions):
-            rows = stage.slots
-            dst = [
-                rows.index(p // b) * b + p % b if p < kv.tail_start else len(rows) * b + p - kv.tail_start
-                for p in positions
-            ]
-            for layer in stage.layers:  # two where a budget covers the prompt, so that its boundary is none
-                k, v = torch.randn(2, len(positions), *shape)
-                kv.wait(layer)
-                kv.append(layer, torch.tensor(dst, dtype=torch.long), k, v)
-                written[layer] |= {p: (k[i], v[i]) for i, p in enumerate(positions)}
-
-        def choose(i, rng):
-            below, n = sorted(kv.stages[i - 1].slots), kv.stages[i].n_slots
-            return {0, *rng.sample(below[1:], n - 1)} if n else set()
-
-        def positions(blocks):
-            return [p for block in sorted(blocks) for p in range(block * b, block * b + b)]
-
-        flight, length = list(kv.stages[0].slots), n_prompt
-        write(kv.stages[0], positions(flight) + list(range(kv.tail_start, n_prompt)))
-        for seed, grow in [(0, 0), *steps]:
-            rng = random.Random(seed)
-            new = list(range(length, length + grow)) if grow else list(range(kv.tail_start, n_prompt))
-            kv.grow_tail(length + grow)
-            if grow:
-                flight = []
-                write(kv.stages[0], new)
-            for i, stage in list(enumerate(kv.stages))[1:]:
-                active = choose(i, rng) if rng.random() < 0.7 or not stage.slots else set(stage.slots)
-                gone = {block: torch.randn(b, 6) for block in flight if block not in active}
-                entering = sorted(active - stage.held - set(flight))
-                kv.offload(stage, gone)
-                hidden[i] |= {block: x.clone() for block, x in gone.items()}
-                if entering:
-                    assert torch.equal(
-                        kv.restore(stage, entering), torch.cat([hidden[i].pop(block) for block in entering])
-                    )
-                kv.activate(stage, active)
-                flight = sorted({*flight, *entering} & active)
-                write(stage, positions(flight) + new)
-            length += grow
-            homes = sum(len(stage.home) for stage in kv.stages)
-            assert homes == sum(pool.used for pool in kv.home_pools.values())  # written once
-            for layer, i, stage in [(layer, i, stage) for i, stage in enumerate(kv.stages) for layer in stage.layers]:
-                assert len(set(stage.slots)) == len(stage.slots) == stage.n_slots  # no slot held twice
-                known = {p // b for p in written[layer] if p < kv.tail_start}
-                assert known == stage.held == set(stage.slots) | set(stage.home)  # no block homeless
-                if i:
-                    assert set(stage.aux) == set(hidden[i])
-                    assert known | set(stage.aux) == kv.stages[i - 1].held  # pruned, but not lost
-                k, v = kv.read(layer, stage.n_slots * b + length - kv.tail_start)
-                for row, p in enumerate(positions_in_slab(kv, stage, length)):
-                    assert torch.equal(k[row], written[layer][p][0]) and torch.equal(v[row], written[layer][p][1])
-                for block, entry in stage.home.items():
-                    want = torch.stack([torch.stack(written[layer][p]) for p in positions([block])], 1)
-                    assert torch.equal(entry[0], want)
+def check_store(kv, written, hidden):
+    for i, stage in enumerate(kv.stages):
+        assert len(set(stage.slots)) == len(stage.slots) == stage.n_slots  # no slot held twice
+        assert stage.held == set(stage.slots) | set(stage.home)  # no block homeless
+        assert set(stage.aux) == set(hidden[i])
+        if i:
+            assert stage.held | set(stage.aux) == kv.stages[i - 1].held  # pruned, but not lost
+        for j, layer in enumerate(stage.layers):
+            places = positions_in_slab(kv, stage, kv.length)
+            assert torch.equal(kv.read(layer, len(places)), torch.stack([written[layer][p] for p in places], 1))
+            for block, entry in stage.home.items():
+                rows = [written[layer][p] for p in range(block * 8, block * 8 + 8)]  # (2, G, D) each
+                assert torch.equal(entry[j], torch.stack(rows, 2))
 
 
 def positions_in_slab(kv, stage, length):
@@ -563,14 +543,15 @@ def positions_in_slab(kv, stage, length):
     return in_slots + list(range(kv.tail_start, length))
 
 
-def test_a_pool_grows_in_pieces_and_reuses_what_is_given_back():
-    pool = Pool((4, 8), torch.float32, False, piece_mib=1024 / 2**20)  # 8 entries of 128 bytes
-    entries = [pool.take() for _ in range(9)]
-    assert len(pool.free) == 7 and pool.nbytes == 9 * 128
-    for entry in entries:
-        pool.give(entry)
-    pool.reserve(16)
-    assert len(pool.free) == 16 and pool.nbytes == 0
+def test_host_memory_grows_in_pieces_and_is_used_again(monkeypatch):
+    monkeypatch.setattr(kvcache, "PIECE_BYTES", 1024)  # 8 entries of 128 bytes
+    memory = HostMemory((4, 8), torch.float32, False)
+    memory.reset(3)
+    first = memory.take(2).fill_(1)
+    assert memory.take(2).shape == (2, 4, 8) and len(memory.piece) == 8 and first.eq(1).all()
+    for n, want in ((8, 8), (5, 8), (16, 16), (5, 16), (4, 16), (40, 40), (5, 5)):
+        memory.reset(n)
+        assert (len(memory.piece), memory.used) == (want, 0)
 
 
 @pytest.mark.parametrize(
@@ -1136,8 +1117,7 @@ def memory(name):
 engine, ids = slim.load("demo", "cpu", "float32", eval(sys.argv[1])), [1 + i % 100 for i in range(16384)]
 engine.prefill(ids[:1100])  # the kernels' own memory is not in the plan
 engine.kv.slabs, engine.kv.stages = [], []
-engine.kv.aux_pool.free.clear()
-engine.kv.home_pools.clear()
+engine.kv.aux_memory.piece = engine.kv.home_memory.piece = None
 gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
@@ -1176,21 +1156,13 @@ def test_a_conversation_survives_a_tail_that_could_not_grow(tiny, monkeypatch):
     assert torch.equal(engine.extend(draw(90)), other.extend(draw(90)))
 
 
-def test_memory_that_cannot_be_had_is_one_error_and_pools_shrink(tiny, monkeypatch):
+def test_memory_that_cannot_be_had_is_one_error(monkeypatch):
     def fail(*args, **kw):
         raise RuntimeError("CUDA error: out of memory\nand a stack")
 
     monkeypatch.setattr(torch, "empty", fail)
     with pytest.raises(MemoryError, match="of CPU memory for pruned blocks .CUDA error: out of memory.$"):
-        Pool((64, 32), torch.float32, False, 1.0).reserve(5)
-    monkeypatch.undo()
-    pool = Pool((64, 32), torch.float32, False, 0.01)
-    pool.renew(1000)
-    pool.give(pool.take())
-    pool.renew(900)
-    assert len(pool.free) == 1000
-    pool.renew(10)
-    assert len(pool.free) == 10
+        HostMemory((64, 32), torch.float32, False).reset(5)
 
 
 @pytest.mark.parametrize("v1", [False, True])
@@ -1238,7 +1210,6 @@ def test_arguments_of_other_types_are_refused(tiny):
         dict(gamma="x"),
         dict(chunk=1.5),
         dict(overlap="no"),
-        dict(pool_mib=-1),
         dict(progress=5),
     ):
         with pytest.raises(ValueError):

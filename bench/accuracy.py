@@ -273,7 +273,7 @@ class Bench:
         kv = self.model.kv
         if kv.length == 0 and layer < self.first:
             n = len(x)
-            kv.slabs[layer][:, :n] = self.dense.slabs[layer][:, :n]
+            kv.slabs[layer][:, :, :n] = self.dense.slabs[layer][:, :, :n]
             if layer == self.first - 1:
                 x[:] = torch.cat([self.record["shared"].x[self.first], self.record["question"].x[self.first]])
             return self.last_queries(layer)[-self.model.window :], None

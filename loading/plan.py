@@ -27,7 +27,6 @@ class Settings:
     gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
-    pool_mib: float = 64.0  # CPU memory for pruned blocks is taken in pieces of this size
 
     def __post_init__(self):
         limits = ("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 0, 2**16), ("chunk", 0, 2**24)
@@ -41,8 +40,6 @@ class Settings:
             raise ValueError(f"--gamma {self.gamma!r} must be an overlap within 0..1, or -1 to leave it to the rule")
         if type(self.overlap) is not bool:
             raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
-        if type(self.pool_mib) not in (int, float) or not 0 <= self.pool_mib <= 2**20:
-            raise ValueError(f"pool_mib is {self.pool_mib!r}; it must be within 0..{2**20}")
 
 
 @dataclass(frozen=True)

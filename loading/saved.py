@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-SAVED = "slim 2"  # the format
+SAVED = "slim 3"  # the format
 
 
 def check_path(path) -> Path:
