@@ -81,7 +81,7 @@ class HostMemory:
         self.used = 0  # entries of the piece
 
     def reset(self, n: int) -> None:
-        """Start afresh with room for n entries; keep the piece that is there unless it is too small or far too large."""
+        """Start afresh with room for n entries; keep the piece that is there unless too small or far too large."""
         self.used = 0
         if self.piece is None or not n <= len(self.piece) <= 2 * max(n, PIECE_BYTES // self.entry_bytes):
             self.piece = None  # the old memory goes before the new comes
@@ -262,7 +262,8 @@ class KVCache:
         entering = dict(zip(freed, sorted(active - set(stage.slots))))
         leaving = [(s, stage.slots[s]) for s in entering if stage.slots[s] not in stage.home]
         returning = [(s, block) for s, block in entering.items() if block in stage.home]
-        homes = self.home_memory.take(len(stage.layers) * len(leaving)).view(len(stage.layers), len(leaving), *self.home_memory.shape)
+        n_layers, n = len(stage.layers), len(leaving)
+        homes = self.home_memory.take(n_layers * n).view(n_layers, n, *self.home_memory.shape)
         self.moves.append((stage, leaving, homes, returning, self.copies.compute_event()))
         stage.home |= {block: homes[:, i] for i, (_, block) in enumerate(leaving)}
         self.fill(stage, [entering.get(s, block) for s, block in enumerate(stage.slots)])

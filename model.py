@@ -361,7 +361,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """
     (t, h, d), (s, g, _) = q.shape, k.shape
     q = q.view(t, g, h // g, d).transpose(0, 1).reshape(g, -1, d)  # (G, t*H/G, D)
-    logits = product(q, k.permute(1, 2, 0)).mul_(d**-0.5).view(g, t, -1, s)  # (G, t, H/G, S)
+    logits = product(q, k.permute(1, 2, 0), d**-0.5).view(g, t, -1, s)  # (G, t, H/G, S)
     if t > 1:
         later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
         logits[..., s - t :].masked_fill_(later[:, None], -torch.inf)
@@ -373,12 +373,12 @@ def look_rows(n_heads: int, n_keys: int) -> int:
     return max(1, 2**22 // (n_heads * n_keys))
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply (G, m, K) with (G, K, n), b in the dtype of the KV, and return it in at least float32."""
+def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Return scale times (G, m, K) times (G, K, n), b in the dtype of the KV, in at least float32."""
     if b.is_cuda and b.dtype.itemsize < 4:
-        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)  # widening b would read and write it once more
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale  # widening b would read and write it again
     wide = torch.promote_types(b.dtype, torch.float32)  # half-precision products are slow on a CPU and round the logits
-    return a.to(wide) @ b.to(wide)
+    return a.to(wide) * scale @ b.to(wide)
 
 
 def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

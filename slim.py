@@ -128,7 +128,7 @@ class Engine:
         self.usable = False
         self.steps += 1
         logits = self.model.step(torch.tensor(ids), n_logits).clone()  # a normal tensor, which callers may write to
-        if not logits.isfinite().all():  # waits for the device too, so the seconds in stats are of finished work
+        if not logits.sum().isfinite():  # waits for the device too, so the seconds in stats are of finished work
             raise ValueError(
                 f"the logits are not finite numbers: the weights are damaged, or too large for {self.kv.dtype}; "
                 "try a wider --dtype"

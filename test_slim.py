@@ -455,6 +455,24 @@ def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
     assert torch.equal(play(tiny, "cpu"), want)
 
 
+def test_blocks_that_move_together_are_one_copy_a_layer_and_direction(tiny):
+    """On a GPU a copy costs the host more than the bytes of a block: launches count."""
+    by_chance, calls = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]), window=1), []
+    engine = slim.load(tiny, "cpu", "float32", {1: 80}, by_chance, block_len=8, unit_len=4)
+    spies = {name: getattr(kvcache.CopyStream, name) for name in ("to_host", "to_device")}
+    count = lambda name: lambda *args: calls.append(name) or spies[name](*args)
+    engine.prefill(draw(300))
+    with mock.patch.multiple(kvcache.CopyStream, **{name: count(name) for name in spies}):
+        for i in range(20):
+            calls.clear()
+            before = engine.kv.swaps, engine.kv.revived
+            engine.extend([1 + i])
+            swaps, revived = engine.kv.swaps - before[0], engine.kv.revived - before[1]
+            above = len(engine.kv.stages[1].layers)
+            assert calls.count("to_host") <= above and calls.count("to_device") <= above + 1
+            assert swaps > 4 and (revived > 0 or i > 1)
+
+
 @needs_cuda
 @pytest.mark.parametrize("late", ["copies", "compute"])
 def test_results_survive_a_late_stream(tiny, monkeypatch, late):
@@ -493,7 +511,7 @@ def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
 @given(st.lists(st.integers(1, 5), min_size=3, max_size=20), st.integers(1, 150), st.sampled_from([1, 2**26]))
 def test_every_block_comes_back_bit_exact_and_none_is_lost(tiny, steps, n_prompt, piece_bytes):
     """A rule that chooses by chance, so that blocks come and go, against all that was written and pruned."""
-    by_chance = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]))
+    by_chance = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]), window=1)
     engine = slim.load(tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, by_chance, block_len=8, unit_len=4)
     kv, append, offload, restore = engine.kv, KVCache.append, KVCache.offload, KVCache.restore
 

@@ -24,7 +24,8 @@ def parse_schedule(text: str) -> dict[int, prune.Budget] | str:
 
 def format_schedule(schedule: dict[int, prune.Budget]) -> str:
     """Write a schedule as --schedule takes it."""
-    return ",".join(f"{layer}:{n if prune.is_tokens(n) else prune.share(n)}" for layer, n in schedule.items()) or "dense"
+    budgets = {layer: n if prune.is_tokens(n) else prune.share(n) for layer, n in schedule.items()}
+    return ",".join(f"{layer}:{n}" for layer, n in budgets.items()) or "dense"
 
 
 def check_increasing(layers: list[int]) -> None:
