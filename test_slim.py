@@ -64,6 +64,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+}
 FAMILIES = {
     "llama2-mha": dict(num_key_value_heads=4),
     "llama3-gqa": dict(num_key_value_heads=2, rope_theta=500000.0),
@@ -73,14 +79,57 @@ FAMILIES = {
     "linear-rope": dict(
         num_key_value_heads=2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     ),
-    "qwen2-bias": dict(num_key_value_heads=2, qwen=True),
+    "qwen2-bias": dict(num_key_value_heads=2, kind="Qwen2"),
+    "qwen3": dict(num_key_value_heads=2, kind="Qwen3", head_dim=16),
+    "qwen3-bias": dict(num_key_value_heads=2, kind="Qwen3", head_dim=16, attention_bias=True),
+    "mistral": dict(num_key_value_heads=2, kind="Mistral", head_dim=16, sliding_window=None),
+    "ministral3": dict(
+        num_key_value_heads=2,
+        kind="Ministral3",
+        head_dim=16,
+        initializer_range=0.2,  # sharper attention would show that transformers' angles are in float32
+        rope_parameters={**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+    ),
+    "smollm3": dict(num_key_value_heads=2, kind="SmolLM3", no_rope_layer_interval=2, tie_word_embeddings=False),
+    "smollm3-list": dict(num_key_value_heads=2, kind="SmolLM3", no_rope_layers=[0, 1, 1, 0, 1]),
+    "phi3": dict(num_key_value_heads=2, kind="Phi3", original_max_position_embeddings=4096),
+    "phi3-longrope": dict(
+        num_key_value_heads=2,
+        kind="Phi3",
+        hidden_size=64,
+        initializer_range=0.15,
+        tie_word_embeddings=True,
+        original_max_position_embeddings=64,
+        partial_rotary_factor=0.75,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+            "long_factor": [1.0, 1.5, 3.0, 9.0, 20.0, 40.0],
+        },
+    ),
+    "yarn": dict(num_key_value_heads=2, rope_parameters=YARN_ROPE),
+    "yarn-all-keys": dict(
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={
+            **YARN_ROPE,
+            "beta_fast": 9.0,
+            "beta_slow": 0.5,
+            "mscale": 0.707,
+            "mscale_all_dim": 1.5,
+            "truncate": False,
+        },
+    ),
+    "yarn-attention-factor": dict(num_key_value_heads=2, rope_parameters={**YARN_ROPE, "attention_factor": 1.7}),
 }
 
 
 def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch.float32, seed=0):
     """Save a random checkpoint; return the transformers model. Weights are large, so that attention is not flat."""
     options = dict(FAMILIES[family])
-    qwen = options.pop("qwen", False)
+    kind = options.pop("kind", "Llama")
     torch.manual_seed(seed)
     shape = dict(
         vocab_size=vocab,
@@ -89,9 +138,13 @@ def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=4096,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.3,
     )
-    config = (transformers.Qwen2Config if qwen else transformers.LlamaConfig)(**shape, initializer_range=0.3, **options)
-    model = (transformers.Qwen2ForCausalLM if qwen else transformers.LlamaForCausalLM)(config).eval()
+    config = getattr(transformers, kind + "Config")(**shape | options)
+    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "bias" in name or "norm" in name:
@@ -207,10 +260,11 @@ def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeyp
 
 
 def test_rope_by_position_and_scaled_like_transformers(checkpoints):
-    for family in ("llama3.1-rope", "linear-rope"):
-        folder, reference = checkpoints[family]
-        ours = inverse_frequencies(read_config(folder / "config.json"))
-        torch.testing.assert_close(ours.float(), reference.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
+    for family, (folder, reference) in checkpoints.items():
+        c, rope = read_config(folder / "config.json"), reference.model.rotary_emb
+        ours = inverse_frequencies(c, long=False)
+        torch.testing.assert_close(ours.float(), rope.original_inv_freq, rtol=1e-5, atol=0)
+        assert math.isclose(c.rope_scaling.get("attention_factor", 1.0), rope.attention_scaling), family
     x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 4)
     assert torch.equal(rotate(x, angle.cos(), angle.sin()), x)
 
@@ -233,8 +287,9 @@ class Oracle:
         )
         self.H, self.G, self.L = c["num_attention_heads"], c["num_key_value_heads"], c["num_hidden_layers"]
         self.D = c.get("head_dim") or c["hidden_size"] // self.H
-        theta = c["rope_parameters"]["rope_theta"]
-        self.inv = torch.tensor([theta ** (-2 * i / self.D) for i in range(self.D // 2)], dtype=torch.float64)
+        self.R = int(self.D * c["rope_parameters"].get("partial_rotary_factor", 1))
+        self.no_rope = [i for i, turned in enumerate(c.get("no_rope_layers") or []) if not turned]
+        self.inv, self.sharper = None, 1.0  # known once the prompt's length is
         self.kv = [{} for _ in range(self.L)]  # layer -> position -> (key, value)
         self.ring = {p: [] for p in schedule}
         self.rule = rule  # "paper", "peak", or "mass": summed weights, mean over heads, of the boundary's layer alone
@@ -245,9 +300,45 @@ class Oracle:
     def norm(self, x, name):
         return x / (x.square().mean() + self.c["rms_norm_eps"]).sqrt() * self.w[name]
 
-    def rope(self, x, position):
-        (a, b), cos, sin = x.chunk(2, -1), (position * self.inv).cos(), (position * self.inv).sin()
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    def lay_out_rope(self, prompt):
+        r, pairs = self.c["rope_parameters"], range(self.R // 2)
+        inv = [r["rope_theta"] ** (-2 * i / self.R) for i in pairs]
+        if r["rope_type"] == "longrope":
+            old = self.c["original_max_position_embeddings"]
+            inv = [f / by for f, by in zip(inv, r["long_factor" if prompt > old else "short_factor"])]
+            self.sharper = math.sqrt(1 + math.log(self.c["max_position_embeddings"] / old) / math.log(old))
+        if r["rope_type"] == "yarn":
+            full, turns = r["original_max_position_embeddings"] / (2 * math.pi), (32, 1)  # beta_fast, beta_slow
+            first, last = (self.R * math.log(full / n) / math.log(r["rope_theta"]) / 2 for n in turns)
+            first, last = max(0, math.floor(first)), min(self.R - 1, math.ceil(last))
+            ramp = [min(1, max(0, (i - first) / (last - first))) for i in pairs]
+            inv = [f / r["factor"] * by + f * (1 - by) for f, by in zip(inv, ramp)]
+            self.sharper = 1.0 if "mscale" in r else 0.1 * math.log(r["factor"]) + 1  # mscale is as big as the other
+        self.inv = torch.tensor(inv, dtype=torch.float64)
+
+    def turn(self, layer, x, position):
+        if layer in self.no_rope:
+            return x
+        (a, b), rest = x[:, : self.R].chunk(2, -1), x[:, self.R :]
+        cos, sin = (position * self.inv).cos() * self.sharper, (position * self.inv).sin() * self.sharper
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+    def louder(self, position):
+        r = self.c["rope_parameters"]
+        if "llama_4_scaling_beta" not in r:
+            return 1.0
+        return 1 + r["llama_4_scaling_beta"] * math.log(1 + position // r["original_max_position_embeddings"])
+
+    def heads(self, layer, kind, h):
+        name, sizes = f"model.layers.{layer}.self_attn.", {"q": self.H, "k": self.G, "v": self.G}
+        if name + "qkv_proj.weight" in self.w:
+            parts = (self.w[name + "qkv_proj.weight"] @ h).split([n * self.D for n in sizes.values()])
+            y = parts["qkv".index(kind)].view(-1, self.D)
+        else:
+            y = self.w[f"{name}{kind}_proj.weight"] @ h + self.w.get(f"{name}{kind}_proj.bias", 0)
+        y = y.view(-1, self.D)
+        norm = f"{name}{kind}_norm.weight"
+        return torch.stack([self.norm(row, norm) for row in y]) if norm in self.w else y
 
     def boundary_below(self, layer):
         return max((p for p in self.schedule if p <= layer), default=None)
@@ -303,6 +394,7 @@ class Oracle:
         if first:
             self.prompt, self.last = len(ids), (len(ids) - 1) // self.block_len
             self.tail = self.last * self.block_len
+            self.lay_out_rope(len(ids))
         self.n += len(ids)
         x = {start + i: self.w["model.embed_tokens.weight"][t] for i, t in enumerate(ids)}
         self.worth = {row: {} for row in x}
@@ -312,12 +404,9 @@ class Oracle:
                 self.worth = {row: {} for row in self.worth}  # rows that left say nothing of later layers
             for row in x:
                 h = self.norm(x[row], name + "input_layernorm.weight")
-                q, k, v = (
-                    (self.w[f"{name}self_attn.{n}_proj.weight"] @ h + self.w.get(f"{name}self_attn.{n}_proj.bias", 0))
-                    .view(-1, self.D) for n in "qkv"
-                )  # fmt: skip
-                queries[row] = self.rope(q, row)
-                self.kv[layer][row] = self.rope(k, row), v
+                q, k, v = (self.heads(layer, kind, h) for kind in "qkv")
+                queries[row] = self.turn(layer, q, row) * self.louder(row)
+                self.kv[layer][row] = self.turn(layer, k, row), v
             for row in x:
                 keys = [key for key in self.kv[layer] if self.attends(layer, row, key)]
                 k, v = (
@@ -327,16 +416,21 @@ class Oracle:
                 weights = (torch.einsum("hd,shd->hs", queries[row], k) / math.sqrt(self.D)).softmax(-1)
                 if row >= start:
                     self.look(row, keys, weights)
-                x[row] = (
-                    x[row] + self.w[name + "self_attn.o_proj.weight"] @ torch.einsum("hs,shd->hd", weights, v).flatten()
-                )
+                out = torch.einsum("hs,shd->hd", weights, v).flatten()
+                bias = self.w.get(name + "self_attn.o_proj.bias", 0)
+                x[row] = x[row] + self.w[name + "self_attn.o_proj.weight"] @ out + bias
             if layer + 1 in self.schedule:
                 self.boundary(layer + 1, x, queries, first, start)
             for row in x:
                 h = self.norm(x[row], name + "post_attention_layernorm.weight")
-                gate, up, down = (self.w[f"{name}mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
+                if name + "mlp.gate_up_proj.weight" in self.w:
+                    gate, up = self.w[name + "mlp.gate_up_proj.weight"].chunk(2)
+                else:
+                    gate, up = (self.w[f"{name}mlp.{n}_proj.weight"] for n in ("gate", "up"))
+                down = self.w[name + "mlp.down_proj.weight"]
                 x[row] = x[row] + down @ (F.silu(gate @ h) * (up @ h))
-        return self.w["lm_head.weight"] @ self.norm(x[self.n - 1], "model.norm.weight")
+        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+        return head @ self.norm(x[self.n - 1], "model.norm.weight")
 
 
 CASES = [  # schedule, gamma, prompt, least swaps and revivals that make the case worth its time
@@ -371,9 +465,17 @@ def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
     assert oracle.swaps >= swaps and oracle.revived >= revived
 
 
-@pytest.mark.parametrize("family", ["llama3-gqa", "llama2-mha", "qwen2-bias"])
-@pytest.mark.parametrize("rule", ["paper", "peak"])
-@pytest.mark.parametrize("window, block_len, unit_len", [(1, 8, 8), (11, 8, 2), (3, 12, 4)])
+OTHERS = ("qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn")
+
+
+@pytest.mark.parametrize(
+    "family, rule, window, block_len, unit_len",
+    [
+        *((f, r, *s) for f in ("llama3-gqa", "llama2-mha", "qwen2-bias") for r in ("paper", "peak")
+          for s in ((1, 8, 8), (11, 8, 2), (3, 12, 4))),
+        *((family, "peak", 8, 8, 8) for family in OTHERS),
+    ],
+)  # fmt: skip
 def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
     checkpoints, tmp_path, family, rule, window, block_len, unit_len
 ):

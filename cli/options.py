@@ -52,6 +52,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--resume", metavar="FILE", help="go on with a saved text instead of reading one")
     g.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
     g.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
+    g.add_argument(
+        "--rope-yarn", type=float, default=d["rope_yarn"], metavar="FACTOR",
+        help="stretch the trained context this many times, by YaRN, for a text beyond it",
+    )
     g = p.add_argument_group("the answer")
     g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="its length at most (%(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
@@ -233,7 +237,7 @@ def adopt(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
     header, _ = read_saved(args.resume)
     saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}
-    for name in ("ckpt", "dtype", "schedule", "score", "block_len", "unit_len", "window", "gamma", "chunk", "raw"):
+    for name in ("ckpt", "dtype", "schedule", "score", "block_len", "unit_len", "window", "gamma", "chunk", "rope_yarn", "raw"):
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():

@@ -27,6 +27,7 @@ class Settings:
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
     pool_mib: float = 64.0  # CPU memory for pruned blocks is taken in pieces of this size
+    rope_yarn: float = 0.0  # the factor by which YaRN stretches the trained context; 0: as config.json says
 
     def __post_init__(self):
         limits = ("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 0, 2**16), ("chunk", 0, 2**24)
@@ -42,6 +43,9 @@ class Settings:
             raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
         if type(self.pool_mib) not in (int, float) or not 0 <= self.pool_mib <= 2**20:
             raise ValueError(f"pool_mib is {self.pool_mib!r}; it must be within 0..{2**20}")
+        yarn = self.rope_yarn
+        if type(yarn) not in (int, float) or not (yarn == 0 or 1 <= yarn <= 2**10):
+            raise ValueError(f"--rope-yarn {yarn!r} must be a factor within 1..{2**10}, or 0 for what config.json says")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Checkpoint:
         """Find a checkpoint and check it, its tensors and the settings; see `slim.load`."""
         options, rule, place = Settings(**settings), prune.find_rule(score), pick_device(device)
         folder = find_checkpoint(ckpt)
-        config = read_config(folder / "config.json")
+        config = read_config(folder / "config.json", options.rope_yarn)
         kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options)
         tensors = open_shards(folder)
         check_tensors(folder, config, tensors)
@@ -77,7 +81,7 @@ class Checkpoint:
             "block_len": self.settings.block_len, "unit_len": self.settings.unit_len, "chunk": self.settings.chunk,
             "window": self.window, "gamma": self.gamma, "schedule": prune.format_schedule(self.schedule),
             "dtype": dtype_name(self.dtype), "score": self.rule.name, "sees": self.rule.sees,
-            "every_layer": self.rule.every_layer, "weights": self.weights_hash,
+            "every_layer": self.rule.every_layer, "rope_yarn": self.settings.rope_yarn, "weights": self.weights_hash,
         }  # fmt: skip
 
     @cached_property

@@ -17,14 +17,18 @@ def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (c.vocab_size, c.dim), "model.norm.weight": (c.dim,)}
     if not c.tied:
         shapes["lm_head.weight"] = (c.vocab_size, c.dim)
+    heads, ffn = {"q": q, "k": kv, "v": kv}, {"gate": c.hidden_dim, "up": c.hidden_dim}
+    if c.fused:
+        heads, ffn = {"qkv": q + 2 * kv}, {"gate_up": 2 * c.hidden_dim}
     for i in range(c.n_layers):
         p = f"model.layers.{i}."
         shapes |= {p + "input_layernorm.weight": (c.dim,), p + "post_attention_layernorm.weight": (c.dim,)}
-        shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in (("q", q), ("k", kv), ("v", kv))}
-        if c.qkv_bias:
-            shapes |= {p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in heads.items()}
+        shapes |= {p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in heads.items() if c.qkv_bias}
+        shapes |= {p + f"self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk" if c.qk_norm}
+        shapes |= {p + "self_attn.o_proj.bias": (c.dim,)} if c.o_bias else {}
         shapes[p + "self_attn.o_proj.weight"] = (c.dim, q)
-        shapes |= {p + f"mlp.{n}_proj.weight": (c.hidden_dim, c.dim) for n in ("gate", "up")}
+        shapes |= {p + f"mlp.{n}_proj.weight": (rows, c.dim) for n, rows in ffn.items()}
         shapes[p + "mlp.down_proj.weight"] = (c.dim, c.hidden_dim)
     return shapes
 
@@ -101,16 +105,19 @@ def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dt
         return fused
 
     def layer(i: int) -> Layer:
-        p = f"model.layers.{i}."
-        qkv = [p + f"self_attn.{n}_proj" for n in "qkv"]
+        attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        qkv, gate_up = (["qkv"], ["gate_up"]) if c.fused else ("qkv", ["gate", "up"])
         return Layer(
-            attn_norm=fuse(p + "input_layernorm.weight"),
-            wqkv=fuse(*(n + ".weight" for n in qkv)),
-            bqkv=fuse(*(n + ".bias" for n in qkv)) if c.qkv_bias else None,
-            wo=fuse(p + "self_attn.o_proj.weight"),
-            ffn_norm=fuse(p + "post_attention_layernorm.weight"),
-            w_gate_up=fuse(p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight"),
-            w_down=fuse(p + "mlp.down_proj.weight"),
+            attn_norm=fuse(f"model.layers.{i}.input_layernorm.weight"),
+            wqkv=fuse(*(f"{attn}{n}_proj.weight" for n in qkv)),
+            bqkv=fuse(*(f"{attn}{n}_proj.bias" for n in qkv)) if c.qkv_bias else None,
+            q_norm=fuse(attn + "q_norm.weight") if c.qk_norm else None,
+            k_norm=fuse(attn + "k_norm.weight") if c.qk_norm else None,
+            wo=fuse(attn + "o_proj.weight"),
+            bo=fuse(attn + "o_proj.bias") if c.o_bias else None,
+            ffn_norm=fuse(f"model.layers.{i}.post_attention_layernorm.weight"),
+            w_gate_up=fuse(*(f"{mlp}{n}_proj.weight" for n in gate_up)),
+            w_down=fuse(mlp + "down_proj.weight"),
         )
 
     embed = fuse("model.embed_tokens.weight")
