@@ -135,7 +135,7 @@ class Talk:
             self.progress.follow(engine)
         try:
             with stop_between_tokens(args.chat) as stopped:
-                for piece in self.tokenizer.stream(tokens(stopped)):
+                for piece in self.tokenizer.stream(tokens(stopped), args.stop):
                     pieces.append(piece)
                     if text:
                         print(piece, end="", flush=True)
