@@ -1376,7 +1376,7 @@ HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "na�
         "тест\x04 т(т)", "\U00012658\x13     \U00012658\x13"]  # fmt: skip
 SOME = " \n\r\t'sStTab1290.!é😀\u0301\u3000日²½\x04\x1d\U00041234"
 TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(SOME), max_size=40))
-KINDS = ["gpt2", "llama3", "qwen", "smollm2"]
+KINDS = ["gpt2", "llama3", "qwen", "smollm2", "tekken", "o200k"]  # SmolLM3 and Phi-4 have llama3's, Qwen3 has qwen's
 relaxed = hypothesis_settings(max_examples=150, deadline=None)
 
 
@@ -1387,8 +1387,8 @@ def trained(kind):
 
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if kind in ("llama3", "qwen"):
-        split = vocabulary.QWEN2_SPLIT if kind == "qwen" else vocabulary.LLAMA3_SPLIT
+    splits = dict(zip(("llama3", "qwen", "tekken", "o200k"), vocabulary.SPLITS))
+    if split := splits.get(kind):
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
     if kind == "qwen":
@@ -1396,10 +1396,11 @@ def trained(kind):
     chatml = kind in ("qwen", "smollm2")
     llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<SPECIAL_5>"] if kind == "tekken" else special
     corpus = [
         Path(__file__).read_text(),
         *HARD * 3,
-        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system" * 20,
+        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n" * 20,
     ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind == "smollm2":  # knows the bytes it was trained on and no others
@@ -1416,6 +1417,8 @@ def trained(kind):
     if kind == "qwen":  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
         tok.add_special_tokens(special)
         tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<tool>", "<tool><tool>", "</tool>")])
+    elif kind == "tekken":
+        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     elif not chatml:
         bos = ("<|begin_of_text|>", tok.token_to_id("<|begin_of_text|>"))
         template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
@@ -1481,9 +1484,97 @@ def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
     tok, reference = ours(kind), trained(kind)
-    assert tok.bos_id == (None if kind in ("qwen", "smollm2") else reference.token_to_id("<|begin_of_text|>"))
+    bos = {"qwen": None, "smollm2": None, "tekken": "<s>"}.get(kind, "<|begin_of_text|>")
+    assert tok.bos_id == (bos and reference.token_to_id(bos))
     assert tok.special == {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.special}
     assert tok.vocab_size == reference.get_vocab_size() and tok.bytes(tok.vocab_size + 5) == b""
+
+
+def random_text(rng):
+    """Some 30 characters: words, white space and punctuation as in text, and anything in Unicode."""
+    words = ["don't", "It'LL", "McDonald", "iPHONE's", "naïve", "e\u0301", "語。", "тест", "x_y", "<|im_end|>", "[INST]", "</s>"]
+    draws = (
+        lambda: rng.choice(SOME),
+        lambda: rng.choice(" \n") * rng.randrange(1, 4),
+        lambda: rng.choice(words),
+        lambda: str(rng.randrange(10 ** rng.randrange(1, 9))),
+        lambda: chr(rng.choice((rng.randrange(1, 0x250), rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)))),
+    )
+    return "".join(rng.choice(draws)() for _ in range(rng.randrange(1, 16)))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tekken.json", "sentencepiece"])
+def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
+    """$SLIM_STRINGS says how many."""
+    rng = random.Random(kind)
+    if kind == "sentencepiece":
+        tok, reference = sentencepieces(tmp_path)
+    else:
+        name = kind.removesuffix(".json")
+        tok, reference = ours(name), trained(name)
+        tok = tokenizer.load(write(tmp_path, as_tekken(reference), name="tekken.json")) if kind != name else tok
+    for _ in range(int(os.environ.get("SLIM_STRINGS", 500))):
+        text = random_text(rng)
+        if kind == "sentencepiece":  # adds a space, where Hugging Face lets one that leads be it
+            text = text.lstrip(" ")
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, text
+
+
+def as_tekken(reference):
+    """A trained tokenizer in the layout of Mistral's tekken.json; the last special token has no name there."""
+    special = {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.content != "<SPECIAL_5>"}
+    vocab = sorted((i, token) for token, i in reference.get_vocab().items() if i >= 6)
+    tokens = [base64.b64encode(bytes(vocabulary.BYTE_OF[c] for c in token)).decode() for _, token in vocab]
+    config = {"pattern": vocabulary.TEKKEN_SPLIT, "default_vocab_size": 6 + len(vocab), "default_num_special_tokens": 6}
+    return {
+        "config": config,
+        "vocab": [{"rank": i, "token_bytes": t, "token_str": None} for i, t in enumerate([*tokens, "YQ=="])],
+        "special_tokens": [{"rank": i, "token_str": token, "is_control": True} for token, i in special.items()],
+    }
+
+
+def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
+    tok, same = tokenizer.load(write(tmp_path, as_tekken(trained("tekken")), name="tekken.json")), ours("tekken")
+    assert (tok.special, tok.bos_id, tok.vocab_size) == (same.special, same.bos_id, same.vocab_size)
+    for word, spoil in {
+        "names no special tokens": lambda d: d.pop("special_tokens"),
+        "pattern": lambda d: d["config"].update(pattern="x"),
+        "in order": lambda d: d["vocab"].reverse(),
+        "laid out": lambda d: d["config"].pop("default_vocab_size"),
+        "every byte": lambda d: d["config"].update(default_vocab_size=100),
+    }.items():
+        data = as_tekken(trained("tekken"))
+        spoil(data)
+        refused(write(tmp_path, data, name="tekken.json"), word)
+
+
+def sentencepieces(folder, **config):
+    """A small sentencepiece model with control tokens, as Mistral 7B's, and the same as Hugging Face converts it."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    corpus = [line for line in (*Path(__file__).read_text().splitlines(), *HARD * 3) if "\0" not in line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=900,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True, control_symbols=["[INST]", "[/INST]"], minloglevel=2,
+    )  # fmt: skip
+    blob = (folder / "tokenizer.model").read_bytes()
+    model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    pairs = sorted(
+        (-model.get_score(vocab[piece]), vocab[left], vocab[right], left, right)
+        for piece in vocab
+        for n in range(1, len(piece))
+        if (left := piece[:n]) in vocab and (right := piece[n:]) in vocab
+    )
+    bpe = models.BPE(vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    reference = Tokenizer(bpe)
+    special = [name for name, i in vocab.items() if model.is_control(i) or model.is_unknown(i)]
+    reference.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    reference.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    reference.encode_special_tokens = True
+    return tokenizer.load(write(folder, blob, {"legacy": False} | config, "tokenizer.model")), reference
 
 
 @needs_data

@@ -18,7 +18,8 @@ from cli import main as cli_main
 from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
-from test_slim import HERE, LLAMA3_ROPE, SYSTEM, edit_json, edit_tensors, make_checkpoint, set_free
+from loading.template import Template
+from test_slim import HERE, LLAMA3_ROPE, edit_json, edit_tensors, make_checkpoint, set_free
 from test_slim import talking  # noqa: F401  a fixture
 
 
@@ -488,7 +489,9 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
         {"<|im_start|>": 256, "<|im_end|>": 257},
         None,
     )
-    tok.chat_format, tok.system = "qwen", SYSTEM
+    turn = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+    source = turn + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tok.template, tok.system = Template(tmp_path, source, {}), "You are a helpful assistant."
     talk = Talk(
         engine,
         tok,

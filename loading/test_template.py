@@ -260,13 +260,13 @@ def test_sentencepiece_puts_spaces_where_hugging_face_does(tmp_path, legacy):
     model = sentencepiece.SentencePieceProcessor(model_proto=blob)
     vocab = {model.id_to_piece(i): i for i in range(32000)}
     pairs = sorted(
-        (vocab[left + right], left, right)
+        (-model.get_score(vocab[piece]), vocab[left], vocab[right], left, right)
         for piece in vocab
         for n in range(1, len(piece))
         if (left := piece[:n]) in vocab and (right := piece[n:]) in vocab
     )
     theirs = Tokenizer(
-        models.BPE(vocab, [(a, b) for _, a, b in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     theirs.add_special_tokens([AddedToken(mark, normalized=False) for mark in [*MARKS, "<unk>"]])
     if legacy:
@@ -302,7 +302,7 @@ BAD = {  # what the line must name: a template
     "MemoryError": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "Recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "OverflowError": "{% for i in range(10**9) %}{% endfor %}",
-    "nobody.name": "{{ nobody.name }}",
+    "nobody": "{{ nobody.name }}",
     "unexpected": "{{ messages[ }}",
     "larger than": "x" * 2_000_000,
     "__class__": "{{ ''.__class__.__mro__ }}",
