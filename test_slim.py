@@ -839,6 +839,17 @@ def test_generation_ends_before_any_stop_token(tiny, tmp_path):
     tokens = list(slim.load(tiny, "cpu").generate(draw(20), 10))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [63, tokens[4]]}))
     assert list(slim.load(tmp_path, "cpu").generate(draw(20), 10)) == tokens[: tokens.index(tokens[4])]
+    end, other = {"content": "END", "id": 5}, {"content": "other", "id": 6}
+    for name, value in ("tokenizer.json", {"added_tokens": [other, end]}), ("x", {}):
+        decoder = {"added_tokens_decoder": {"6": other, "5": end}} if name == "x" else {}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "END"} | decoder))
+        (tmp_path / name).write_text(json.dumps(value))
+        assert slim.load(tmp_path, "cpu").ckpt.stop == {63, tokens[4]}  # listed, so complete
+        edit_json(tmp_path / "generation_config.json", eos_token_id="remove")
+        edit_json(tmp_path / "config.json", eos_token_id=7)
+        assert slim.load(tmp_path, "cpu").ckpt.stop == {5, 7}  # the config's, and the one the template ends turns with
+        edit_json(tmp_path / "generation_config.json", eos_token_id=[63, tokens[4]])
+        (tmp_path / "tokenizer.json").unlink(missing_ok=True)
 
 
 def test_a_broken_off_step_is_not_extended(tiny):
@@ -1774,6 +1785,27 @@ def test_a_real_model_answers_with_the_logits_and_ids_of_transformers(smollm2_fo
         want = reference(torch.tensor([ids])).logits[0, at - 1 :]
     got = torch.stack([engine.prefill(ids[:at]), *(engine.extend([token]) for token in ids[at:])])
     torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+
+
+def test_a_real_model_says_what_transformers_says(smollm2_folder):
+    """Chat ids, greedy tokens and logits; with SLIM_LONG=1 of 20 prompts up to 4,000 tokens, which takes minutes."""
+    engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    text = (HERE / "demo" / "document.txt").read_text() + Path(__file__).read_text()
+    for n in range(200, 4001, 200) if os.environ.get("SLIM_LONG") == "1" else (60, 200):
+        start = 37 * n
+        words = engine.tokenizer.decode(engine.tokenizer.encode(text[start : start + 8 * n])[: n - 50])
+        ids = engine.tokenizer.chat("Go on with this text: " + words)
+        talk = [{"role": "user", "content": "Go on with this text: " + words}]
+        assert ids == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            want = reference(given).logits[0, -1]
+            greedy = reference.generate(given, attention_mask=given * 0 + 1, max_new_tokens=20, do_sample=False)
+        torch.testing.assert_close(engine.prefill(ids), want, atol=1e-3, rtol=0)
+        stop = engine.ckpt.stop
+        assert list(engine.generate(ids, 20)) == [i for i in greedy[0, len(ids) :].tolist() if i not in stop], n
 
 
 @pytest.mark.parametrize("when", ["pip fails", "converting fails", "no gguf"])

@@ -292,14 +292,36 @@ def read_json(path: Path) -> dict:
 
 
 def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
-    """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them.
+
+    Where it has none: config.json's, and what the tokenizer calls the end, as chat templates do.
+    """
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ValueError(
-                f"{path}: key 'eos_token_id' is {ids!r}; it must be a token id below {vocab_size} or a list of them"
+                f"{folder / name}: key 'eos_token_id' is {ids!r}; it must be a token id below {vocab_size} or a list "
+                "of them"
             )
-        if ids:
-            return set(ids)
-    return set()
+        found |= set(ids)
+        if found and name == "generation_config.json":
+            return found
+    return found | {i for i in named_end(folder) if i < vocab_size}
+
+
+def named_end(folder: Path) -> set[int]:
+    """Return the id of the token that tokenizer_config.json names as the end, if it or tokenizer.json has its id."""
+    path, data = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    settings = read_json(path) if path.is_file() else {}
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str):
+        return set()
+    decoder = settings.get("added_tokens_decoder")
+    listed = decoder.items() if isinstance(decoder, dict) else []
+    if not listed and data.is_file():
+        added = read_json(data).get("added_tokens")
+        listed = [(t.get("id"), t) for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    return {int(i) for i, t in listed if isinstance(t, dict) and t.get("content") == end and str(i).isdecimal()}
