@@ -1129,6 +1129,36 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
         assert slim.load(tmp_path / "one", "cpu").kv.dtype == dtype
 
 
+def test_fp8_weights_are_read_tile_by_tile(checkpoints, tmp_path):
+    """As published for Qwen3: e4m3 with a scale per tile, the embedding and the norms left as they are."""
+    folder, reference = checkpoints["qwen3"]
+    config, tensors, plain = json.loads((folder / "config.json").read_text()), {}, {}
+    for name, w in load_file(folder / "model.safetensors").items():
+        tensors[name] = plain[name] = w
+        if name.endswith("proj.weight"):
+            rows, columns = (-(-n // size) for n, size in zip(w.shape, (24, 20)))
+            scale = torch.rand(rows, columns) + 0.5
+            spread = scale.repeat_interleave(24, 0)[: len(w)].repeat_interleave(20, 1)[:, : w.shape[1]]
+            tensors[name] = (w / spread).to(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"], plain[name] = scale, tensors[name].float() * spread
+    for name, some in (("fp8", tensors), ("plain", plain)):
+        (tmp_path / name).mkdir()
+        quantised = {"quant_method": "fp8", "weight_block_size": [24, 20]} if name == "fp8" else None
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+        save_file(some, tmp_path / name / "model.safetensors")
+    got, want = (slim.load(tmp_path / name, "cpu", "float32").prefill(draw(50)) for name in ("fp8", "plain"))
+    assert torch.equal(got, want) and not torch.equal(got, slim.load(folder, "cpu").prefill(draw(50)))
+    name = "model.layers.0.mlp.up_proj.weight"
+    for spoil, words in (
+        (lambda t: t.pop(name + "_scale_inv"), "F8_E4M3"),
+        (lambda t: t.update({name + "_scale_inv": torch.ones(1, 1)}), "_scale_inv has shape"),
+        (lambda t: t.update({name: plain[name].to(torch.int8)}), "I8"),
+    ):
+        edit_tensors(tmp_path / "fp8", spoil)
+        with pytest.raises(ValueError, match=words):
+            slim.load(tmp_path / "fp8", "cpu")
+
+
 def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3.1-8B"

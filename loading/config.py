@@ -41,7 +41,7 @@ FAMILIES = {
 }
 NEUTRAL = {  # keys that would change the numbers, with the value that does not
     "hidden_act": "silu", "mlp_bias": False, "lm_head_bias": False, "use_sliding_window": False, "use_mrope": False,
-    "quantization_config": None, "partial_rotary_factor": 1.0, "rope_interleaved": False,
+    "partial_rotary_factor": 1.0, "rope_interleaved": False,
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "logit_scale": 1.0,
     "use_qk_norm": False, "pretraining_tp": 1, "no_rope_layers": None, "no_rope_layer_interval": None,
     "llama_4_scaling_beta": None,
@@ -138,6 +138,7 @@ def parse_config(c: dict, path) -> Config:
     theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
     bias = flag("attention_bias")
     adds = {"qkv_bias": bias, "o_bias": bias, "no_rope": layers_without_rope(c, n_layers, path), **family.adds}
+    adds["tile"] = fp8_tile(c, path)
     return Config(
         model_type=family.model_type, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=head_dim, rotary_dim=rotary_dim, hidden_dim=number("intermediate_size"),
@@ -164,13 +165,22 @@ def check_architecture(c: dict, path) -> Family:
         raise ValueError(
             f"{path}: key 'model_type' is {c['model_type']!r}, but {architecture} is {family.model_type!r}"
         )
-    if isinstance(quantised := c.get("quantization_config"), dict):
-        kind = quantised.get("quant_method", "unknown")
-        raise ValueError(
-            f"{path}: key 'quantization_config' says that the weights are quantised ({kind!r:.40}); "
-            "only float32, bfloat16 and float16 weights are read"
-        )
     return family
+
+
+def fp8_tile(c: dict, path) -> tuple[int, int] | None:
+    """Return the tile of FP8 weights that shares a scale, None of plain ones; raise ValueError for another kind."""
+    quantised = c.get("quantization_config")
+    if quantised is None:
+        return None
+    given = quantised if isinstance(quantised, dict) else {}
+    kind, tile = given.get("quant_method"), given.get("weight_block_size")
+    if kind != "fp8" or not (isinstance(tile, list) and len(tile) == 2 and all(type(n) is int and n > 0 for n in tile)):
+        raise ValueError(
+            f"{path}: key 'quantization_config' says that the weights are quantised ({kind!r:.40}, tiles {tile!r:.40}); "
+            "only FP8 with a scale for each tile is read, and weights that are not quantised"
+        )
+    return tile[0], tile[1]
 
 
 def layers_without_rope(c: dict, n_layers: int, path) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from loading.config import read_json
 from model import Config, Layer, Weights
 
+SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
+
 
 def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a checkpoint of this config must have."""
@@ -31,6 +33,11 @@ def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
         shapes |= {p + f"mlp.{n}_proj.weight": (rows, c.dim) for n, rows in ffn.items()}
         shapes[p + "mlp.down_proj.weight"] = (c.dim, c.hidden_dim)
     return shapes
+
+
+def scale_shape(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ...]:
+    """Return how many tiles a tensor of FP8 weights has; each has one scale."""
+    return tuple(-(-n // size) for n, size in zip(shape, tile))
 
 
 def weight_bytes(c: Config, dtype: torch.dtype) -> int:
@@ -75,15 +82,18 @@ def shard_names(index: Path) -> list[str]:
 def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
     """Raise ValueError that lists every missing, unexpected, mis-shaped or quantised tensor."""
     needed, problems = tensor_shapes(c), []
-    for name, shape in needed.items():
+    kinds = ("F64", "F32", "F16", "BF16")
+    scales = [name for name in needed if name + SCALE in tensors] if c.tile else []
+    for name, shape in [*needed.items(), *((name + SCALE, scale_shape(needed[name], c.tile)) for name in scales)]:
         if name not in tensors:
             problems.append(f"missing {name}")
         elif (found := tuple(tensors[name].get_slice(name).get_shape())) != shape:
             problems.append(f"{name} has shape {found}, config.json asks for {shape}")
-        elif (kind := tensors[name].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+        elif (kind := tensors[name].get_slice(name).get_dtype()) not in (*kinds, "F8_E4M3" if name in scales else ""):
             problems.append(f"{name} has dtype {kind}, quantised weights are not supported")
     harmless = ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)  # derived or shared
-    problems += [f"unexpected {name}" for name in sorted(tensors) if name not in needed and not name.endswith(harmless)]
+    problems += [f"unexpected {name}" for name in sorted(tensors)
+                 if name not in needed and not name.endswith(harmless) and name.removesuffix(SCALE) not in scales]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
@@ -97,8 +107,13 @@ def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dt
         nonlocal done
         parts = [tensors[name].get_tensor(name) for name in names]  # mapped, not read yet
         fused = torch.empty(sum(len(p) for p in parts), *parts[0].shape[1:], dtype=dtype, device=device)
-        for part, rows in zip(parts, fused.split([len(p) for p in parts])):
-            rows.copy_(part)
+        for name, part, rows in zip(names, parts, fused.split([len(p) for p in parts])):
+            if part.dtype != torch.float8_e4m3fn:
+                rows.copy_(part)
+                continue
+            (high, wide), scale = c.tile, tensors[name + SCALE].get_tensor(name + SCALE).float()
+            for some, to, by in zip(part.split(high), rows.split(high), scale):  # a row of tiles at a time
+                to.copy_(some.float() * by.repeat_interleave(wide)[: part.shape[1]])
         done += fused.nbytes
         if progress:
             progress(done, total)
