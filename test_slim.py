@@ -1131,7 +1131,7 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
 
 def test_fp8_weights_are_read_tile_by_tile(checkpoints, tmp_path):
     """As published for Qwen3: e4m3 with a scale per tile, the embedding and the norms left as they are."""
-    folder, reference = checkpoints["qwen3"]
+    folder, _ = checkpoints["qwen3"]
     config, tensors, plain = json.loads((folder / "config.json").read_text()), {}, {}
     for name, w in load_file(folder / "model.safetensors").items():
         tensors[name] = plain[name] = w
@@ -1554,7 +1554,7 @@ def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
         name = kind.removesuffix(".json")
         tok, reference = ours(name), trained(name)
         tok = tokenizer.load(write(tmp_path, as_tekken(reference), name="tekken.json")) if kind != name else tok
-    for _ in range(int(os.environ.get("SLIM_STRINGS", 500))):
+    for _ in range(int(os.environ.get("SLIM_STRINGS", "500"))):
         text = random_text(rng)
         if kind == "sentencepiece":  # adds a space, where Hugging Face lets one that leads be it
             text = text.lstrip(" ")

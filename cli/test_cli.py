@@ -124,7 +124,7 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
         lambda d: (d / "generation_config.json").write_text('{"eos_token_id": 1000000000}'),
         "eos_token_id",
     ),
-    "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
+    "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not an object"),
     "BOS or not": (lambda d: (d / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'), "add_bos_token"),
     "nested JSON": (lambda d: (d / "config.json").write_text("[" * 100_000), "not JSON"),
     "stop token": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'), "eos_token_id"),
@@ -202,6 +202,10 @@ WRONG = {  # arguments: what the one line must name
     "--prompt /proc/self/mem": "cannot be read",
     "--ckpt ~nosuchuser/x": "nosuchuser",
     "--rope-yarn 0.5": "--rope-yarn",
+    "--system hi": "--system",
+    "--no-think": "--no-think",
+    "--raw --system hi": "--raw excludes --system",
+    "--stop=": "--stop",
     "--rope-yarn nan": "--rope-yarn",
     "--max-new 5": "--max-new",
     "--top-p 0": "--top-p",
@@ -350,6 +354,29 @@ def test_yarn_stretches_the_context_and_warns_where_it_is_not_needed(cli):
     assert code == 0 and "warning" not in err
     edit_json(cli.folder / "config.json", rope_parameters={**LLAMA3_ROPE, "rope_theta": 10000.0})
     is_one_line(cli(*long, "--rope-yarn", "8")[2], "scales RoPE itself, by 'llama3'")
+
+
+def test_the_chat_template_the_system_text_and_stops(cli):
+    """Answers to the same question differ by what the template makes of it; a broken template is one line."""
+    few = ["--ask", "CAB?", "--max-new-tokens", "12", "--quiet"]
+    raw = cli(*few)[1]
+    template = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}[{{ messages[-1].content }}]"
+    think = "{% if enable_thinking is false %}no{% endif %}"
+    edit_json_file(cli.folder / "tokenizer_config.json", chat_template=template + think)
+    plain = cli(*few)[1]
+    others = [cli(*few, *more)[1] for more in (["--system", "ABBA"], ["--no-think"], ["--raw"])]
+    assert others[2] == raw and len({plain, *others}) == 4
+    stop = plain[3:6]
+    assert cli(*few, "--stop", "never there", "--stop", stop)[1] == plain[: plain.index(stop)] + "\n"
+    edit_json_file(cli.folder / "tokenizer_config.json", chat_template="{{ raise_exception('one turn only') }}")
+    code, out, err = cli(*few)
+    assert (code, out) == (2, "")
+    is_one_line(err, "one turn only; give the prompt as it is with --raw")
+    assert cli(*few, "--raw")[1] == raw
+
+
+def edit_json_file(path, **keys):
+    path.write_text(json.dumps(keys))
 
 
 def popen(cli, *args, **kw):

@@ -33,7 +33,7 @@ FAMILIES = {
         "smollm3",
         theta=2e6,
         defaults={"no_rope_layer_interval": 4, "tie_word_embeddings": True, "use_sliding_window": False},
-        reads=("no_rope_layers", "no_rope_layer_interval"),
+        reads=("no_rope_layers", "no_rope_layer_interval", "pretraining_tp"),  # the last is not used in SmolLM3
     ),
     "Phi3ForCausalLM": Family(
         "phi3", adds={"fused": True}, defaults={ORIGINAL: 4096}, reads=("partial_rotary_factor",)
@@ -105,11 +105,6 @@ def parse_config(c: dict, path) -> Config:
     def number(key: str, default=None, kind=int, most=2**20):
         return positive(default if c.get(key) is None else c[key], f"{path}: key {key!r}", kind, most)
 
-    def flag(key: str) -> bool:
-        if not isinstance(c.get(key), bool | None):
-            raise ValueError(f"{path}: key {key!r} is {c[key]!r}; it must be true or false")
-        return bool(c.get(key))
-
     rope = rope_keys(c, path)
     for key, value in {**c, **rope}.items():
         if key in NEUTRAL and key not in family.reads and value not in (NEUTRAL[key], None):
@@ -125,26 +120,24 @@ def parse_config(c: dict, path) -> Config:
             f"{path}: {n_heads} heads over {n_kv_heads} KV heads of size {head_dim} ({rotary_dim} for RoPE) do not "
             "divide evenly"
         )
-    window = None if "use_sliding_window" in family.defaults else c.get("sliding_window")
-    if window is not None and number("sliding_window", most=2**40) < max_len:
+    if "use_sliding_window" not in family.defaults and number("sliding_window", max_len, most=2**40) < max_len:
         raise ValueError(
-            f"{path}: key 'sliding_window' is {window}; only full attention is supported, so a window of the "
-            f"context's {max_len:,} tokens or none"
+            f"{path}: key 'sliding_window' is {c['sliding_window']}; only full attention is supported, so a window of "
+            f"the context's {max_len:,} tokens or none"
         )
     if c.get("layer_types") not in (None, ["full_attention"] * n_layers):
         raise ValueError(
             f"{path}: key 'layer_types' is {c['layer_types']!r:.200}; only full attention in every layer is supported"
         )
     theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
-    bias = flag("attention_bias")
+    bias = read_flag(c, "attention_bias", path)
     adds = {"qkv_bias": bias, "o_bias": bias, "no_rope": layers_without_rope(c, n_layers, path), **family.adds}
-    adds["tile"] = fp8_tile(c, path)
     return Config(
         model_type=family.model_type, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=head_dim, rotary_dim=rotary_dim, hidden_dim=number("intermediate_size"),
         vocab_size=number("vocab_size", most=2**24), norm_eps=number("rms_norm_eps", kind=float, most=1),
         max_len=max_len, rope_theta=theta, rope_scaling=check_rope(rope, family, max_len, rotary_dim, theta),
-        tied=flag("tie_word_embeddings"), dtype=read_dtype(c, path), **adds,
+        tied=read_flag(c, "tie_word_embeddings", path), dtype=read_dtype(c, path), tile=fp8_tile(c, path), **adds,
     )  # fmt: skip
 
 
@@ -184,7 +177,7 @@ def fp8_tile(c: dict, path) -> tuple[int, int] | None:
 
 
 def layers_without_rope(c: dict, n_layers: int, path) -> tuple[int, ...]:
-    """Return the layers that a config.json of SmolLM3's kind exempts from RoPE: listed with a 0, or every so manieth."""
+    """Return the layers that a config.json of SmolLM3's kind exempts from RoPE: listed with a 0, or every nth."""
     given, every = c.get("no_rope_layers"), c.get("no_rope_layer_interval")
     if given is None:
         if every is None:
@@ -196,6 +189,12 @@ def layers_without_rope(c: dict, n_layers: int, path) -> tuple[int, ...]:
             f"{path}: key 'no_rope_layers' is {given!r:.60}; it must list 1 (RoPE) or 0 (none) for {n_layers} layers"
         )
     return tuple(i for i in range(n_layers) if not given[i])
+
+
+def read_flag(c: dict, key: str, path) -> bool:
+    if not isinstance(c.get(key), bool | None):
+        raise ValueError(f"{path}: key {key!r} is {c[key]!r}; it must be true or false")
+    return bool(c.get(key))
 
 
 def read_dtype(c: dict, path):

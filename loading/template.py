@@ -31,7 +31,7 @@ class Template:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
         command, data = [sys.executable, __file__], json.dumps(job).encode()
         try:
-            done = subprocess.run(command, input=data, capture_output=True, env=env, timeout=6 * SECONDS)
+            done = subprocess.run(command, input=data, capture_output=True, env=env, timeout=6 * SECONDS, check=False)
             answer = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError):
             raise self.error(f"wanted more than {SECONDS} s or the memory it may have") from None
@@ -71,7 +71,7 @@ def render(source: str, messages: list[dict], variables: dict) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):  # {% generation %} marks answers for training; here it is just its contents
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             next(parser.stream)

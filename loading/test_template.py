@@ -4,7 +4,6 @@ The templates here are our own, shorter ones that say what the published ones sa
 """
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -248,8 +247,8 @@ def test_a_template_is_found_where_checkpoints_keep_it(tmp_path, where):
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sentencepiece_puts_spaces_where_hugging_face_does(tmp_path, legacy):
     """Legacy after every special token, else in front of the whole text alone."""
-    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
     import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
     blob = (DATA / "llama2/tokenizer.model").read_bytes()
     config = {"chat_template": TEMPLATES["mistral0.3"], "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
@@ -336,9 +335,8 @@ def test_nested_too_deep_is_one_line_too(tmp_path):
 def test_without_a_template_there_are_no_messages(tmp_path):
     write(tmp_path, trained("llama3").to_str().encode(), {"chat_template": None})
     tok = tokenizer.load(tmp_path)
-    assert tok.template is None and tok.chat("A", end=False) + tok.rest("B") == [tok.bos_id, *map(int, [])] + (
-        tok.encode("A") + tok.encode("\nB")
-    )
+    ids = tok.chat("A", end=False) + tok.rest("B")
+    assert tok.template is None and ids == [tok.bos_id, *tok.encode("A"), *tok.encode("\nB")]
     with pytest.raises(ValueError, match="no chat template"):
         tok.chat_messages(messages(TALKS["one"]))
 
