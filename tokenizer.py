@@ -134,12 +134,9 @@ class Tokenizer:
             else:
                 part = part.lstrip() if before in self.swallows else part
                 part = re.sub(f"{HIDDEN}(\\d+){HIDDEN}", lambda number: names[int(number[1])], part)
-                ids += (self.encode if (self.legacy if i else opens) else self._encode_inside)(part)
+                ids += (self.plain if (self.legacy if i else opens) else self.inside)(_whole(part))
             before = part
         return ids
-
-    def _encode_inside(self, text):
-        return self.inside(_whole(text))
 
     def bytes(self, token: int) -> bytes:
         """Return the bytes of one token, b'' for a special one. Raises TypeError for what is no whole number."""

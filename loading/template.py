@@ -54,7 +54,7 @@ def read_template(folder: Path, settings: dict) -> Template | None:
     else:
         path = folder / "tokenizer_config.json"
     if isinstance(source, list):
-        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
         source = named.get("default") or f"{{{{ raise_exception('of {len(named)} templates, none is the default') }}}}"
     if not source:
         return None
