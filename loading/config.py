@@ -228,6 +228,8 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
     Raises ValueError for a type or a key that is not understood, and for numbers that make no sense.
     """
     rope = {k: v for k, v in rope.items() if k not in NEUTRAL or k in family.reads}
+    if rope.get("max_position_embeddings") == max_len:
+        del rope["max_position_embeddings"]  # Ministral 3 repeats it here
     kind = rope.pop("rope_type", None if rope.keys() - {ORIGINAL} else "default")
     if family.model_type == "phi3" and kind in ("su", "yarn") and "long_factor" in rope:
         kind = "longrope"  # its older names
