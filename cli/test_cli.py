@@ -142,7 +142,10 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
     "rope key": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "factor"),
     "quantised": (lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}), "quantization_config"),
     "sliding window": (lambda d: edit_json(d / "config.json", sliding_window=1024), "sliding_window"),
-    "bias": (lambda d: edit_json(d / "config.json", attention_bias=True), "missing model.layers.0.self_attn.q_proj.bias"),
+    "bias": (
+        lambda d: edit_json(d / "config.json", attention_bias=True),
+        "missing model.layers.0.self_attn.q_proj.bias",
+    ),
     "bias or not": (lambda d: edit_json(d / "config.json", attention_bias="no"), "attention_bias"),
     "truncated": (
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),

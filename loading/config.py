@@ -170,7 +170,7 @@ def fp8_tile(c: dict, path) -> tuple[int, int] | None:
     kind, tile = given.get("quant_method"), given.get("weight_block_size")
     if kind != "fp8" or not (isinstance(tile, list) and len(tile) == 2 and all(type(n) is int and n > 0 for n in tile)):
         raise ValueError(
-            f"{path}: key 'quantization_config' says that the weights are quantised ({kind!r:.40}, tiles {tile!r:.40}); "
+            f"{path}: key 'quantization_config' is of kind {kind!r:.40} with tiles {tile!r:.40}, so of quantised weights; "
             "only FP8 with a scale for each tile is read, and weights that are not quantised"
         )
     return tile[0], tile[1]
@@ -237,9 +237,7 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
         raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
     needed, optional = ROPE_KEYS[kind]
     if unknown := rope.keys() - {ORIGINAL, *needed, *optional}:
-        raise ValueError(
-            f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers"
-        )
+        raise ValueError(f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
     if kind in ("yarn", "longrope"):
         rope = {ORIGINAL: max_len, "factor": max_len / rope.get(ORIGINAL, max_len), **optional, **rope}
     found = {"rope_type": kind}

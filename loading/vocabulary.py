@@ -17,22 +17,33 @@ FILES = "tokenizer.model", "tokenizer.json", "tekken.json", "original/tokenizer.
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 cuts out every digit first, so that nothing, neither " ?" nor the look ahead after white space, sees one.
 SMOLLM2_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")  # digits one by one
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-TEKKEN_SPLIT = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K_SPLIT = TEKKEN_SPLIT.replace(f"{LOWER}+|", f"{LOWER}+{ENDING}|").replace(
-    rf"{LOWER}*|\p{{N}}|", rf"{LOWER}*{ENDING}|\p{{N}}{{1,3}}|")  # Phi-4-mini
+    rf"{LOWER}*|\p{{N}}|", rf"{LOWER}*{ENDING}|\p{{N}}{{1,3}}|"
+)  # Phi-4-mini
 SPLITS = LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT, O200K_SPLIT
 LLAMA3_RANKS = 128_000  # the special tokens come right after, so a shorter file would shift them
-LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
-                  8: "eom_id", 9: "eot_id", 10: "python_tag"}
+LLAMA3_SPECIAL = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    6: "start_header_id",
+    7: "end_header_id",
+    8: "eom_id",
+    9: "eot_id",
+    10: "python_tag",
+}
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as themselves
 BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
-
 
 
 @dataclass
@@ -58,8 +69,10 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
         raise FileNotFoundError(f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there")
     v = _parse(path, path.read_bytes(), settings)
     names = v.special | v.added
-    if not all(isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()) \
-            or v.bos_id not in (None, *v.special.values()):
+    if not all(isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()) or v.bos_id not in (
+        None,
+        *v.special.values(),
+    ):
         raise _bad(path, "has an added token without a name or id, or a BOS that is none of them")
     if len({*v.ranks.values()}) < len(v.ranks):
         raise _bad(path, "vocabulary gives an id twice")
@@ -173,14 +186,21 @@ def _from_json(path, data):
     match data.get("pre_tokenizer"):
         case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
             split = GPT2_SPLIT
-        case {"type": "Sequence", "pretokenizers": [
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
                 {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, **rest}]} if rest.get("use_regex", True):
+                {"type": "ByteLevel", "add_prefix_space": False, **rest},
+            ],
+        } if rest.get("use_regex", True):
             split = SMOLLM2_SPLIT
-        case {"type": "Sequence", "pretokenizers": [
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
-              } if split in SPLITS:
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        } if split in SPLITS:
             pass
         case other:
             raise _bad(path, f"pre_tokenizer {other}", ONLY)

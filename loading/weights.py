@@ -92,8 +92,11 @@ def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
         elif (kind := tensors[name].get_slice(name).get_dtype()) not in (*kinds, "F8_E4M3" if name in scales else ""):
             problems.append(f"{name} has dtype {kind}, quantised weights are not supported")
     harmless = ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)  # derived or shared
-    problems += [f"unexpected {name}" for name in sorted(tensors)
-                 if name not in needed and not name.endswith(harmless) and name.removesuffix(SCALE) not in scales]
+    problems += [
+        f"unexpected {name}"
+        for name in sorted(tensors)
+        if name not in needed and not name.endswith(harmless) and name.removesuffix(SCALE) not in scales
+    ]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
