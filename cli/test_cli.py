@@ -58,6 +58,7 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
     ),
     "yarn that shrinks": (lambda d: yarn(d, factor=0.5), "at least 1"),
     "yarn without a factor": (lambda d: yarn(d, factor="x"), "factor"),
+    "yarn of a context in words": (lambda d: yarn(d, original_max_position_embeddings="x"), "original_max"),
     "yarn's other keys": (lambda d: yarn(d, log_scale=2.0), "log_scale"),
     "yarn's flag": (lambda d: yarn(d, truncate=1), "truncate"),
     "yarn of no context": (lambda d: yarn(d, original_max_position_embeddings=1), "above 1"),

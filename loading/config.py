@@ -170,7 +170,7 @@ def fp8_tile(c: dict, path) -> tuple[int, int] | None:
     kind, tile = given.get("quant_method"), given.get("weight_block_size")
     if kind != "fp8" or not (isinstance(tile, list) and len(tile) == 2 and all(type(n) is int and n > 0 for n in tile)):
         raise ValueError(
-            f"{path}: key 'quantization_config' is of kind {kind!r:.40} with tiles {tile!r:.40}, so of quantised weights; "
+            f"{path}: key 'quantization_config' is of kind {kind!r:.40} with tiles {tile!r:.40}, so quantised; "
             "only FP8 with a scale for each tile is read, and weights that are not quantised"
         )
     return tile[0], tile[1]
@@ -239,7 +239,8 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
     if unknown := rope.keys() - {ORIGINAL, *needed, *optional}:
         raise ValueError(f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
     if kind in ("yarn", "longrope"):
-        rope = {ORIGINAL: max_len, "factor": max_len / rope.get(ORIGINAL, max_len), **optional, **rope}
+        old = rope_value(ORIGINAL, rope.get(ORIGINAL, max_len), rotary_dim)
+        rope = {"factor": max_len / old, **optional, **rope, ORIGINAL: old}
     found = {"rope_type": kind}
     for key in (*needed, *(key for key in optional if rope.get(key) is not None)):
         found[key] = rope_value(key, rope.get(key), rotary_dim)
