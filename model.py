@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Config:
     """Shape and constants of a model."""
 
-    model_type: str  # "llama" or "qwen2"
+    model_type: str  # of the family, as in config.json
     dim: int
     n_layers: int
     n_heads: int
@@ -42,14 +42,18 @@ class Config:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict  # {"rope_type": "default", "linear" or "llama3", ...}
+    rope_scaling: dict  # {"rope_type": "default", "linear", "llama3", "yarn" or "longrope", ...}
+    rotary_dim: int  # leading dims of a head that RoPE turns
     max_len: int  # trained context
     tied: bool  # the embedding is the LM head too
     dtype: torch.dtype  # of the checkpoint
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.model_type == "qwen2"
+    # what a family adds to a layer
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm over each head's query and key, before RoPE
+    fused: bool = False  # q, k, v are one tensor in the checkpoint, and gate and up another
+    no_rope: tuple[int, ...] = ()  # layers without RoPE
+    tile: tuple[int, int] | None = None  # rows and columns of FP8 weights that share a scale in the checkpoint
 
 
 @dataclass
@@ -58,8 +62,11 @@ class Layer:
 
     attn_norm: Tensor  # (C,)
     wqkv: Tensor  # (H*D + 2*G*D, C)
-    bqkv: Tensor | None  # (H*D + 2*G*D,), Qwen2 only
+    bqkv: Tensor | None  # (H*D + 2*G*D,)
+    q_norm: Tensor | None  # (D,)
+    k_norm: Tensor | None  # (D,)
     wo: Tensor  # (C, H*D)
+    bo: Tensor | None  # (C,)
     ffn_norm: Tensor  # (C,)
     w_gate_up: Tensor  # (2*F, C)
     w_down: Tensor  # (C, F)
@@ -82,8 +89,9 @@ class Weights:
 class Rows:
     """Where the rows of x stand in the text, and their keys in the slabs of one stage."""
 
-    cos: Tensor  # (T, 1, D/2)
+    cos: Tensor  # (T, 1, R/2), R dims that RoPE turns
     sin: Tensor
+    query_scale: Tensor | None  # (T, 1, 1), by position, if the family has one
     slab_rows: Tensor  # (T,) where their keys go
     key_offset: int  # row i, unless revived, sees the first key_offset + i + 1 keys of the slab
     pos: Tensor  # (T,)
@@ -103,7 +111,7 @@ class Model:
     def __init__(self, config: Config, weights: Weights, kv: KVCache, rule: prune.Rule, unit_len, window, gamma, chunk):
         self.config, self.weights, self.kv, self.rule = config, weights, kv, rule
         self.unit_len, self.window, self.gamma, self.chunk = unit_len, window, gamma, chunk
-        self.inv_freq = inverse_frequencies(config).to(kv.device)
+        self.inv_freq = torch.stack([inverse_frequencies(config, long) for long in (False, True)]).to(kv.device)
         self.on_chunk = lambda layer, rows, keys: None
         self.on_look = lambda layer, worth: None
         self.on_select = lambda stage, candidates, scores, active: None
@@ -151,14 +159,24 @@ class Model:
         if n_revived:
             tail_pos = torch.arange(kv.tail_start, end, device=kv.device)
             key_pos = torch.cat([kv.block_rows([block * b for block in stage.slots]), tail_pos])
-        wide = torch.promote_types(kv.dtype, torch.float32)
-        angle = pos[:, None, None] * self.inv_freq  # (T, 1, D/2) in float64: exact at any position
         key_offset = tail_row + start - kv.tail_start - n_rows
         newest = [i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot]
         return Rows(
-            angle.cos().to(wide), angle.sin().to(wide), slab_rows, key_offset, pos, n_revived, key_pos,
+            *self.rope(pos), slab_rows, key_offset, pos, n_revived, key_pos,
             kv.upload(newest),
         )
+
+    def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
+        kv, r = self.kv, self.config.rope_scaling
+        wide = torch.promote_types(kv.dtype, torch.float32)
+        long = int(kv.n_prompt > r.get("original_max_position_embeddings", 0))
+        angle = pos[:, None, None] * self.inv_freq[long]  # (T, 1, R/2) in float64: exact at any position
+        cos, sin = (y.mul(r.get("attention_factor", 1.0)).to(wide) for y in (angle.cos(), angle.sin()))
+        if "llama_4_scaling_beta" not in r:
+            return cos, sin, None
+        times = pos[:, None, None].double().div(r["original_max_position_embeddings"]).floor()
+        return cos, sin, times.log1p().mul(r["llama_4_scaling_beta"]).add(1).to(wide)
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Add attention to x (T, C) in place, appending keys and values.
@@ -175,7 +193,12 @@ class Model:
             revived = a < rows.n_revived
             qkv = F.linear(F.rms_norm(x[a:b], (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
             q, k, v = qkv.view(b - a, -1, d).split([h, g, g], dim=1)  # (t, H, D), (t, G, D), (t, G, D)
-            q, k = rotate(q, rows.cos[a:b], rows.sin[a:b]), rotate(k, rows.cos[a:b], rows.sin[a:b])
+            if w.q_norm is not None:
+                q, k = (F.rms_norm(y, (d,), norm, c.norm_eps) for y, norm in ((q, w.q_norm), (k, w.k_norm)))
+            if layer not in c.no_rope:
+                q, k = (rotate(y, rows.cos[a:b], rows.sin[a:b]) for y in (q, k))
+            if rows.query_scale is not None:
+                q = (q * rows.query_scale[a:b]).to(q.dtype)
             kv.append(layer, rows.slab_rows[a:b], k, v)
             n = len(rows.key_pos) if revived else rows.key_offset + b
             self.on_chunk(layer, b - a, n)
@@ -187,6 +210,8 @@ class Model:
             else:
                 out = causal_attention(q, keys, values)
             x[a:b].addmm_(out, w.wo.t())  # (t, H*D)
+            if w.bo is not None:
+                x[a:b].add_(w.bo)
             if not revived:
                 newest = torch.cat([newest, q[-self.window :]])[-self.window :]
         return newest, weights if len(x) - rows.n_revived == 1 else None
@@ -277,26 +302,37 @@ class Model:
 # ---- rotary position embedding ----------------------------------------------------------
 
 
-def inverse_frequencies(c: Config) -> Tensor:
-    """Return RoPE's inverse frequencies (D/2,) in float64, scaled as the checkpoint's rope type asks.
+def inverse_frequencies(c: Config, long: bool = True) -> Tensor:
+    """Return RoPE's inverse frequencies (R/2,) in float64, scaled as the checkpoint's rope type asks.
 
-    default; linear: all divided by factor; llama3: long wavelengths divided by factor, short ones
-    kept, a ramp between.
+    linear: all divided by factor. llama3: a frequency that turns seldom within the original context is
+    divided, one that turns often is kept, a ramp between; yarn (arXiv 2309.00071) makes the ramp over
+    the pairs' indices. longrope: each divided by its own factor, another one for a long prompt.
     """
-    r = c.rope_scaling
-    inv = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-    if r["rope_type"] != "llama3":
-        return inv / r.get("factor", 1.0)
-    low, high = r["low_freq_factor"], r["high_freq_factor"]
-    turns = r["original_max_position_embeddings"] * inv / (2 * math.pi)  # full turns within the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is, 0: divided by factor
-    return inv * keep + inv / r["factor"] * (1 - keep)
+    r, kind = c.rope_scaling, c.rope_scaling["rope_type"]
+    half = torch.arange(c.rotary_dim // 2, dtype=torch.float64)
+    inv, keep = c.rope_theta ** (-2 * half / c.rotary_dim), 0.0  # keep: 1 as it is, 0 divided by factor
+    if kind == "longrope":
+        return inv / torch.tensor(r["long_factor" if long else "short_factor"], dtype=torch.float64)
+    if kind == "llama3":
+        low, high = r["low_freq_factor"], r["high_freq_factor"]
+        turns = r["original_max_position_embeddings"] * inv / (2 * math.pi)  # within the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    if kind == "yarn":
+        turned = [r["original_max_position_embeddings"] / (2 * math.pi * r[key]) for key in ("beta_fast", "beta_slow")]
+        low, high = (c.rotary_dim * math.log(n) / (2 * math.log(c.rope_theta)) for n in turned)  # pairs that turn so
+        if r["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, c.rotary_dim - 1)
+        keep = 1 - ((half - low) / (high - low or 0.001)).clamp(0, 1)
+    return inv * keep + inv / r.get("factor", 1.0) * (1 - keep)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in split-half layout to x (T, heads, D), with cos and sin (T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    """Apply RoPE in split-half layout to the leading R dims of x (T, heads, D), with cos and sin (T, 1, R/2)."""
+    r = 2 * cos.shape[-1]
+    a, b = x[..., :r].chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., r:]], dim=-1).to(x.dtype)
 
 
 # ---- attention: of the newest rows, of one row, of rows amid their keys -------------------

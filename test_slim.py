@@ -41,7 +41,7 @@ import tokenizer
 from bench import smollm2
 from cli.options import DEMO
 from kvcache import HostMemory, KVCache
-from loading import saved, schedule as schedules
+from loading import saved, schedule as schedules, vocabulary
 from loading.config import read_config
 from loading.find import find_checkpoint
 from model import inverse_frequencies, rotate
@@ -66,6 +66,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+}
 FAMILIES = {
     "llama2-mha": dict(num_key_value_heads=4),
     "llama3-gqa": dict(num_key_value_heads=2, rope_theta=500000.0),
@@ -75,14 +81,57 @@ FAMILIES = {
     "linear-rope": dict(
         num_key_value_heads=2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     ),
-    "qwen2-bias": dict(num_key_value_heads=2, qwen=True),
+    "qwen2-bias": dict(num_key_value_heads=2, kind="Qwen2"),
+    "qwen3": dict(num_key_value_heads=2, kind="Qwen3", head_dim=16),
+    "qwen3-bias": dict(num_key_value_heads=2, kind="Qwen3", head_dim=16, attention_bias=True),
+    "mistral": dict(num_key_value_heads=2, kind="Mistral", head_dim=16, sliding_window=None),
+    "ministral3": dict(
+        num_key_value_heads=2,
+        kind="Ministral3",
+        head_dim=16,
+        initializer_range=0.2,  # sharper attention would show that transformers' angles are in float32
+        rope_parameters={**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+    ),
+    "smollm3": dict(num_key_value_heads=2, kind="SmolLM3", no_rope_layer_interval=2, tie_word_embeddings=False),
+    "smollm3-list": dict(num_key_value_heads=2, kind="SmolLM3", no_rope_layers=[0, 1, 1, 0, 1]),
+    "phi3": dict(num_key_value_heads=2, kind="Phi3", original_max_position_embeddings=4096),
+    "phi3-longrope": dict(
+        num_key_value_heads=2,
+        kind="Phi3",
+        hidden_size=64,
+        initializer_range=0.15,
+        tie_word_embeddings=True,
+        original_max_position_embeddings=64,
+        partial_rotary_factor=0.75,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+            "long_factor": [1.0, 1.5, 3.0, 9.0, 20.0, 40.0],
+        },
+    ),
+    "yarn": dict(num_key_value_heads=2, rope_parameters=YARN_ROPE),
+    "yarn-all-keys": dict(
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={
+            **YARN_ROPE,
+            "beta_fast": 9.0,
+            "beta_slow": 0.5,
+            "mscale": 0.707,
+            "mscale_all_dim": 1.5,
+            "truncate": False,
+        },
+    ),
+    "yarn-attention-factor": dict(num_key_value_heads=2, rope_parameters={**YARN_ROPE, "attention_factor": 1.7}),
 }
 
 
 def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch.float32, seed=0):
     """Save a random checkpoint; return the transformers model. Weights are large, so that attention is not flat."""
     options = dict(FAMILIES[family])
-    qwen = options.pop("qwen", False)
+    kind = options.pop("kind", "Llama")
     torch.manual_seed(seed)
     shape = dict(
         vocab_size=vocab,
@@ -91,9 +140,13 @@ def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=4096,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.3,
     )
-    config = (transformers.Qwen2Config if qwen else transformers.LlamaConfig)(**shape, initializer_range=0.3, **options)
-    model = (transformers.Qwen2ForCausalLM if qwen else transformers.LlamaForCausalLM)(config).eval()
+    config = getattr(transformers, kind + "Config")(**shape | options)
+    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "bias" in name or "norm" in name:
@@ -209,12 +262,28 @@ def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeyp
 
 
 def test_rope_by_position_and_scaled_like_transformers(checkpoints):
-    for family in ("llama3.1-rope", "linear-rope"):
-        folder, reference = checkpoints[family]
-        ours = inverse_frequencies(read_config(folder / "config.json"))
-        torch.testing.assert_close(ours.float(), reference.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
+    for family, (folder, reference) in checkpoints.items():
+        c, rope = read_config(folder / "config.json"), reference.model.rotary_emb
+        ours = inverse_frequencies(c, long=False)
+        torch.testing.assert_close(ours.float(), rope.original_inv_freq, rtol=1e-5, atol=0)
+        assert math.isclose(c.rope_scaling.get("attention_factor", 1.0), rope.attention_scaling), family
     x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 4)
     assert torch.equal(rotate(x, angle.cos(), angle.sin()), x)
+
+
+def test_yarn_on_request_is_what_the_config_would_say(checkpoints, tmp_path):
+    """Qwen3's 40,960 are 32,768 and room for an answer: its authors stretch the 32,768."""
+    folder, _ = checkpoints["qwen3"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", max_position_embeddings=40960)
+    asked = read_config(tmp_path / "config.json", 4.0)
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32768}
+    edit_json(tmp_path / "config.json", max_position_embeddings=131072, rope_parameters=rope)
+    assert asked == read_config(tmp_path / "config.json")
+    edit_json(tmp_path / "config.json", rope_parameters="remove", rope_scaling=rope, rope_theta=10000.0)
+    assert asked == read_config(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="scales RoPE itself"):
+        read_config(tmp_path / "config.json", 4.0)
 
 
 # ---- pruned: the oracle -----------------------------------------------------------------
@@ -235,8 +304,9 @@ class Oracle:
         )
         self.H, self.G, self.L = c["num_attention_heads"], c["num_key_value_heads"], c["num_hidden_layers"]
         self.D = c.get("head_dim") or c["hidden_size"] // self.H
-        theta = c["rope_parameters"]["rope_theta"]
-        self.inv = torch.tensor([theta ** (-2 * i / self.D) for i in range(self.D // 2)], dtype=torch.float64)
+        self.R = int(self.D * c["rope_parameters"].get("partial_rotary_factor", 1))
+        self.no_rope = [i for i, turned in enumerate(c.get("no_rope_layers") or []) if not turned]
+        self.inv, self.sharper = None, 1.0  # known once the prompt's length is
         self.kv = [{} for _ in range(self.L)]  # layer -> position -> (key, value)
         self.ring = {p: [] for p in schedule}
         self.rule = rule  # "paper", "peak", or "mass": summed weights, mean over heads, of the boundary's layer alone
@@ -247,9 +317,45 @@ class Oracle:
     def norm(self, x, name):
         return x / (x.square().mean() + self.c["rms_norm_eps"]).sqrt() * self.w[name]
 
-    def rope(self, x, position):
-        (a, b), cos, sin = x.chunk(2, -1), (position * self.inv).cos(), (position * self.inv).sin()
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    def lay_out_rope(self, prompt):
+        r, pairs = self.c["rope_parameters"], range(self.R // 2)
+        inv = [r["rope_theta"] ** (-2 * i / self.R) for i in pairs]
+        if r["rope_type"] == "longrope":
+            old = self.c["original_max_position_embeddings"]
+            inv = [f / by for f, by in zip(inv, r["long_factor" if prompt > old else "short_factor"])]
+            self.sharper = math.sqrt(1 + math.log(self.c["max_position_embeddings"] / old) / math.log(old))
+        if r["rope_type"] == "yarn":
+            full, turns = r["original_max_position_embeddings"] / (2 * math.pi), (32, 1)  # beta_fast, beta_slow
+            first, last = (self.R * math.log(full / n) / math.log(r["rope_theta"]) / 2 for n in turns)
+            first, last = max(0, math.floor(first)), min(self.R - 1, math.ceil(last))
+            ramp = [min(1, max(0, (i - first) / (last - first))) for i in pairs]
+            inv = [f / r["factor"] * by + f * (1 - by) for f, by in zip(inv, ramp)]
+            self.sharper = 1.0 if "mscale" in r else 0.1 * math.log(r["factor"]) + 1  # mscale is as big as the other
+        self.inv = torch.tensor(inv, dtype=torch.float64)
+
+    def turn(self, layer, x, position):
+        if layer in self.no_rope:
+            return x
+        (a, b), rest = x[:, : self.R].chunk(2, -1), x[:, self.R :]
+        cos, sin = (position * self.inv).cos() * self.sharper, (position * self.inv).sin() * self.sharper
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+    def louder(self, position):
+        r = self.c["rope_parameters"]
+        if "llama_4_scaling_beta" not in r:
+            return 1.0
+        return 1 + r["llama_4_scaling_beta"] * math.log(1 + position // r["original_max_position_embeddings"])
+
+    def heads(self, layer, kind, h):
+        name, sizes = f"model.layers.{layer}.self_attn.", {"q": self.H, "k": self.G, "v": self.G}
+        if name + "qkv_proj.weight" in self.w:
+            parts = (self.w[name + "qkv_proj.weight"] @ h).split([n * self.D for n in sizes.values()])
+            y = parts["qkv".index(kind)].view(-1, self.D)
+        else:
+            y = self.w[f"{name}{kind}_proj.weight"] @ h + self.w.get(f"{name}{kind}_proj.bias", 0)
+        y = y.view(-1, self.D)
+        norm = f"{name}{kind}_norm.weight"
+        return torch.stack([self.norm(row, norm) for row in y]) if norm in self.w else y
 
     def boundary_below(self, layer):
         return max((p for p in self.schedule if p <= layer), default=None)
@@ -305,6 +411,7 @@ class Oracle:
         if first:
             self.prompt, self.last = len(ids), (len(ids) - 1) // self.block_len
             self.tail = self.last * self.block_len
+            self.lay_out_rope(len(ids))
         self.n += len(ids)
         x = {start + i: self.w["model.embed_tokens.weight"][t] for i, t in enumerate(ids)}
         self.worth = {row: {} for row in x}
@@ -314,12 +421,9 @@ class Oracle:
                 self.worth = {row: {} for row in self.worth}  # rows that left say nothing of later layers
             for row in x:
                 h = self.norm(x[row], name + "input_layernorm.weight")
-                q, k, v = (
-                    (self.w[f"{name}self_attn.{n}_proj.weight"] @ h + self.w.get(f"{name}self_attn.{n}_proj.bias", 0))
-                    .view(-1, self.D) for n in "qkv"
-                )  # fmt: skip
-                queries[row] = self.rope(q, row)
-                self.kv[layer][row] = self.rope(k, row), v
+                q, k, v = (self.heads(layer, kind, h) for kind in "qkv")
+                queries[row] = self.turn(layer, q, row) * self.louder(row)
+                self.kv[layer][row] = self.turn(layer, k, row), v
             for row in x:
                 keys = [key for key in self.kv[layer] if self.attends(layer, row, key)]
                 k, v = (
@@ -329,16 +433,21 @@ class Oracle:
                 weights = (torch.einsum("hd,shd->hs", queries[row], k) / math.sqrt(self.D)).softmax(-1)
                 if row >= start:
                     self.look(row, keys, weights)
-                x[row] = (
-                    x[row] + self.w[name + "self_attn.o_proj.weight"] @ torch.einsum("hs,shd->hd", weights, v).flatten()
-                )
+                out = torch.einsum("hs,shd->hd", weights, v).flatten()
+                bias = self.w.get(name + "self_attn.o_proj.bias", 0)
+                x[row] = x[row] + self.w[name + "self_attn.o_proj.weight"] @ out + bias
             if layer + 1 in self.schedule:
                 self.boundary(layer + 1, x, queries, first, start)
             for row in x:
                 h = self.norm(x[row], name + "post_attention_layernorm.weight")
-                gate, up, down = (self.w[f"{name}mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
+                if name + "mlp.gate_up_proj.weight" in self.w:
+                    gate, up = self.w[name + "mlp.gate_up_proj.weight"].chunk(2)
+                else:
+                    gate, up = (self.w[f"{name}mlp.{n}_proj.weight"] for n in ("gate", "up"))
+                down = self.w[name + "mlp.down_proj.weight"]
                 x[row] = x[row] + down @ (F.silu(gate @ h) * (up @ h))
-        return self.w["lm_head.weight"] @ self.norm(x[self.n - 1], "model.norm.weight")
+        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+        return head @ self.norm(x[self.n - 1], "model.norm.weight")
 
 
 CASES = [  # schedule, gamma, prompt, least swaps and revivals that make the case worth its time
@@ -373,9 +482,17 @@ def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
     assert oracle.swaps >= swaps and oracle.revived >= revived
 
 
-@pytest.mark.parametrize("family", ["llama3-gqa", "llama2-mha", "qwen2-bias"])
-@pytest.mark.parametrize("rule", ["paper", "peak"])
-@pytest.mark.parametrize("window, block_len, unit_len", [(1, 8, 8), (11, 8, 2), (3, 12, 4)])
+OTHERS = ("qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn")
+
+
+@pytest.mark.parametrize(
+    "family, rule, window, block_len, unit_len",
+    [
+        *((f, r, *s) for f in ("llama3-gqa", "llama2-mha", "qwen2-bias") for r in ("paper", "peak")
+          for s in ((1, 8, 8), (11, 8, 2), (3, 12, 4))),
+        *((family, "peak", 8, 8, 8) for family in OTHERS),
+    ],
+)  # fmt: skip
 def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
     checkpoints, tmp_path, family, rule, window, block_len, unit_len
 ):
@@ -736,6 +853,17 @@ def test_generation_ends_before_any_stop_token(tiny, tmp_path):
     tokens = list(slim.load(tiny, "cpu").generate(draw(20), 10))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [63, tokens[4]]}))
     assert list(slim.load(tmp_path, "cpu").generate(draw(20), 10)) == tokens[: tokens.index(tokens[4])]
+    end, other = {"content": "END", "id": 5}, {"content": "other", "id": 6}
+    for name, value in ("tokenizer.json", {"added_tokens": [other, end]}), ("x", {}):
+        decoder = {"added_tokens_decoder": {"6": other, "5": end}} if name == "x" else {}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "END"} | decoder))
+        (tmp_path / name).write_text(json.dumps(value))
+        assert slim.load(tmp_path, "cpu").ckpt.stop == {63, tokens[4]}  # listed, so complete
+        edit_json(tmp_path / "generation_config.json", eos_token_id="remove")
+        edit_json(tmp_path / "config.json", eos_token_id=7)
+        assert slim.load(tmp_path, "cpu").ckpt.stop == {5, 7}  # the config's, and the one the template ends turns with
+        edit_json(tmp_path / "generation_config.json", eos_token_id=[63, tokens[4]])
+        (tmp_path / "tokenizer.json").unlink(missing_ok=True)
 
 
 def test_a_broken_off_step_is_not_extended(tiny):
@@ -1015,6 +1143,36 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
         assert slim.load(tmp_path / "one", "cpu").kv.dtype == dtype
 
 
+def test_fp8_weights_are_read_tile_by_tile(checkpoints, tmp_path):
+    """As published for Qwen3: e4m3 with a scale per tile, the embedding and the norms left as they are."""
+    folder, _ = checkpoints["qwen3"]
+    config, tensors, plain = json.loads((folder / "config.json").read_text()), {}, {}
+    for name, w in load_file(folder / "model.safetensors").items():
+        tensors[name] = plain[name] = w
+        if name.endswith("proj.weight"):
+            rows, columns = (-(-n // size) for n, size in zip(w.shape, (24, 20)))
+            scale = torch.rand(rows, columns) + 0.5
+            spread = scale.repeat_interleave(24, 0)[: len(w)].repeat_interleave(20, 1)[:, : w.shape[1]]
+            tensors[name] = (w / spread).to(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"], plain[name] = scale, tensors[name].float() * spread
+    for name, some in (("fp8", tensors), ("plain", plain)):
+        (tmp_path / name).mkdir()
+        quantised = {"quant_method": "fp8", "weight_block_size": [24, 20]} if name == "fp8" else None
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+        save_file(some, tmp_path / name / "model.safetensors")
+    got, want = (slim.load(tmp_path / name, "cpu", "float32").prefill(draw(50)) for name in ("fp8", "plain"))
+    assert torch.equal(got, want) and not torch.equal(got, slim.load(folder, "cpu").prefill(draw(50)))
+    name = "model.layers.0.mlp.up_proj.weight"
+    for spoil, words in (
+        (lambda t: t.pop(name + "_scale_inv"), "F8_E4M3"),
+        (lambda t: t.update({name + "_scale_inv": torch.ones(1, 1)}), "_scale_inv has shape"),
+        (lambda t: t.update({name: plain[name].to(torch.int8)}), "I8"),
+    ):
+        edit_tensors(tmp_path / "fp8", spoil)
+        with pytest.raises(ValueError, match=words):
+            slim.load(tmp_path / "fp8", "cpu")
+
+
 def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3.1-8B"
@@ -1263,7 +1421,7 @@ HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "na�
         "тест\x04 т(т)", "\U00012658\x13     \U00012658\x13"]  # fmt: skip
 SOME = " \n\r\t'sStTab1290.!é😀\u0301\u3000日²½\x04\x1d\U00041234"
 TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(SOME), max_size=40))
-KINDS = ["gpt2", "llama3", "qwen", "smollm2"]
+KINDS = ["gpt2", "llama3", "qwen", "smollm2", "tekken", "o200k"]  # SmolLM3, Phi-4: llama3; Qwen3: qwen
 relaxed = hypothesis_settings(max_examples=150, deadline=None)
 
 
@@ -1274,8 +1432,8 @@ def trained(kind):
 
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if kind in ("llama3", "qwen"):
-        split = tokenizer.QWEN2_SPLIT if kind == "qwen" else tokenizer.LLAMA3_SPLIT
+    splits = dict(zip(("llama3", "qwen", "tekken", "o200k"), vocabulary.SPLITS))
+    if split := splits.get(kind):
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
     if kind == "qwen":
@@ -1283,10 +1441,11 @@ def trained(kind):
     chatml = kind in ("qwen", "smollm2")
     llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<SPECIAL_5>"] if kind == "tekken" else special
     corpus = [
         Path(__file__).read_text(),
         *HARD * 3,
-        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system" * 20,
+        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n" * 20,
     ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind == "smollm2":  # knows the bytes it was trained on and no others
@@ -1303,6 +1462,8 @@ def trained(kind):
     if kind == "qwen":  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
         tok.add_special_tokens(special)
         tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<tool>", "<tool><tool>", "</tool>")])
+    elif kind == "tekken":
+        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     elif not chatml:
         bos = ("<|begin_of_text|>", tok.token_to_id("<|begin_of_text|>"))
         template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
@@ -1336,7 +1497,7 @@ def write(folder, data, config=None, name="tokenizer.json"):
 
 def without_lost(text):
     """The bytes of text that the kind trained without some keeps."""
-    lost = bytes(b for char, b in tokenizer.BYTE_OF.items() if char not in trained("smollm2").get_vocab())
+    lost = bytes(b for char, b in vocabulary.BYTE_OF.items() if char not in trained("smollm2").get_vocab())
     assert 21 < len(lost) < 200 and 4 in lost and "т".encode()[0] in lost
     return text.encode(errors="replace").translate(None, lost)
 
@@ -1368,16 +1529,104 @@ def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
     tok, reference = ours(kind), trained(kind)
-    assert tok.bos_id == (None if kind in ("qwen", "smollm2") else reference.token_to_id("<|begin_of_text|>"))
+    bos = {"qwen": None, "smollm2": None, "tekken": "<s>"}.get(kind, "<|begin_of_text|>")
+    assert tok.bos_id == (bos and reference.token_to_id(bos))
     assert tok.special == {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.special}
     assert tok.vocab_size == reference.get_vocab_size() and tok.bytes(tok.vocab_size + 5) == b""
+
+
+def random_text(rng):
+    """Some 30 characters: words, white space and punctuation as in text, and anything in Unicode."""
+    words = "don't It'LL McDonald iPHONE's naïve e\u0301 語。 тест x_y <|im_end|> [INST] </s>".split()
+    draws = (
+        lambda: rng.choice(SOME),
+        lambda: rng.choice(" \n") * rng.randrange(1, 4),
+        lambda: rng.choice(words),
+        lambda: str(rng.randrange(10 ** rng.randrange(1, 9))),
+        lambda: chr(rng.choice((rng.randrange(1, 0x250), rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)))),
+    )
+    return "".join(rng.choice(draws)() for _ in range(rng.randrange(1, 16)))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tekken.json", "sentencepiece"])
+def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
+    """$SLIM_STRINGS says how many."""
+    rng = random.Random(kind)
+    if kind == "sentencepiece":
+        tok, reference = sentencepieces(tmp_path)
+    else:
+        name = kind.removesuffix(".json")
+        tok, reference = ours(name), trained(name)
+        tok = tokenizer.load(write(tmp_path, as_tekken(reference), name="tekken.json")) if kind != name else tok
+    for _ in range(int(os.environ.get("SLIM_STRINGS", "500"))):
+        text = random_text(rng)
+        if kind == "sentencepiece":  # adds a space, where Hugging Face lets one that leads be it
+            text = text.lstrip(" ")
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, text
+
+
+def as_tekken(reference):
+    """A trained tokenizer in the layout of Mistral's tekken.json; the last special token has no name there."""
+    special = {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.content != "<SPECIAL_5>"}
+    vocab = sorted((i, token) for token, i in reference.get_vocab().items() if i >= 6)
+    tokens = [base64.b64encode(bytes(vocabulary.BYTE_OF[c] for c in token)).decode() for _, token in vocab]
+    config = {"pattern": vocabulary.TEKKEN_SPLIT, "default_vocab_size": 6 + len(vocab), "default_num_special_tokens": 6}
+    return {
+        "config": config,
+        "vocab": [{"rank": i, "token_bytes": t, "token_str": None} for i, t in enumerate([*tokens, "YQ=="])],
+        "special_tokens": [{"rank": i, "token_str": token, "is_control": True} for token, i in special.items()],
+    }
+
+
+def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
+    tok, same = tokenizer.load(write(tmp_path, as_tekken(trained("tekken")), name="tekken.json")), ours("tekken")
+    assert (tok.special, tok.bos_id, tok.vocab_size) == (same.special, same.bos_id, same.vocab_size)
+    for word, spoil in {
+        "names no special tokens": lambda d: d.pop("special_tokens"),
+        "pattern": lambda d: d["config"].update(pattern="x"),
+        "in order": lambda d: d["vocab"].reverse(),
+        "laid out": lambda d: d["config"].pop("default_vocab_size"),
+        "every byte": lambda d: d["config"].update(default_vocab_size=100),
+    }.items():
+        data = as_tekken(trained("tekken"))
+        spoil(data)
+        refused(write(tmp_path, data, name="tekken.json"), word)
+
+
+def sentencepieces(folder, **config):
+    """A small sentencepiece model with control tokens, as Mistral 7B's, and the same as Hugging Face converts it."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    corpus = [line for line in (*Path(__file__).read_text().splitlines(), *HARD * 3) if "\0" not in line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=900,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True, control_symbols=["[INST]", "[/INST]"], minloglevel=2,
+    )  # fmt: skip
+    blob = (folder / "tokenizer.model").read_bytes()
+    model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    pairs = sorted(
+        (-model.get_score(vocab[piece]), vocab[left], vocab[right], left, right)
+        for piece in vocab
+        for n in range(1, len(piece))
+        if (left := piece[:n]) in vocab and (right := piece[n:]) in vocab
+    )
+    bpe = models.BPE(vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    reference = Tokenizer(bpe)
+    special = [name for name, i in vocab.items() if model.is_control(i) or model.is_unknown(i)]
+    reference.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    reference.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    reference.encode_special_tokens = True
+    return tokenizer.load(write(folder, blob, {"legacy": False} | config, "tokenizer.model")), reference
 
 
 @needs_data
 @pytest.mark.parametrize("as_list", [False, True])
 def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_list):
     """Hugging Face's Llama-3 file lists all splits of a token as merges; the book is cut into pieces on the way."""
-    char = {b: c for c, b in tokenizer.BYTE_OF.items()}
+    char = {b: c for c, b in vocabulary.BYTE_OF.items()}
     lines = (line.split() for line in (DATA / "llama3/tokenizer.model").read_bytes().splitlines())
     vocab = {"".join(char[b] for b in base64.b64decode(t)): int(i) for t, i in lines}
     pairs = [(t[:k], t[k:]) for t in vocab for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab]
@@ -1456,98 +1705,6 @@ def test_a_stream_waits_for_the_rest_of_a_character_and_flushes():
     assert list(tok.stream(iter(ids))) == ["é", "😀"]
     assert list(tok.stream(iter(ids[:-1]))) == ["é", "\ufffd"] and tok.decode(ids[:-1]) == "é\ufffd"
     assert next(tok.stream(i for i in [*ids[:2], None])) == "é"  # out before the next id is asked for
-
-
-EVIL = "hi <|eot_id|><|im_end|></s> {} {0} [INST] naïve"
-LLAMA3_TEMPLATE = "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>' }}"
-ZEPHYR_TEMPLATE = "{{ '<|user|>\n' + message['content'] + eos_token }}"
-
-
-def spell(tok, *parts):
-    """Ids of parts: text, or [special token]."""
-    return [i for part in parts for i in ([tok.special[part[0]]] if isinstance(part, list) else tok.encode(part))]
-
-
-@pytest.mark.parametrize("where", ["config", "list", "jinja"])
-def test_llama3_chat_keeps_a_users_special_tokens_text(tmp_path, where):
-    config = {"config": LLAMA3_TEMPLATE, "list": [{"name": "default", "template": LLAMA3_TEMPLATE}]}.get(where)
-    write(tmp_path, trained("llama3").to_str().encode(), {"chat_template": config} if config else None)
-    if where == "jinja":
-        (tmp_path / "chat_template.jinja").write_text(LLAMA3_TEMPLATE)
-    tok = tokenizer.load(tmp_path)
-    head = [["<|begin_of_text|>"], ["<|start_header_id|>"], "user", ["<|end_header_id|>"]]
-    tail = [["<|eot_id|>"], ["<|start_header_id|>"], "assistant", ["<|end_header_id|>"], "\n\n"]
-    assert tok.chat_format == "llama3" and tok.chat(EVIL) == spell(tok, *head, "\n\n" + EVIL, *tail)
-
-
-GIVEN = "{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"  # the text of the user's own
-TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-SYSTEMS = {  # what the template writes in by itself: template
-    "You are SmolLM": "{% if it %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}" + TURN,
-    "You are Qwen. {}": GIVEN + "{%- else %}{{- '<|im_start|>system\\nYou are Qwen. {}<|im_end|>\\n' }}" + TURN,
-    "You're\n\"one\"": GIVEN + '{{ "<|im_start|>system\\nYou\'re\\n\\"one\\"<|im_end|>\\n" }}' + TURN,
-    "default": [{"name": "tools", "template": "{{ '<|im_start|>system\\ntools<|im_end|>' }}"},
-                {"name": "default", "template": "{{ '<|im_start|>system\\ndefault<|im_end|>' }}" + TURN}],
-    "": GIVEN + TURN,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("text", SYSTEMS)
-def test_a_chat_opens_with_the_system_turn_of_its_own_template(tmp_path, text):
-    """And with no other, and without a BOS; "{}" in it is not where the user's text goes."""
-    tok = tokenizer.load(write(tmp_path, trained("qwen").to_str().encode(), {"chat_template": SYSTEMS[text]}))
-    system = [["<|im_start|>"], "system\n" + text, ["<|im_end|>"], "\n"] if text else []
-    turn = [["<|im_start|>"], "user\n" + EVIL, ["<|im_end|>"], "\n", ["<|im_start|>"], "assistant\n"]
-    assert tok.chat_format == "qwen" and tok.chat(EVIL) == spell(tok, *system, *turn)
-    assert tok.chat(EVIL, begin=False) == spell(tok, ["<|im_end|>"], "\n", *turn)
-    tok.chat_format = None  # what --raw does
-    assert tok.chat(EVIL) == tok.encode(EVIL)
-
-
-@needs_data
-def test_sentencepiece_chats(tmp_path):
-    blob = (DATA / "llama2/tokenizer.model").read_bytes()
-    tok = tokenizer.load(write(tmp_path / "a", blob, {"chat_template": "[INST] <<SYS>>"}, "tokenizer.model"))
-    assert tok.chat("Hello") == [1, 518, 25580, 29962, 15043, 518, 29914, 25580, 29962]  # Meta's ids
-    assert tok.chat(EVIL) == [1, *tok.encode(f"[INST] {EVIL} [/INST]")]
-    tok = tokenizer.load(write(tmp_path / "b", blob, {"chat_template": ZEPHYR_TEMPLATE}, "tokenizer.model"))
-    assert tok.chat(EVIL) == [1, *tok.encode("<|user|>\n" + EVIL), 2, *tok.encode("\n<|assistant|>\n")]
-
-
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen's, as its template has it
-TURNS = {  # the text of a conversation of two turns, as the chat templates of the models themselves give it
-    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nDOC\n\nA?"
-              "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYES"
-              "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nB?"
-              "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            "<|im_start|>user\nDOC\n\nA?<|im_end|>\n<|im_start|>assistant\nYES<|im_end|>\n"
-            "<|im_start|>user\nB?<|im_end|>\n<|im_start|>assistant\n",
-    "llama2": "<s>[INST] DOC\n\nA? [/INST]YES </s><s>[INST] B? [/INST]",
-    "zephyr": "<|user|>\nDOC\n\nA?</s>\n<|assistant|>\nYES</s>\n<|user|>\nB?</s>\n<|assistant|>\n",
-    None: "DOC\nA?YES\nB?",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TURNS)
-def test_a_conversation_keeps_its_turns(name):
-    """Document, first question, answer and second question, encoded apart, spell one conversation."""
-    special = re.findall(r"<[^<>\s]+>", TURNS[name]) if name else []
-    numbers = {token: 256 + i for i, token in enumerate(dict.fromkeys(special))}
-    tok = tokenizer.Tokenizer(lambda data: list(data.encode()), {i: bytes([i]) for i in range(256)}, numbers, None)
-    tok.chat_format, tok.system = name, SYSTEM if name == "qwen" else ""
-    ids = tok.chat("DOC", end=False) + tok.rest("A?") + tok.encode("YES") + tok.chat("B?", begin=False)
-    names = {i: token for token, i in numbers.items()}
-    assert b"".join(names[i].encode() if i in names else tok.bytes(i) for i in ids).decode() == TURNS[name]
-    assert tok.chat("DOC" + ("\n\n" if name else "\n") + "A?") == tok.chat("DOC", end=False) + tok.rest("A?")
-
-
-def test_no_template_is_plain_completion_and_an_unknown_one_an_error(tmp_path):
-    data = trained("llama3").to_str().encode()
-    assert tokenizer.load(write(tmp_path, data, {"chat_template": None})).chat_format is None
-    for template in ("{{ messages }}", "<|im_start|>", "[INST]", ZEPHYR_TEMPLATE):  # the last three: tokens it lacks
-        with pytest.raises(ValueError, match="--raw"):
-            tokenizer.load(write(tmp_path, data, {"chat_template": template})).chat("hi")
 
 
 def refused(folder, *words):
@@ -1662,6 +1819,27 @@ def test_a_real_model_answers_with_the_logits_and_ids_of_transformers(smollm2_fo
         want = reference(torch.tensor([ids])).logits[0, at - 1 :]
     got = torch.stack([engine.prefill(ids[:at]), *(engine.extend([token]) for token in ids[at:])])
     torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+
+
+def test_a_real_model_says_what_transformers_says(smollm2_folder):
+    """Chat ids, greedy tokens and logits; with SLIM_LONG=1 of 20 prompts up to 4,000 tokens, which takes minutes."""
+    engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    text = (HERE / "demo" / "document.txt").read_text() + Path(__file__).read_text().replace("<|", "<")
+    for n in range(200, 4001, 200) if os.environ.get("SLIM_LONG") == "1" else (60, 200):
+        start = 37 * n
+        words = engine.tokenizer.decode(engine.tokenizer.encode(text[start : start + 8 * n])[: n - 50])
+        ids = engine.tokenizer.chat("Go on with this text: " + words)
+        talk = [{"role": "user", "content": "Go on with this text: " + words}]
+        assert ids == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+        options = dict(max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        want = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+        logits, tokens = engine.prefill(ids), want.sequences[0, len(ids) :].tolist()
+        for token, theirs_ in zip(tokens, want.logits):
+            torch.testing.assert_close(logits, theirs_[0], atol=1e-3, rtol=0)
+            assert int(logits.argmax()) == token, n
+            logits = engine.extend([token])
 
 
 @pytest.mark.parametrize("when", ["pip fails", "converting fails", "no gguf"])

@@ -49,6 +49,18 @@ def main(argv=None) -> int:
         return 130
 
 
+def speak(tok, args) -> None:
+    """Set how the chat template is used; raise ValueError where it cannot do what is wanted."""
+    if args.raw:
+        tok.template = None
+    if args.system is not None and tok.template is None:
+        raise ValueError(f"--system: {args.ckpt} has no chat template with a place for it; leave --system out")
+    if args.no_think and "enable_thinking" not in getattr(tok.template, "source", ""):
+        raise ValueError(f"--no-think: the chat template of {args.ckpt} knows no enable_thinking; leave --no-think out")
+    tok.system = args.system or ""
+    tok.variables = {"enable_thinking": False} if args.no_think else {}
+
+
 def run(args, progress: Progress) -> int:
     """Check everything, then load, then read, then answer."""
     say = status(args, progress)
@@ -66,8 +78,7 @@ def run(args, progress: Progress) -> int:
             f"{ckpt.folder}: the tokenizer has {tok.vocab_size:,} ids, the model {c.vocab_size:,}; "
             "they do not belong together"
         )
-    if args.raw:
-        tok.chat_format = None
+    speak(tok, args)
     if header:
         check_saved(args.resume, header, ckpt.identity)
     ids = [] if header else build_ids(args, read_prompt(args), tok)

@@ -52,6 +52,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--resume", metavar="FILE", help="go on with a saved text instead of reading one")
     g.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
     g.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
+    g.add_argument("--system", metavar="TEXT", help="what a chat model is told before anything else")
+    g.add_argument("--no-think", action="store_true", help="answer at once, where the chat template knows thinking")
+    g.add_argument(
+        "--rope-yarn", type=float, default=d["rope_yarn"], metavar="FACTOR",
+        help="stretch the trained context this many times, by YaRN, for a text beyond it",
+    )
     g = p.add_argument_group("the answer")
     g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="its length at most (%(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
@@ -62,6 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="P",
         help="sample from the likeliest tokens of this total probability (%(default)s)",
     )
+    g.add_argument("--stop", metavar="TEXT", action="append", help="end before this text; again for each further one")
     g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     g = p.add_argument_group("what is shown")
     g.add_argument(
@@ -112,7 +119,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {key: value for key, value in given.items() if value is not None}
     args = argparse.Namespace(**defaults | given, given=given)
-    args.ask = args.ask or []
+    args.ask, args.stop = args.ask or [], args.stop or []
     if args.ckpt is None and args.resume is None:
         choose_demo(args)
     return args
@@ -134,7 +141,8 @@ def choose_demo(args) -> None:
 EXCLUDED = {
     "dense": ("schedule", "compare"),
     "compare": ("chat", "save", "resume"),
-    "resume": ("prompt", "save", "max_prompt_tokens"),
+    "resume": ("prompt", "save", "max_prompt_tokens", "system"),
+    "raw": ("system", "no_think"),
     "chat": ("json",),
 }
 
@@ -149,6 +157,8 @@ def check_args(args) -> None:
         raise ValueError(f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out")
     if any(not question.strip() for question in args.ask):
         raise ValueError("--ask is empty; put a question, or leave it out")
+    if "" in args.stop:
+        raise ValueError("--stop is empty; give the text before which an answer ends, or leave it out")
     if args.resume is not None and not (args.ask or args.chat):
         raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
     if args.chat and sys.stdin is None:
@@ -216,7 +226,7 @@ def build_ids(args, text: str, tokenizer) -> list[int]:
     if text and (args.chat or args.save):
         return tokenizer.chat(text, end=False)
     parts = [part for part in (text, args.ask.pop(0) if args.ask else "") if part]
-    return tokenizer.chat(("\n\n" if tokenizer.chat_format else "\n").join(parts)) if parts else []
+    return tokenizer.chat(("\n\n" if tokenizer.template else "\n").join(parts)) if parts else []
 
 
 def first_tokens(text: str, n: int, tokenizer) -> str:
@@ -233,7 +243,7 @@ def adopt(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
     header, _ = read_saved(args.resume)
     saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}
-    for name in ("ckpt", "dtype", "schedule", "score", "block_len", "unit_len", "window", "gamma", "chunk", "raw"):
+    for name in ("ckpt", "dtype", "schedule", "score", "block_len", "unit_len", "window", "gamma", "chunk", "rope_yarn", "raw"):
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():

@@ -100,6 +100,15 @@ class Talk:
                 f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained "
                 "for; expect a poor answer"
             )
+        rope = self.engine.config.rope_scaling
+        trained = rope.get("original_max_position_embeddings", 0)
+        stretched = rope["rope_type"] == "yarn" and "llama_4_scaling_beta" not in rope  # with it, it was trained so
+        if stretched and n + new <= trained and not self.engine.ids:
+            remedy = "leave --rope-yarn out" if self.args.rope_yarn else "take rope_scaling out of config.json"
+            self.say(
+                f"slim: warning: {n:,} prompt + {new:,} new tokens fit in the {trained:,.0f} of the context before "
+                f"YaRN stretched it, which costs quality there; {remedy}"
+            )
 
     def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:
         """Generate and, but for --json, print an answer as it comes; return it with what it took, also after Ctrl-C."""
@@ -126,7 +135,7 @@ class Talk:
             self.progress.follow(engine)
         try:
             with stop_between_tokens(args.chat) as stopped:
-                for piece in self.tokenizer.stream(tokens(stopped)):
+                for piece in self.tokenizer.stream(tokens(stopped), args.stop):
                     pieces.append(piece)
                     if text:
                         print(piece, end="", flush=True)

@@ -18,11 +18,23 @@ from cli import main as cli_main
 from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
-from test_slim import HERE, LLAMA3_ROPE, SYSTEM, edit_json, edit_tensors, make_checkpoint, set_free
+from loading.template import Template
+from test_slim import HERE, LLAMA3_ROPE, edit_json, edit_tensors, make_checkpoint, set_free
 from test_slim import talking  # noqa: F401  a fixture
 
 
 K = "model.layers.1.self_attn.k_proj.weight"
+
+
+def of_kind(folder, architecture, model_type=None, **keys):
+    edit_json(folder / "config.json", architectures=[architecture], model_type=model_type, **keys)
+
+
+def yarn(folder, **keys):
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+    edit_json(folder / "config.json", rope_parameters=rope | keys)
+
+
 BROKEN = {  # what is done to a good checkpoint: what the one line must name
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
@@ -36,11 +48,48 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
     "key missing": (lambda d: edit_json(d / "config.json", rms_norm_eps="remove"), "rms_norm_eps"),
     "key of another type": (lambda d: edit_json(d / "config.json", hidden_size="32"), "hidden_size"),
     "architecture": (
-        lambda d: edit_json(d / "config.json", architectures=["MistralForCausalLM"]),
-        "MistralForCausalLM",
+        lambda d: edit_json(d / "config.json", architectures=["GemmaForCausalLM"]),
+        "GemmaForCausalLM",
     ),
     "activation": (lambda d: edit_json(d / "config.json", hidden_act="gelu"), "hidden_act"),
-    "rope type": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    "rope type": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        "dynamic",
+    ),
+    "yarn that shrinks": (lambda d: yarn(d, factor=0.5), "at least 1"),
+    "yarn without a factor": (lambda d: yarn(d, factor="x"), "factor"),
+    "yarn of a context in words": (lambda d: yarn(d, original_max_position_embeddings="x"), "original_max"),
+    "yarn's other keys": (lambda d: yarn(d, log_scale=2.0), "log_scale"),
+    "yarn's flag": (lambda d: yarn(d, truncate=1), "truncate"),
+    "yarn of no context": (lambda d: yarn(d, original_max_position_embeddings=1), "above 1"),
+    "yarn of theta 1": (lambda d: yarn(d, rope_theta=1.0), "above 1"),
+    "longrope's list": (lambda d: yarn(d, rope_type="longrope", short_factor=[1.0], long_factor=[1.0]), "list 4"),
+    "recurrent layers": (lambda d: of_kind(d, "Qwen3NextForCausalLM", num_experts=512), "pruning would break"),
+    "recurrent layers by type": (
+        lambda d: edit_json(d / "config.json", layer_types=["linear_attention"] * 5),
+        "pruning would break",
+    ),
+    "experts": (lambda d: of_kind(d, "Qwen3MoeForCausalLM"), "mixture of experts"),
+    "experts by key": (lambda d: edit_json(d / "config.json", num_local_experts=8), "mixture of experts"),
+    "windows": (lambda d: of_kind(d, "Gemma3ForCausalLM"), "sliding window"),
+    "windows by type": (
+        lambda d: edit_json(d / "config.json", layer_types=["sliding_attention", "full_attention"]),
+        "sliding window",
+    ),
+    "images": (lambda d: of_kind(d, "Mistral3ForConditionalGeneration"), "more than text"),
+    "layers without RoPE": (
+        lambda d: of_kind(d, "SmolLM3ForCausalLM", model_type="smollm3", no_rope_layers=[1]),
+        "no_rope_layers",
+    ),
+    "a missing norm": (
+        lambda d: of_kind(d, "Qwen3ForCausalLM", model_type="qwen3", head_dim=8),
+        "missing model.layers.0.self_attn.q_norm.weight",
+    ),
+    "a window nobody mentions": (
+        lambda d: of_kind(d, "MistralForCausalLM", model_type="mistral", max_position_embeddings=8192),
+        "sliding_window",
+    ),
+    "part of a head": (lambda d: edit_json(d / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor"),
     "architecture of another type": (lambda d: edit_json(d / "config.json", architectures=[[1]]), "architecture"),
     "negative": (lambda d: edit_json(d / "config.json", hidden_size=-32), "hidden_size"),
     "boundless": (lambda d: edit_json(d / "config.json", num_hidden_layers=10**30), "num_hidden_layers"),
@@ -76,7 +125,7 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
         lambda d: (d / "generation_config.json").write_text('{"eos_token_id": 1000000000}'),
         "eos_token_id",
     ),
-    "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
+    "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not an object"),
     "BOS or not": (lambda d: (d / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'), "add_bos_token"),
     "nested JSON": (lambda d: (d / "config.json").write_text("[" * 100_000), "not JSON"),
     "stop token": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'), "eos_token_id"),
@@ -93,8 +142,12 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
     ),
     "rope key": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "factor"),
     "quantised": (lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}), "quantization_config"),
-    "sliding window": (lambda d: edit_json(d / "config.json", sliding_window=4096), "sliding_window"),
-    "bias": (lambda d: edit_json(d / "config.json", attention_bias=True), "attention_bias"),
+    "sliding window": (lambda d: edit_json(d / "config.json", sliding_window=1024), "sliding_window"),
+    "bias": (
+        lambda d: edit_json(d / "config.json", attention_bias=True),
+        "missing model.layers.0.self_attn.q_proj.bias",
+    ),
+    "bias or not": (lambda d: edit_json(d / "config.json", attention_bias="no"), "attention_bias"),
     "truncated": (
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
         "truncated",
@@ -152,6 +205,12 @@ WRONG = {  # arguments: what the one line must name
     "--block-len 1000000000000": "--block-len",
     "--prompt /proc/self/mem": "cannot be read",
     "--ckpt ~nosuchuser/x": "nosuchuser",
+    "--rope-yarn 0.5": "--rope-yarn",
+    "--system hi": "--system",
+    "--no-think": "--no-think",
+    "--raw --system hi": "--raw excludes --system",
+    "--stop=": "--stop",
+    "--rope-yarn nan": "--rope-yarn",
     "--max-new 5": "--max-new",
     "--top-p 0": "--top-p",
     "--max-new-tokens 0": "--max-new-tokens",
@@ -185,6 +244,7 @@ def cli(talking, tmp_path, monkeypatch, capfd):
         (folder / file.name).write_bytes(file.read_bytes())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("ABBA CAB " * 100)
+    (tmp_path / "short.txt").write_text("ABBA CAB")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
 
@@ -282,6 +342,45 @@ def test_a_prompt_beyond_the_trained_context_is_a_warning(cli):
     edit_json(cli.folder / "config.json", max_position_embeddings=100)
     code, _, err = cli("--max-new-tokens", "2")
     assert code == 0 and "warning" in err and "100" in err
+
+
+def test_yarn_stretches_the_context_and_warns_where_it_is_not_needed(cli):
+    """And a saved conversation remembers it."""
+    edit_json(cli.folder / "config.json", max_position_embeddings=1000)
+    long = ["--prompt", "long.txt", "--max-new-tokens", "2"]
+    Path("long.txt").write_text("ABBA CAB " * 400)
+    assert "beyond the 1,000" in cli(*long)[2]
+    plain, (code, stretched, err) = cli(*long, "--json")[1], cli(*long, "--rope-yarn", "8", "--json")
+    assert code == 0 and "warning" not in err and stretched != plain
+    assert "fit in the 1,000" in cli("--prompt", "short.txt", "--max-new-tokens", "2", "--rope-yarn", "8")[2]
+    cli(*long, "--rope-yarn", "8", "--save", "text.slim")
+    code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--max-new-tokens", "2", prompt=None)
+    assert code == 0 and "warning" not in err
+    edit_json(cli.folder / "config.json", rope_parameters={**LLAMA3_ROPE, "rope_theta": 10000.0})
+    is_one_line(cli(*long, "--rope-yarn", "8")[2], "scales RoPE itself, by 'llama3'")
+
+
+def test_the_chat_template_the_system_text_and_stops(cli):
+    """Answers to the same question differ by what the template makes of it; a broken template is one line."""
+    few = ["--ask", "CAB?", "--max-new-tokens", "12", "--quiet"]
+    raw = cli(*few)[1]
+    template = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}[{{ messages[-1].content }}]"
+    think = "{% if enable_thinking is false %}no{% endif %}"
+    edit_json_file(cli.folder / "tokenizer_config.json", chat_template=template + think)
+    plain = cli(*few)[1]
+    others = [cli(*few, *more)[1] for more in (["--system", "ABBA"], ["--no-think"], ["--raw"])]
+    assert others[2] == raw and len({plain, *others}) == 4
+    stop = plain[3:6]
+    assert cli(*few, "--stop", "never there", "--stop", stop)[1] == plain[: plain.index(stop)] + "\n"
+    edit_json_file(cli.folder / "tokenizer_config.json", chat_template="{{ raise_exception('one turn only') }}")
+    code, out, err = cli(*few)
+    assert (code, out) == (2, "")
+    is_one_line(err, "one turn only; give the prompt as it is with --raw")
+    assert cli(*few, "--raw")[1] == raw
+
+
+def edit_json_file(path, **keys):
+    path.write_text(json.dumps(keys))
 
 
 def popen(cli, *args, **kw):
@@ -421,7 +520,9 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
         {"<|im_start|>": 256, "<|im_end|>": 257},
         None,
     )
-    tok.chat_format, tok.system = "qwen", SYSTEM
+    turn = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+    source = turn + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tok.template, tok.system = Template(tmp_path, source, {}), "You are a helpful assistant."
     talk = Talk(
         engine,
         tok,

@@ -1,72 +1,200 @@
 """config.json, read strictly: a key that is not understood and would change the numbers is an error that names it."""
 
 import json
+import math
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from model import DTYPES, Config
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-NEUTRAL = {  # keys that would change the numbers of these architectures, with the value that does not
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-    "quantization_config": None, "partial_rotary_factor": 1.0, "rope_interleaved": False,
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart from Llama. All of it is data: the step asks what a layer has, never whose it is."""
+
+    model_type: str
+    adds: dict = field(default_factory=dict)  # fields of Config
+    defaults: dict = field(default_factory=dict)  # what transformers takes where a config.json leaves a key out
+    reads: tuple[str, ...] = ()  # keys of NEUTRAL that mean something here
+    theta: float = 10000.0  # rope_theta where none is given
+
+
+ORIGINAL = "original_max_position_embeddings"
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama"),
+    "Qwen2ForCausalLM": Family("qwen2", adds={"qkv_bias": True}, defaults={"use_sliding_window": False}),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", adds={"qk_norm": True}, defaults={"head_dim": 128, "use_sliding_window": False}
+    ),
+    "MistralForCausalLM": Family("mistral", defaults={"sliding_window": 4096}),
+    "Ministral3ForCausalLM": Family("ministral3", defaults={"head_dim": 128}, reads=("llama_4_scaling_beta",)),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        theta=2e6,
+        defaults={"no_rope_layer_interval": 4, "tie_word_embeddings": True, "use_sliding_window": False},
+        reads=("no_rope_layers", "no_rope_layer_interval", "pretraining_tp"),  # the last is not used in SmolLM3
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3", adds={"fused": True}, defaults={ORIGINAL: 4096}, reads=("partial_rotary_factor",)
+    ),
+}
+NEUTRAL = {  # keys that would change the numbers, with the value that does not
+    "hidden_act": "silu", "mlp_bias": False, "lm_head_bias": False, "use_sliding_window": False, "use_mrope": False,
+    "partial_rotary_factor": 1.0, "rope_interleaved": False,
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "logit_scale": 1.0,
-    "use_qk_norm": False, "pretraining_tp": 1, "no_rope_layers": None,
+    "use_qk_norm": False, "pretraining_tp": 1, "no_rope_layers": None, "no_rope_layer_interval": None,
+    "llama_4_scaling_beta": None,
 }  # fmt: skip
-LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_KEYS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_KEYS}
+CANNOT = {  # why a model does not run here: what its architecture, or a kind of its layers, is called; or keys it has
+    "its recurrent layers (linear attention, state space) keep one state of all tokens, which pruning would break": (
+        "linear|mamba|rwkv|recurrent|qwen3next|qwen3_5|jamba|bamba|zamba|falconh1|nemotronh|lfm2|moehybrid|kimi",
+        ("linear_num_key_heads", "mamba_d_state", "ssm_cfg", "state_size"),
+    ),
+    "it is a mixture of experts, whose feed-forward Slim does not have": (
+        "moe|mixtral|deepseek|gptoss|llama4|dbrx",
+        ("num_experts", "num_local_experts", "n_routed_experts"),
+    ),
+    "some of its layers see a sliding window alone, and Slim's attention is over the whole text": (
+        "sliding|chunked|gemma[234]|cohere2|^ministral(?!3)",
+        ("sliding_window_pattern",),
+    ),
+    "it reads more than text": ("conditionalgeneration|vision", ("vision_config",)),
+}
+ROPE_KEYS = {  # type: keys it needs, keys it may have with their default
+    "default": ((), {}),
+    "linear": (("factor",), {}),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), {}),
+    "yarn": (
+        ("factor", ORIGINAL),
+        {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None, "mscale": None,
+         "mscale_all_dim": None, "llama_4_scaling_beta": None},
+    ),
+    "longrope": (("factor", ORIGINAL, "short_factor", "long_factor"), {"attention_factor": None}),
+}  # fmt: skip
 
 
-def read_config(path: Path) -> Config:
-    """Read config.json; raise FileNotFoundError, or a ValueError that names the key."""
-    return parse_config(read_json(path), path)
+def read_config(path: Path, rope_yarn: float = 0.0) -> Config:
+    """Read config.json; rope_yarn: the factor of a YaRN that it does not have.
+
+    Raises FileNotFoundError, or a ValueError that names the key.
+    """
+    c = read_json(path)
+    return parse_config(stretch(c, rope_yarn, path) if rope_yarn else c, path)
+
+
+def stretch(c: dict, factor: float, path) -> dict:
+    """Return the config with YaRN by a factor, as if it said so itself; raise ValueError if RoPE is scaled already."""
+    kind = rope_keys(c, path).get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"--rope-yarn {factor:g}: {path} scales RoPE itself, by {kind!r}; leave --rope-yarn out")
+    trained = positive(c.get("max_position_embeddings"), f"{path}: key 'max_position_embeddings'", int, 2**40)
+    if (c.get("model_type"), trained) == ("qwen3", 40960):
+        trained = 32768  # the rest was meant for answers, and Qwen3's authors stretch from here
+    yarn = {"rope_type": "yarn", "factor": factor, ORIGINAL: trained}
+    key = "rope_parameters" if isinstance(c.get("rope_parameters"), dict) else "rope_scaling"
+    theta = {k: v for k, v in (c.get(key) or {}).items() if k not in ("type", "rope_type")}
+    return {**c, key: theta | yarn, "max_position_embeddings": int(trained * factor)}
 
 
 def parse_config(c: dict, path) -> Config:
     """Return the Config of a config.json's keys; raise ValueError for what is not understood."""
+    family = check_architecture(c, path)
+    c = {**family.defaults, **c}
 
     def number(key: str, default=None, kind=int, most=2**20):
         return positive(default if c.get(key) is None else c[key], f"{path}: key {key!r}", kind, most)
 
-    model_type = check_architecture(c, path)
     rope = rope_keys(c, path)
     for key, value in {**c, **rope}.items():
-        if key in NEUTRAL and value not in (NEUTRAL[key], None):
-            raise ValueError(f"{path}: key {key!r} is {value!r}; only {NEUTRAL[key]!r} is supported")
-    if model_type == "llama" and c.get("sliding_window") is not None:
-        raise ValueError(f"{path}: key 'sliding_window' is {c['sliding_window']!r}; only full attention is supported")
-    theta = rope.pop("rope_theta", 10000.0)  # Llama 2 files may leave it out
-    tied = False if c.get("tie_word_embeddings") is None else c["tie_word_embeddings"]
-    if not isinstance(tied, bool):
-        raise ValueError(f"{path}: key 'tie_word_embeddings' is {tied!r}; it must be true or false")
+        if key in NEUTRAL and key not in family.reads and value not in (NEUTRAL[key], None):
+            raise ValueError(f"{path}: key {key!r} is {value!r:.200}; only {NEUTRAL[key]!r} is supported")
     dim, n_heads = number("hidden_size"), number("num_attention_heads")
     n_layers = number("num_hidden_layers", most=1000)
     n_kv_heads, head_dim = number("num_key_value_heads", n_heads), number("head_dim", max(1, dim // n_heads))
-    if n_heads % n_kv_heads or head_dim % 2:
-        raise ValueError(f"{path}: {n_heads} heads over {n_kv_heads} KV heads of size {head_dim} do not divide evenly")
+    max_len = number("max_position_embeddings", most=2**40)
+    partial = positive(rope.pop("partial_rotary_factor", 1.0), f"{path}: key 'partial_rotary_factor'", float, 1)
+    rotary_dim = int(head_dim * partial)
+    if n_heads % n_kv_heads or head_dim % 2 or rotary_dim % 2 or not rotary_dim:
+        raise ValueError(
+            f"{path}: {n_heads} heads over {n_kv_heads} KV heads of size {head_dim} ({rotary_dim} for RoPE) do not "
+            "divide evenly"
+        )
+    if "use_sliding_window" not in family.defaults and number("sliding_window", max_len, most=2**40) < max_len:
+        raise ValueError(
+            f"{path}: key 'sliding_window' is {c['sliding_window']}; only full attention is supported, so a window of "
+            f"the context's {max_len:,} tokens or none"
+        )
     if c.get("layer_types") not in (None, ["full_attention"] * n_layers):
         raise ValueError(
             f"{path}: key 'layer_types' is {c['layer_types']!r:.200}; only full attention in every layer is supported"
         )
+    theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
+    bias = read_flag(c, "attention_bias", path)
+    adds = {"qkv_bias": bias, "o_bias": bias, "no_rope": layers_without_rope(c, n_layers, path), **family.adds}
     return Config(
-        model_type=model_type, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
-        hidden_dim=number("intermediate_size"), vocab_size=number("vocab_size", most=2**24),
-        norm_eps=number("rms_norm_eps", kind=float, most=1), max_len=number("max_position_embeddings", most=2**40),
-        rope_theta=positive(theta, f"{path}: key 'rope_theta'", float, 1e12), rope_scaling=check_rope(rope),
-        tied=tied, dtype=read_dtype(c, path),
+        model_type=family.model_type, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
+        head_dim=head_dim, rotary_dim=rotary_dim, hidden_dim=number("intermediate_size"),
+        vocab_size=number("vocab_size", most=2**24), norm_eps=number("rms_norm_eps", kind=float, most=1),
+        max_len=max_len, rope_theta=theta, rope_scaling=check_rope(rope, family, max_len, rotary_dim, theta),
+        tied=read_flag(c, "tie_word_embeddings", path), dtype=read_dtype(c, path), tile=fp8_tile(c, path), **adds,
     )  # fmt: skip
 
 
-def check_architecture(c: dict, path) -> str:
-    """Return our name of the architecture; raise ValueError if it is not supported."""
+def check_architecture(c: dict, path) -> Family:
+    """Return the family of a config.json; raise ValueError, with the reason where there is one, if it cannot run."""
     names = c.get("architectures")
     architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else str(names)
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {known}")
-    model_type = ARCHITECTURES[architecture]
-    if c.get("model_type") not in (model_type, None):
-        raise ValueError(f"{path}: key 'model_type' is {c['model_type']!r}, but {architecture} is {model_type!r}")
-    return model_type
+    kinds = c["layer_types"] if isinstance(c.get("layer_types"), list) else []
+    words = [*map(str, kinds), *([] if architecture in FAMILIES else [architecture])]
+    for reason, (pattern, keys) in CANNOT.items():
+        if any(re.search(pattern, word.lower()) for word in words) or any(c.get(key) for key in keys):
+            raise ValueError(f"{path}: {architecture:.60} cannot run here: {reason}")
+    if architecture not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{path}: architecture {architecture!r:.60} is not supported; supported are {known}")
+    family = FAMILIES[architecture]
+    if c.get("model_type") not in (family.model_type, None):
+        raise ValueError(
+            f"{path}: key 'model_type' is {c['model_type']!r}, but {architecture} is {family.model_type!r}"
+        )
+    return family
+
+
+def fp8_tile(c: dict, path) -> tuple[int, int] | None:
+    """Return the tile of FP8 weights that shares a scale, None of plain ones; raise ValueError for another kind."""
+    quantised = c.get("quantization_config")
+    if quantised is None:
+        return None
+    given = quantised if isinstance(quantised, dict) else {}
+    kind, tile = given.get("quant_method"), given.get("weight_block_size")
+    if kind != "fp8" or not (isinstance(tile, list) and len(tile) == 2 and all(type(n) is int and n > 0 for n in tile)):
+        raise ValueError(
+            f"{path}: key 'quantization_config' is of kind {kind!r:.40} with tiles {tile!r:.40}, so quantised; "
+            "only FP8 with a scale for each tile is read, and weights that are not quantised"
+        )
+    return tile[0], tile[1]
+
+
+def layers_without_rope(c: dict, n_layers: int, path) -> tuple[int, ...]:
+    """Return the layers that a config.json of SmolLM3's kind exempts from RoPE: listed with a 0, or every nth."""
+    given, every = c.get("no_rope_layers"), c.get("no_rope_layer_interval")
+    if given is None:
+        if every is None:
+            return ()
+        every = positive(every, f"{path}: key 'no_rope_layer_interval'", int, 2**20)
+        given = [(i + 1) % every != 0 for i in range(n_layers)]
+    if not isinstance(given, list) or len(given) < n_layers or any(one not in (0, 1) for one in given):
+        raise ValueError(
+            f"{path}: key 'no_rope_layers' is {given!r:.60}; it must list 1 (RoPE) or 0 (none) for {n_layers} layers"
+        )
+    return tuple(i for i in range(n_layers) if not given[i])
+
+
+def read_flag(c: dict, key: str, path) -> bool:
+    if not isinstance(c.get(key), bool | None):
+        raise ValueError(f"{path}: key {key!r} is {c[key]!r}; it must be true or false")
+    return bool(c.get(key))
 
 
 def read_dtype(c: dict, path):
@@ -81,7 +209,8 @@ def rope_keys(c: dict, path) -> dict:
     """Gather what a config says of RoPE under its older and newer names; raise ValueError where it contradicts
     itself.
     """
-    rope = {"rope_theta": c["rope_theta"]} if c.get("rope_theta") is not None else {}
+    shared = "rope_theta", "partial_rotary_factor", ORIGINAL
+    rope = {key: c[key] for key in shared if c.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):
         part = {} if c.get(key) is None else c[key]
         if not isinstance(part, dict):
@@ -93,23 +222,62 @@ def rope_keys(c: dict, path) -> dict:
     return rope
 
 
-def check_rope(rope: dict) -> dict:
-    """Return RoPE's scaling {"rope_type": ..., numbers as floats}; raise ValueError for a type or key not
-    understood.
+def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta: float) -> dict:
+    """Return RoPE's scaling: {"rope_type": ..., every number that `inverse_frequencies` needs, "attention_factor"}.
+
+    Raises ValueError for a type or a key that is not understood, and for numbers that make no sense.
     """
-    rope = {k: v for k, v in rope.items() if k not in NEUTRAL}
-    kind = rope.pop("rope_type", None if rope else "default")
+    rope = {k: v for k, v in rope.items() if k not in NEUTRAL or k in family.reads}
+    if rope.get("max_position_embeddings") == max_len:
+        del rope["max_position_embeddings"]  # Ministral 3 repeats it here
+    kind = rope.pop("rope_type", None if rope.keys() - {ORIGINAL} else "default")
+    if family.model_type == "phi3" and kind in ("su", "yarn") and "long_factor" in rope:
+        kind = "longrope"  # its older names
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
-    if unknown := set(rope) - {"original_max_position_embeddings", *ROPE_KEYS[kind]}:
-        raise ValueError(
-            f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers"
-        )
-    numbers = {key: positive(rope.get(key), f"rope_scaling key {key!r}", float, 2**40) for key in ROPE_KEYS[kind]}
-    if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
-        high, low = numbers["high_freq_factor"], numbers["low_freq_factor"]
+    needed, optional = ROPE_KEYS[kind]
+    if unknown := rope.keys() - {ORIGINAL, *needed, *optional}:
+        raise ValueError(f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
+    if kind in ("yarn", "longrope"):
+        old = rope_value(ORIGINAL, rope.get(ORIGINAL, max_len), rotary_dim)
+        rope = {"factor": max_len / old, **optional, **rope, ORIGINAL: old}
+    found = {"rope_type": kind}
+    for key in (*needed, *(key for key in optional if rope.get(key) is not None)):
+        found[key] = rope_value(key, rope.get(key), rotary_dim)
+    if kind == "llama3" and found["high_freq_factor"] <= found["low_freq_factor"]:
+        high, low = found["high_freq_factor"], found["low_freq_factor"]
         raise ValueError(f"rope_scaling key 'high_freq_factor' is {high}; it must be above low_freq_factor, {low}")
-    return {"rope_type": kind, **numbers}
+    if kind in ("yarn", "longrope") and (found["factor"] < 1 or found[ORIGINAL] < 2 or theta <= 1):
+        raise ValueError(
+            f"rope_scaling of type {kind!r} stretches {found[ORIGINAL]:g} tokens by the factor {found['factor']:g} "
+            f"at rope_theta {theta:g}; the factor must be at least 1, and the others above 1"
+        )
+    if kind in ("yarn", "longrope"):
+        found.setdefault("attention_factor", attention_factor(found))
+    return found
+
+
+def rope_value(key: str, value, rotary_dim: int):
+    """Return one value of RoPE's scaling, checked: a number, but for a flag and two lists."""
+    if key == "truncate":
+        if not isinstance(value, bool):
+            raise ValueError(f"rope_scaling key 'truncate' is {value!r}; it must be true or false")
+        return value
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, list) or len(value) != rotary_dim // 2:
+            raise ValueError(f"rope_scaling key {key!r} is {value!r:.60}; it must list {rotary_dim // 2} numbers")
+        return tuple(positive(number, f"rope_scaling key {key!r}: one number", float, 2**40) for number in value)
+    return positive(value, f"rope_scaling key {key!r}", float, 2**40)
+
+
+def attention_factor(rope: dict) -> float:
+    """Return what cos and sin are multiplied by, as the papers of YaRN and LongRoPE say and DeepSeek's mscale does."""
+    log = math.log(rope["factor"])
+    if rope["rope_type"] == "longrope":
+        return math.sqrt(1 + log / math.log(rope[ORIGINAL]))
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        return (0.1 * rope["mscale"] * log + 1) / (0.1 * rope["mscale_all_dim"] * log + 1)
+    return 0.1 * log + 1
 
 
 def positive(value, what: str, kind: type, most: float):
@@ -134,14 +302,36 @@ def read_json(path: Path) -> dict:
 
 
 def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
-    """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them.
+
+    Where it has none: config.json's, and what the tokenizer calls the end, as chat templates do.
+    """
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ValueError(
-                f"{path}: key 'eos_token_id' is {ids!r}; it must be a token id below {vocab_size} or a list of them"
+                f"{folder / name}: key 'eos_token_id' is {ids!r}; it must be a token id below {vocab_size} or a list "
+                "of them"
             )
-        if ids:
-            return set(ids)
-    return set()
+        found |= set(ids)
+        if found and name == "generation_config.json":
+            return found
+    return found | {i for i in named_end(folder) if i < vocab_size}
+
+
+def named_end(folder: Path) -> set[int]:
+    """Return the id of the token that tokenizer_config.json names as the end, if it or tokenizer.json has its id."""
+    path, data = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    settings = read_json(path) if path.is_file() else {}
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str):
+        return set()
+    decoder = settings.get("added_tokens_decoder")
+    listed = decoder.items() if isinstance(decoder, dict) else []
+    if not listed and data.is_file():
+        added = read_json(data).get("added_tokens")
+        listed = [(t.get("id"), t) for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    return {int(i) for i, t in listed if isinstance(t, dict) and t.get("content") == end and str(i).isdecimal()}

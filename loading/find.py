@@ -11,6 +11,10 @@ ALIASES = {
     "llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
     "llama3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct", "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B", "phi4-mini": "microsoft/Phi-4-mini-instruct", "phi4": "microsoft/phi-4",
+    "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
+    "mistral-nemo-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
+    **{f"qwen3-{size}b": f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")},
     "qwen2.5-7b": "Qwen/Qwen2.5-7B", "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ class Settings:
     gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
+    rope_yarn: float = 0.0  # the factor by which YaRN stretches the trained context; 0: as config.json says
 
     def __post_init__(self):
         limits = ("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 0, 2**16), ("chunk", 0, 2**24)
@@ -40,6 +41,9 @@ class Settings:
             raise ValueError(f"--gamma {self.gamma!r} must be an overlap within 0..1, or -1 to leave it to the rule")
         if type(self.overlap) is not bool:
             raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
+        yarn = self.rope_yarn
+        if type(yarn) not in (int, float) or not (yarn == 0 or 1 <= yarn <= 2**10):
+            raise ValueError(f"--rope-yarn {yarn!r} must be a factor within 1..{2**10}, or 0 for what config.json says")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Checkpoint:
         """Find a checkpoint and check it, its tensors and the settings; see `slim.load`."""
         options, rule, place = Settings(**settings), prune.find_rule(score), pick_device(device)
         folder = find_checkpoint(ckpt)
-        config = read_config(folder / "config.json")
+        config = read_config(folder / "config.json", options.rope_yarn)
         kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options.block_len)
         tensors = open_shards(folder)
         check_tensors(folder, config, tensors)
@@ -75,7 +79,7 @@ class Checkpoint:
             "block_len": self.settings.block_len, "unit_len": self.settings.unit_len, "chunk": self.settings.chunk,
             "window": self.window, "gamma": self.gamma, "schedule": format_schedule(self.schedule),
             "dtype": dtype_name(self.dtype), "score": self.rule.name, "sees": self.rule.sees,
-            "every_layer": self.rule.every_layer, "weights": self.weights_hash,
+            "every_layer": self.rule.every_layer, "rope_yarn": self.settings.rope_yarn, "weights": self.weights_hash,
         }  # fmt: skip
 
     @cached_property

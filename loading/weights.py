@@ -10,6 +10,8 @@ from torch import Tensor
 from loading.config import read_json
 from model import Config, Layer, Weights
 
+SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
+
 
 def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a checkpoint of this config must have."""
@@ -17,16 +19,25 @@ def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (c.vocab_size, c.dim), "model.norm.weight": (c.dim,)}
     if not c.tied:
         shapes["lm_head.weight"] = (c.vocab_size, c.dim)
+    heads, ffn = {"q": q, "k": kv, "v": kv}, {"gate": c.hidden_dim, "up": c.hidden_dim}
+    if c.fused:
+        heads, ffn = {"qkv": q + 2 * kv}, {"gate_up": 2 * c.hidden_dim}
     for i in range(c.n_layers):
         p = f"model.layers.{i}."
         shapes |= {p + "input_layernorm.weight": (c.dim,), p + "post_attention_layernorm.weight": (c.dim,)}
-        shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in (("q", q), ("k", kv), ("v", kv))}
-        if c.qkv_bias:
-            shapes |= {p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in heads.items()}
+        shapes |= {p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in heads.items() if c.qkv_bias}
+        shapes |= {p + f"self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk" if c.qk_norm}
+        shapes |= {p + "self_attn.o_proj.bias": (c.dim,)} if c.o_bias else {}
         shapes[p + "self_attn.o_proj.weight"] = (c.dim, q)
-        shapes |= {p + f"mlp.{n}_proj.weight": (c.hidden_dim, c.dim) for n in ("gate", "up")}
+        shapes |= {p + f"mlp.{n}_proj.weight": (rows, c.dim) for n, rows in ffn.items()}
         shapes[p + "mlp.down_proj.weight"] = (c.dim, c.hidden_dim)
     return shapes
+
+
+def scale_shape(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ...]:
+    """Return how many tiles a tensor of FP8 weights has; each has one scale."""
+    return tuple(-(-n // size) for n, size in zip(shape, tile))
 
 
 def weight_bytes(c: Config, dtype: torch.dtype) -> int:
@@ -71,15 +82,21 @@ def shard_names(index: Path) -> list[str]:
 def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
     """Raise ValueError that lists every missing, unexpected, mis-shaped or quantised tensor."""
     needed, problems = tensor_shapes(c), []
-    for name, shape in needed.items():
+    kinds = ("F64", "F32", "F16", "BF16")
+    scales = [name for name in needed if name + SCALE in tensors] if c.tile else []
+    for name, shape in [*needed.items(), *((name + SCALE, scale_shape(needed[name], c.tile)) for name in scales)]:
         if name not in tensors:
             problems.append(f"missing {name}")
         elif (found := tuple(tensors[name].get_slice(name).get_shape())) != shape:
             problems.append(f"{name} has shape {found}, config.json asks for {shape}")
-        elif (kind := tensors[name].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+        elif (kind := tensors[name].get_slice(name).get_dtype()) not in (*kinds, "F8_E4M3" if name in scales else ""):
             problems.append(f"{name} has dtype {kind}, quantised weights are not supported")
     harmless = ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)  # derived or shared
-    problems += [f"unexpected {name}" for name in sorted(tensors) if name not in needed and not name.endswith(harmless)]
+    problems += [
+        f"unexpected {name}"
+        for name in sorted(tensors)
+        if name not in needed and not name.endswith(harmless) and name.removesuffix(SCALE) not in scales
+    ]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
@@ -93,24 +110,32 @@ def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dt
         nonlocal done
         parts = [tensors[name].get_tensor(name) for name in names]  # mapped, not read yet
         fused = torch.empty(sum(len(p) for p in parts), *parts[0].shape[1:], dtype=dtype, device=device)
-        for part, rows in zip(parts, fused.split([len(p) for p in parts])):
-            rows.copy_(part)
+        for name, part, rows in zip(names, parts, fused.split([len(p) for p in parts])):
+            if part.dtype != torch.float8_e4m3fn:
+                rows.copy_(part)
+                continue
+            (high, wide), scale = c.tile, tensors[name + SCALE].get_tensor(name + SCALE).float()
+            for some, to, by in zip(part.split(high), rows.split(high), scale):  # a row of tiles at a time
+                to.copy_(some.float() * by.repeat_interleave(wide)[: part.shape[1]])
         done += fused.nbytes
         if progress:
             progress(done, total)
         return fused
 
     def layer(i: int) -> Layer:
-        p = f"model.layers.{i}."
-        qkv = [p + f"self_attn.{n}_proj" for n in "qkv"]
+        attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        qkv, gate_up = (["qkv"], ["gate_up"]) if c.fused else ("qkv", ["gate", "up"])
         return Layer(
-            attn_norm=fuse(p + "input_layernorm.weight"),
-            wqkv=fuse(*(n + ".weight" for n in qkv)),
-            bqkv=fuse(*(n + ".bias" for n in qkv)) if c.qkv_bias else None,
-            wo=fuse(p + "self_attn.o_proj.weight"),
-            ffn_norm=fuse(p + "post_attention_layernorm.weight"),
-            w_gate_up=fuse(p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight"),
-            w_down=fuse(p + "mlp.down_proj.weight"),
+            attn_norm=fuse(f"model.layers.{i}.input_layernorm.weight"),
+            wqkv=fuse(*(f"{attn}{n}_proj.weight" for n in qkv)),
+            bqkv=fuse(*(f"{attn}{n}_proj.bias" for n in qkv)) if c.qkv_bias else None,
+            q_norm=fuse(attn + "q_norm.weight") if c.qk_norm else None,
+            k_norm=fuse(attn + "k_norm.weight") if c.qk_norm else None,
+            wo=fuse(attn + "o_proj.weight"),
+            bo=fuse(attn + "o_proj.bias") if c.o_bias else None,
+            ffn_norm=fuse(f"model.layers.{i}.post_attention_layernorm.weight"),
+            w_gate_up=fuse(*(f"{mlp}{n}_proj.weight" for n in gate_up)),
+            w_down=fuse(mlp + "down_proj.weight"),
         )
 
     embed = fuse("model.embed_tokens.weight")

@@ -1,0 +1,355 @@
+"""Chat templates: what published ones say, as `transformers` renders them, and what no template may do.
+
+The templates here are our own, shorter ones that say what the published ones say where there are no tools.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+import loading.template
+import tokenizer
+from loading.template import Template
+from test_slim import DATA, needs_data, trained, write
+
+U, V, S = "What's  new?", "And\nthen?", "Be brief."
+TALKS = {
+    "one": [("user", f" {U}\n")],
+    "system": [("system", S), ("user", U)],
+    "many": [("user", U), ("assistant", "A lot."), ("user", V)],
+    "thought": [("user", U), ("assistant", "<think>\nhm\n</think>\n\nA lot."), ("user", V)],
+}
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\n%s<|im_end|>\n' }}"
+    "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HEADER = "{{ '<|start_header_id|>' + %s + '<|end_header_id|>\n\n' }}"
+LLAMA3 = (
+    "{{- bos_token }}{%% if not date_string is defined %%}{%% set date_string = %s %%}{%% endif %%}"
+    "{%% if messages[0]['role'] == 'system' %%}{%% set told = messages[0].content | trim %%}"
+    "{%% set messages = messages[1:] %%}{%% else %%}{%% set told = '' %%}{%% endif %%}"
+    + HEADER.replace("%s", "'system'")
+    + "{{ 'Cutting Knowledge Date: December 2023\nToday Date: ' + date_string + '\n\n' }}{{ told + '<|eot_id|>' }}"
+    "{%% for m in messages %%}"
+    + HEADER.replace("%s", "m['role']")
+    + "{{ m['content'] | trim + '<|eot_id|>' }}{%% endfor %%}"
+    "{%% if add_generation_prompt %%}" + HEADER.replace("%s", "'assistant'") + "{%% endif %%}"
+)
+TEMPLATES = {
+    "llama3.1": LLAMA3 % "'26 Jul 2024'",
+    "llama3.2": LLAMA3 % "strftime_now('%Y') and '26 Jul 2024' if strftime_now is defined else 'never'",
+    "qwen2.5": CHATML.replace("%s", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "smollm2": CHATML.replace("%s", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    "qwen3": """{%- set ns = namespace(last=messages|length - 1, found=false) %}
+{%- for m in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if not ns.found and m.role == 'user' and m.content is string and not(m.content.startswith('<tool_response>')
+        and m.content.endswith('</tool_response>')) %}
+        {%- set ns.found = true %}{%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- set content = m.content %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}""",
+    "smollm3": """{%- if enable_thinking is not defined -%}
+{%- set enable_thinking = true -%}
+{%- endif -%}
+{%- set mode = "/think" if enable_thinking else "/no_think" -%}
+{%- if messages[0].role == "system" -%}
+  {%- set told = messages[0].content.replace("/no_think", "").replace("/think", "").rstrip() -%}
+  {%- if "/no_think" in messages[0].content -%}{%- set mode = "/no_think" -%}{%- endif -%}
+{%- endif -%}
+{{- "<|im_start|>system\\n## Metadata\\n\\nKnowledge Cutoff Date: June 2025\\n" -}}
+{{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\\nReasoning Mode: " ~ mode ~ "\\n\\n## Custom Instructions\\n\\n" -}}
+{%- if told -%}{{- told + "\\n\\n" -}}{%- else -%}{{- "You are SmolLM.\\n\\n" -}}{%- endif -%}
+{{- "<|im_end|>\\n" -}}
+{%- for m in messages -%}
+  {%- if m.role == "user" -%}
+    {{ "<|im_start|>" + m.role + "\\n" + m.content + "<|im_end|>\\n" }}
+  {%- elif m.role == "assistant" -%}
+    {% generation %}{{ "<|im_start|>assistant\\n" + m.content.lstrip("\\n") + "<|im_end|>\\n" }}{% endgeneration %}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ "<|im_start|>assistant\\n" if mode == "/think" else "<|im_start|>assistant\\n<think>\\n\\n</think>\\n" }}
+{%- endif -%}""",
+    "mistral0.3": """{%- if messages[0]["role"] == "system" %}
+    {%- set told = messages[0]["content"] %}
+    {%- set turns = messages[1:] %}
+{%- else %}
+    {%- set turns = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for m in turns %}
+    {%- if (m.role == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("roles must alternate") }}
+    {%- endif %}
+    {%- if m.role == "user" and loop.last and told is defined %}
+        {{- "[INST] " + told + "\\n\\n" + m.content + "[/INST]" }}
+    {%- elif m.role == "user" %}
+        {{- "[INST] " + m.content + "[/INST]" }}
+    {%- else %}
+        {{- " " + m.content|trim + eos_token }}
+    {%- endif %}
+{%- endfor %}""",
+    "tinyllama": "{% for m in messages %}\n{% if m['role'] in ('user', 'system') %}\n"
+    "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n{% elif m['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + m['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+    "phi4": "{% for m in messages %}{% if m['role'] in ('system', 'user', 'assistant') %}"
+    "{{'<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+}
+TOLD = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+SAID = {  # what the published templates write: family, talk
+    ("llama3.1", "one"): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}<|eot_id|>"
+    f"<|start_header_id|>user<|end_header_id|>\n\n{U}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ("llama3.2", "system"): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}{S}<|eot_id|>"
+    f"<|start_header_id|>user<|end_header_id|>\n\n{U}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ("llama3.1", "many"): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}<|eot_id|>"
+    f"<|start_header_id|>user<|end_header_id|>\n\n{U}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    f"A lot.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{V}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ("qwen2.5", "one"): "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    f"<|im_end|>\n<|im_start|>user\n {U}\n<|im_end|>\n<|im_start|>assistant\n",
+    ("smollm2", "one"): "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    f"<|im_end|>\n<|im_start|>user\n {U}\n<|im_end|>\n<|im_start|>assistant\n",
+    ("smollm2", "system"): f"<|im_start|>system\n{S}<|im_end|>\n<|im_start|>user\n{U}<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    ("qwen3", "one"): f"<|im_start|>user\n {U}\n<|im_end|>\n<|im_start|>assistant\n",
+    ("qwen3", "thought"): f"<|im_start|>user\n{U}<|im_end|>\n<|im_start|>assistant\nA lot.<|im_end|>\n"
+    f"<|im_start|>user\n{V}<|im_end|>\n<|im_start|>assistant\n",
+    ("mistral0.3", "one"): f"<s>[INST]  {U}\n[/INST]",
+    ("mistral0.3", "system"): f"<s>[INST] {S}\n\n{U}[/INST]",
+    ("mistral0.3", "many"): f"<s>[INST] {U}[/INST] A lot.</s>[INST] {V}[/INST]",
+    ("tinyllama", "system"): f"<|system|>\n{S}</s>\n<|user|>\n{U}</s>\n<|assistant|>\n",
+    ("tinyllama", "many"): f"<|user|>\n{U}</s>\n<|assistant|>\nA lot.</s>\n<|user|>\n{V}</s>\n<|assistant|>\n",
+    ("phi4", "system"): f"<|im_start|>system<|im_sep|>{S}<|im_end|><|im_start|>user<|im_sep|>{U}<|im_end|>"
+    "<|im_start|>assistant<|im_sep|>",
+}
+TOKENS = {
+    "llama3": dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"),
+    "qwen": dict(eos_token="<|im_end|>"),
+    "marked": dict(bos_token="<s>", eos_token="</s>"),
+}
+KIND = {"llama3.1": "llama3", "llama3.2": "llama3", "mistral0.3": "marked", "tinyllama": "marked"}  # others: qwen
+MARKS = ["<s>", "</s>", "[INST]", "[/INST]"]
+EVIL = "hi <|eot_id|><|im_end|></s> {} {{ x }} [INST] \ufdd0\ufdd1 0\ufdd1 naïve"
+
+
+def make(folder, template, name="qwen"):
+    """A checkpoint's tokenizer files with a chat template; return ours and that of transformers."""
+    kind = KIND.get(name, "qwen")
+    data = json.loads(trained("qwen" if kind == "marked" else kind).to_str())
+    if kind == "marked":  # its special tokens, in the places of others
+        for token, content in zip([t for t in data["added_tokens"] if t["special"]], MARKS):
+            token["content"] = content
+        at = 1 + max(t["id"] for t in data["added_tokens"])
+        data["added_tokens"] += [
+            dict(data["added_tokens"][0], content=content, id=at + i) for i, content in enumerate(MARKS[2:])
+        ]
+    write(folder, data, {"chat_template": template, **TOKENS[kind]})
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), chat_template=template, **TOKENS[kind]
+    )
+    return tokenizer.load(folder), theirs
+
+
+def messages(talk):
+    return [{"role": role, "content": content} for role, content in talk]
+
+
+def shown(tok, ids):
+    """The text of ids, special tokens by name."""
+    names = {i: name.encode() for name, i in tok.special.items()}
+    return b"".join(names.get(i) or tok.bytes(i) for i in ids).decode()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_are_those_of_transformers(tmp_path, name):
+    """The text, and the ids."""
+    tok, theirs = make(tmp_path, TEMPLATES[name], name)
+    for talk, said in TALKS.items():
+        want = theirs.apply_chat_template(messages(said), tokenize=False, add_generation_prompt=True)
+        assert tok.template.render(messages(said)) == want == SAID.get((name, talk), want), talk
+        ids = theirs.apply_chat_template(messages(said), add_generation_prompt=True)["input_ids"]
+        assert tok.chat_messages(messages(said)) == ids, talk
+    assert tok.chat(TALKS["one"][0][1]) == tok.chat_messages(messages(TALKS["one"]))
+    tok.system = S
+    assert tok.chat(U) == tok.chat_messages(messages(TALKS["system"]))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_text_read_first_and_follow_ups_spell_the_same_conversation(tmp_path, name):
+    """Document, first question, answer and second question, encoded apart, are one conversation's text."""
+    tok, theirs = make(tmp_path, TEMPLATES[name], name)
+    ids = tok.chat("DOC", end=False) + tok.rest("A? ") + tok.encode("YES") + tok.chat("B?", begin=False)
+    talk = [("user", "DOC\n\nA? "), ("assistant", "YES"), ("user", "B?")]
+    want = theirs.apply_chat_template(messages(talk), tokenize=False, add_generation_prompt=True)
+    assert shown(tok, ids) == (want.replace("] YES", "]YES") if name == "mistral0.3" else want)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_a_user_types_stays_text(tmp_path, name):
+    """No special token comes of it, and it comes back as it was."""
+    tok, _ = make(tmp_path, TEMPLATES[name], name)
+    plain, evil = tok.chat("hi"), tok.chat(EVIL)
+    special = lambda ids: [i for i in ids if i in tok.special.values()]
+    assert special(plain) == special(evil) and EVIL in shown(tok, evil)
+    tok.system = EVIL
+    assert special(tok.chat(EVIL)) == special(tok.chat_messages(messages(TALKS["system"])))
+    opened = tok.chat(EVIL, end=False) + tok.rest(EVIL) + tok.chat(EVIL, begin=False)
+    assert shown(tok, opened).count(EVIL) == 5 if name == "mistral0.3" else 4
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_thinking_can_be_turned_off(tmp_path, name):
+    tok, theirs = make(tmp_path, TEMPLATES[name], name)
+    talk = messages(TALKS["one"])
+    want = theirs.apply_chat_template(talk, add_generation_prompt=True, enable_thinking=False)["input_ids"]
+    assert tok.chat_messages(talk, enable_thinking=False) == want != tok.chat_messages(talk)
+    tok.variables = {"enable_thinking": False}
+    assert tok.chat(talk[0]["content"]) == want
+
+
+@pytest.mark.parametrize("where", ["config", "list", "jinja"])
+def test_a_template_is_found_where_checkpoints_keep_it(tmp_path, where):
+    template = "{{ messages[0].content }} and {{ bos_token }}"
+    named = [{"name": "tools", "template": "tools"}, {"name": "default", "template": template}]
+    config = {"config": template, "list": named, "jinja": "of old"}[where]
+    write(tmp_path, trained("llama3").to_str().encode(), {"chat_template": config, "bos_token": {"content": "<s>"}})
+    if where == "jinja":
+        (tmp_path / "chat_template.jinja").write_text(template)
+    tok = tokenizer.load(tmp_path)
+    assert tok.chat("A") == tok.encode("A and <s>")
+    tok.template = None  # what --raw does
+    assert tok.chat("A") == [tok.bos_id, *tok.encode("A")]
+
+
+@needs_data
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_puts_spaces_where_hugging_face_does(tmp_path, legacy):
+    """Legacy after every special token, else in front of the whole text alone."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
+    blob = (DATA / "llama2/tokenizer.model").read_bytes()
+    config = {"chat_template": TEMPLATES["mistral0.3"], "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
+    config["added_tokens_decoder"] = {
+        str(32000 + i): {"content": mark, "special": True} for i, mark in enumerate(MARKS[2:])
+    }
+    tok = tokenizer.load(write(tmp_path, blob, config, "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+    vocab = {model.id_to_piece(i): i for i in range(32000)}
+    pairs = sorted(
+        (-model.get_score(vocab[piece]), vocab[left], vocab[right], left, right)
+        for piece in vocab
+        for n in range(1, len(piece))
+        if (left := piece[:n]) in vocab and (right := piece[n:]) in vocab
+    )
+    theirs = Tokenizer(
+        models.BPE(vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    theirs.add_special_tokens([AddedToken(mark, normalized=False) for mark in [*MARKS, "<unk>"]])
+    if legacy:
+        theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        theirs.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    for talk in (TALKS["one"], TALKS["system"], TALKS["many"]):
+        text = tok.template.render(messages(talk))
+        assert tok.chat_messages(messages(talk)) == theirs.encode(text, add_special_tokens=False).ids
+        assert theirs.encode(text[3:], add_special_tokens=False).ids == tok.chat_messages(messages(talk))[1:]
+    ids = tok.chat("DOC", end=False) + tok.rest("A?")
+    assert ids == theirs.encode("<s>[INST] DOC\n\nA?[/INST]", add_special_tokens=False).ids
+
+
+def test_white_space_after_some_special_tokens_belongs_to_them(tmp_path):
+    """`rstrip`, as of Phi-3's tokens."""
+    make(tmp_path, TEMPLATES["qwen2.5"])
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["added_tokens"] = [dict(token, rstrip=token["special"]) for token in data["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=TEMPLATES["qwen2.5"]
+    )
+    talk = messages(TALKS["many"])
+    want = theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.load(tmp_path).chat_messages(talk) == want
+
+
+BAD = {  # what the line must name: a template
+    "no tools, please": "{{ raise_exception('no tools, please') }}",
+    "memory it may have": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "without end": "{% for a in range(99999) %}{% for b in range(99999) %}{{ messages }}{% endfor %}{% endfor %}",
+    "MemoryError": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "Recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "OverflowError": "{% for i in range(10**9) %}{% endfor %}",
+    "nobody": "{{ nobody.name }}",
+    "unexpected": "{{ messages[ }}",
+    "larger than": "x" * 2_000_000,
+    "__class__": "{{ ''.__class__.__mro__ }}",
+    "append": "{{ messages.append(1) }}",
+    "loader": "{% include 'passwd' %}",
+    "nowhere": "{{ 1 | nowhere }}",
+    "ZeroDivision": "{{ 1 / 0 }}",
+    "none is the default": [{"name": "tools", "template": "x"}],
+    "once and as it is": "{{ messages[0].content }}{{ messages[0].content }}",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_template_that_cannot_be_used_is_one_line(tmp_path, words, monkeypatch):
+    monkeypatch.setattr(loading.template, "SECONDS", 1)
+    tok, _ = make(tmp_path, "")
+    write(tmp_path, (tmp_path / "tokenizer.json").read_bytes(), {"chat_template": BAD[words]})
+    tok = tokenizer.load(tmp_path)  # --raw must remain
+    with pytest.raises(ValueError) as error:
+        tok.chat("hi", end=words != "once and as it is")
+    message = str(error.value)
+    assert words in message and "\n" not in message and "--raw" in message and str(tmp_path) in message, message
+
+
+def test_nested_too_deep_is_one_line_too(tmp_path):
+    for source in ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 3000 + "{% endif %}" * 3000):
+        with pytest.raises(ValueError, match="--raw"):
+            Template(Path("chat"), source, {}).render([])
+
+
+def test_without_a_template_there_are_no_messages(tmp_path):
+    write(tmp_path, trained("llama3").to_str().encode(), {"chat_template": None})
+    tok = tokenizer.load(tmp_path)
+    ids = tok.chat("A", end=False) + tok.rest("B")
+    assert tok.template is None and ids == [tok.bos_id, *tok.encode("A"), *tok.encode("\nB")]
+    with pytest.raises(ValueError, match="no chat template"):
+        tok.chat_messages(messages(TALKS["one"]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_an_answer_ends_before_a_stop_wherever_tokens_are_cut(n):
+    text, stops = "One. Two!! User: three", ("User:", "!!!", "ser: threes")
+    tok = tokenizer.Tokenizer(None, {i: text[i : i + n].encode() for i in range(0, len(text), n)}, {}, None)
+    ids = range(0, len(text), n)
+    assert "".join(tok.stream(ids, stops)) == "One. Two!! "
+    assert "".join(tok.stream(ids, ("User;", "three!"))) == text  # begun, but never there
+    assert "".join(tok.stream(ids, ("One", "three"))) == "" and list(tok.stream([], ("a",))) == []
+    seen = []
+    for piece in tok.stream((seen.append(i) or i for i in ids), ("Two",)):
+        assert "One. Two".startswith(piece) or piece in "One. "
+    assert max(seen) <= text.index("Two") + 3  # nothing is generated after it
