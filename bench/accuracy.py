@@ -424,27 +424,30 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
     return lines
 
 
-def plot(path: str, results: dict, entries: dict, part: int, n: int) -> None:
-    """Draw answer tokens right by task, an entry a row, with standard errors; dense is the line."""
+def plot(path: str, results: dict, part: int, n: int) -> None:
+    """Draw answer tokens right, mean over the tasks, against FLOPs: a curve a method, a point a schedule."""
     import matplotlib.pyplot as plt
 
-    tasks = [t for t in prose.TASKS if t != "continuation" and any(key[:3] == (t, n, part) for key in results)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(2.1 * len(tasks) + 1.5, 0.28 * len(entries) + 1), sharey=True)
-    names = [name for name in entries if name != "dense"][::-1]
-    for task, ax in zip(tasks, axes if len(tasks) > 1 else [axes]):
-        rows = {
-            name: [r["right"] for key, r in results.items() if key[:3] == (task, n, part) and key[4] == name]
-            for name in entries
-        }
-        ax.axvline(100 * mean(rows["dense"]), color="#222222", lw=1)
-        for y, name in enumerate(names):
-            colour = "#C0392B" if name.startswith("Slim") else "#2E86C1"
-            if rows[name]:
-                right, spread = 100 * mean(rows[name]), 100 * error(rows[name])
-                ax.errorbar(right, y, xerr=spread, fmt="o", ms=5, color=colour, elinewidth=1)
-        ax.set(title=task, xlim=(0, 105), yticks=range(len(names)), yticklabels=names)
-        ax.grid(axis="x", color="#E6E6E6")
-    figure.supxlabel(f"answer tokens right, %, {n:,} tokens; the line is dense")
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for name in dict.fromkeys(key[4] for key in results if key[1:3] == (n, part)):
+        rows = [(key[3], r) for key, r in results.items() if key[1:3] == (n, part) and key[4] == name]
+        by_text: dict[int, list[float]] = {}
+        for seed, r in rows:
+            if r["task"] != "continuation":
+                by_text.setdefault(seed, []).append(100 * r["right"])
+        means = [mean(right) for right in by_text.values()]
+        point = mean(r["flops"] for _, r in rows), mean(means), error(means)
+        curves.setdefault(name.split(", 1/")[0], []).append(point)
+    figure, ax = plt.subplots(figsize=(8, 4.5))
+    ax.axhline(curves.pop("dense")[0][1], color="#222222", lw=1, label="dense")
+    for name, points in sorted(curves.items(), key=lambda curve: -max(y for _, y, _ in curve[1])):
+        style = {"lw": 3, "color": "#C0392B", "zorder": 5} if name == "Slim, peak" else {"lw": 1}
+        x, y, spread = zip(*sorted(points))
+        ax.errorbar(x, y, yerr=spread, marker="o", ms=4, label=name, **style)
+    ax.set(xlabel="FLOPs of the first token, times fewer", ylabel="answer tokens right, mean of six tasks, %")
+    ax.set(ylim=(0, 100), title=f"{n:,} tokens")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.grid(color="#E6E6E6")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -505,7 +508,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--out", required=True, help="results, a line each; a call computes only what is missing")
-    p.add_argument("--plot", help="draw the results of the first of --lengths as a PNG; needs matplotlib")
+    p.add_argument("--plot", help="draw all results of the first of --lengths as a PNG; needs matplotlib")
     p.add_argument("--table", action="store_true", help="compute nothing")
     args = p.parse_args()
     if unknown := set(args.tasks) - set(prose.TASKS):
@@ -528,7 +531,7 @@ def main() -> None:
         sys.exit(f"accuracy: error: {err}")
     print("\n".join(tables(results, entries, args.part)))
     if args.plot:
-        plot(args.plot, results, entries, args.part, args.lengths[0])
+        plot(args.plot, results, args.part, args.lengths[0])
 
 
 if __name__ == "__main__":
