@@ -394,23 +394,25 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
     lines = []
     for n in sorted({key[1] for key in results if key[2] == part}):
         tasks = [t for t in prose.TASKS if any(key[:3] == (t, n, part) for key in results)]
-        seeds = {t: {k[3] for k in results if k[:3] == (t, n, part) and k[4] == "dense"} for t in tasks}
         lines += [
-            f"\n{n:,} tokens: answer tokens right, % (whole answers right); continuation: perplexity over dense's. "
-            "± standard error of the difference to dense",
-            "",
-            "| | FLOPs, times fewer | " + " | ".join(f"{t}, {len(seeds[t])}" for t in tasks) + " |",
-            "|---" * (len(tasks) + 2) + "|",
+            f"\n{n:,} tokens: answer tokens right, % ± standard error of the difference to dense (whole answers right, "
+            "%); continuation: perplexity over dense's\n",
+            "| | FLOPs, times fewer | texts | " + " | ".join(tasks) + " |",
+            "|---" * (len(tasks) + 3) + "|",
         ]
         for name in entries:
-            cells, ratio = [], []
-            for t in tasks:
-                both = [
-                    (results[t, n, part, s, name], results[t, n, part, s, "dense"])
-                    for s in sorted(seeds[t])
-                    if (t, n, part, s, name) in results
+            pairs = {
+                t: [
+                    (r, results[*key[:4], "dense"])
+                    for key, r in results.items()
+                    if key[:3] + key[4:] == (t, n, part, name)
                 ]
-                ratio += [r["flops"] for r, _ in both]
+                for t in tasks
+            }
+            if not any(pairs.values()):
+                continue
+            cells = []
+            for t, both in pairs.items():
                 if not both:
                     cells.append("")
                 elif t == "continuation":
@@ -418,9 +420,9 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
                     cells.append(f"{math.exp(mean(gap)):.3f} ± {error(gap):.3f}")
                 else:
                     right, gap = mean(r["right"] for r, _ in both), error([r["right"] - d["right"] for r, d in both])
-                    cells.append(f"{right:.1%} ± {100 * gap:.1f} ({mean(r['whole'] for r, _ in both):.0%})")
-            if ratio:
-                lines.append(f"| {name} | {mean(ratio):.2f} | " + " | ".join(cells) + " |")
+                    cells.append(f"{100 * right:.1f} ± {100 * gap:.1f} ({100 * mean(r['whole'] for r, _ in both):.0f})")
+            ratio = mean(r["flops"] for both in pairs.values() for r, _ in both)
+            lines.append(f"| {name} | {ratio:.2f} | {max(map(len, pairs.values()))} | " + " | ".join(cells) + " |")
     return lines
 
 
