@@ -419,7 +419,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """What the standard library refuses by itself: a bad request line, too long a header, an unknown method."""
         self.server.counts["errors"] += 1
-        self.close_connection = True
+        self.close_connection, self.request_version = True, self.protocol_version  # a status line for nonsense too
         code = 405 if code == 501 else int(code)
         with contextlib.suppress(OSError):
             self.send_json(code, ApiError(code, message or HTTPStatus(code).phrase).body)
