@@ -21,19 +21,21 @@ PLACES = "Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Havana", "Quebec
 
 
 def make_sample(tok, book: str, n_tokens: int, rng) -> tuple[str, list[tuple[str, str]]]:
-    """Return a text of some n_tokens and its questions: [(question, the number that answers it)]."""
+    """Return a text of some n_tokens and its facts: [(place, number)]."""
     start = rng.randrange(len(book) - 8 * n_tokens)
     lines = tok.decode(tok.encode(book[start : start + 8 * n_tokens])[:n_tokens]).split("\n")
     facts = [(place, str(rng.randrange(1000, 10000))) for place in PLACES]
     for place, number in facts:
         lines.insert(rng.randrange(len(lines)), f"\nThe special magic number for {place} is: {number}.\n")
-    ask = "\n\nWhat is the special magic number for {} mentioned in the text? Answer with the number."
-    return "\n".join(lines), [(ask.format(place), number) for place, number in facts]
+    return "\n".join(lines), facts
 
 
-def ask(texts: Texts, tok, text: str, question: str) -> tuple[str, float, int]:
+def ask(texts: Texts, tok, text: str, place: str) -> tuple[str, float, int]:
     """Return the answer, the seconds to its first token, and the tokens that were not read again."""
-    engine, ids, started = texts.engine, chat_ids(tok, [{"role": "user", "content": text + question}]), time.perf_counter()
+    question = f"{text}\n\nWhat is the special magic number for {place} mentioned in the text?"
+    start = f"The special magic number for {place} mentioned in the text is"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": start}]
+    engine, ids, started = texts.engine, chat_ids(tok, messages), time.perf_counter()
     cached, tail = texts.bring(ids, 16)
     answer = engine.generate(ids[cached:], 16, follow_up=cached > 0, tail=tail)
     out = [next(answer, 0)]
@@ -55,13 +57,13 @@ def main():
         rng, tok, texts = random.Random(0), engine.tokenizer, Texts(engine)
         right, seconds = {"fresh": [], "again": []}, {"fresh": [], "again": []}
         for i in range(args.samples):
-            text, questions = make_sample(tok, book, args.tokens, rng)
+            text, facts = make_sample(tok, book, args.tokens, rng)
             for how in ("again", "fresh"):
                 engine.forget()
-                for question, number in questions:
+                for place, number in facts:
                     if how == "fresh":
                         engine.forget()
-                    said, took, cached = ask(texts, tok, text, question)
+                    said, took, cached = ask(texts, tok, text, place)
                     name = "again" if cached else "fresh"
                     seconds[name].append(took)
                     if how == "fresh" or cached:
