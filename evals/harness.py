@@ -10,6 +10,7 @@ local cache. A second call with the same --out computes only what is missing.
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -91,11 +92,16 @@ def longbench_task(name: str, folder: Path | None) -> dict:
     return {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
 
 
-def evaluate(lm: SlimLM, task, chat: bool, limit: int) -> list[dict]:
+@functools.cache
+def all_tasks() -> TaskManager:
+    return TaskManager()  # reads thousands of files
+
+
+def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
     """Run one task; return its rows: a metric, its mean over the samples and the standard error."""
     lm.used = []
     result = simple_evaluate(
-        lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0, task_manager=TaskManager(),
+        lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0, task_manager=all_tasks(),
         verbosity="ERROR",
     )  # fmt: skip
     rows = []
@@ -168,13 +174,15 @@ def run(args) -> str:
         elif name.startswith("longbench_") and name.removeprefix("longbench_"):
             few_shot = name.removeprefix("longbench_").removesuffix("_e") in NO_CHAT
             tasks.append((longbench_task(name, args.longbench), not args.raw and not few_shot))
+        elif name in all_tasks().task_index:
+            tasks.append(({"task": name}, not args.raw))
         else:
-            tasks.append((name, not args.raw))
+            raise ValueError(f"there is no task {name!r}; lm_eval ls tasks lists those of the harness")
     columns, notes = {}, {}
     for column, lm in ways.items():
         columns[column], used = [], []
         for task, chat in tasks:
-            limit = args.limit * (len(args.lengths) if isinstance(task, dict) and task["task"] in RULER else 1)
+            limit = args.limit * (len(args.lengths) if task["task"] in RULER else 1)
             columns[column] += evaluate(lm, task, chat and lm.tok.chat_format is not None, limit)
             used += lm.used
             print(f"evals: {column}: {columns[column][-1]}", file=sys.stderr, flush=True)

@@ -384,9 +384,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def open_stream(self, r: Request) -> None:
+        """Send the first event of a chat, which says who speaks."""
         if r.chat and self.streaming != "open":
             self.send_event(chunk(r))
-        self.streaming = "open"
+            self.streaming = "open"
 
     def send_event(self, event: dict | None) -> None:
         """Send one event, or a comment, which clients skip; before the first one the headers."""

@@ -355,6 +355,9 @@ def test_completions_take_texts_and_ids(server, talking):
         assert status == 200 and answer["object"] == "text_completion" and answer["usage"]["prompt_tokens"] == len(ids)
         texts.append(answer["choices"][0]["text"])
     assert len(set(texts)) == 1
+    body = {"model": server.model, "prompt": ids, "max_tokens": 5, "stream": True}
+    status, events = server.ask("/v1/completions", body)
+    assert status == 200 and "".join(event["choices"][0]["text"] for event in events) == texts[0]
     sampled = [
         server.chat("ABBA", temperature=1.5, seed=seed, max_tokens=9)["choices"][0]["message"]["content"]
         for seed in (1, 1, 2)
