@@ -323,9 +323,9 @@ class KVCache:
 
     # ---- going back, and out to a file -----------------------------------------------
 
-    def rewind(self) -> None:
-        """Forget all tokens after the prompt; the active blocks stay, and the next tokens choose from there."""
-        self.length = self.n_prompt
+    def rewind(self, n: int) -> None:
+        """Forget all but the first n tokens; the active blocks stay, and the next tokens choose from there."""
+        self.length = n
         for stage in self.stages:
             stage.seen = None
 

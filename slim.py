@@ -78,19 +78,21 @@ class Engine:
         """The checkpoint's tokenizer, loaded when first asked for: the engine itself needs ids only."""
         return tokenizer.load(self.ckpt.folder)
 
-    def prefill(self, ids, room: int = 0, schedule=None) -> Tensor:
+    def prefill(self, ids, room: int = 0, schedule=None, tail: int = 0) -> Tensor:
         """Start afresh with a prompt and return the logits (V,) after it, in float32 (float64 for float64).
 
         room: new tokens to make room for; schedule: one for this conversation instead of the
-        engine's. Raises ValueError for ids outside the vocabulary, or too little memory.
+        engine's; tail: ids at the end that are never pruned, so that `rewind` can go back among them.
+        Raises ValueError for ids outside the vocabulary, or too little memory.
         """
         ids, ckpt = self.check_ids(ids), self.ckpt
+        n_prompt = max(1, len(ids) - tail)
         if schedule is not None:
             ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len))
         self.check_room(ckpt, len(ids), 0, room)
         self.forget()
         started = time.perf_counter()
-        self.kv.reset(len(ids), ckpt.schedule, room)
+        self.kv.reset(n_prompt, ckpt.schedule, len(ids) - n_prompt + room)
         logits = self.run(ids)[0]
         self.prefill_s = time.perf_counter() - started
         return logits
@@ -142,16 +144,19 @@ class Engine:
         self.ids, self.pending, self.usable = [], [], False
         self.prefill_s, self.extend_s, self.extend_tokens = 0.0, 0.0, 0
 
-    def rewind(self) -> None:
-        """Forget all that came after the prompt, without reading the prompt again.
+    def rewind(self, n: int | None = None) -> None:
+        """Forget all tokens but the first n, without reading those again; by default all that came after the prompt.
 
         The blocks active now stay active until the next tokens choose; of a dense engine, what
-        follows is bit for bit what follows a new prefill.
+        follows is bit for bit what follows a new prefill. Raises ValueError for n outside the tail.
         """
         if not self.usable:
             raise ValueError("there is no complete conversation to rewind; call prefill first")
-        self.kv.rewind()
-        self.ids, self.pending = self.ids[: self.kv.n_prompt], []
+        n, least = self.kv.n_prompt if n is None else n, max(1, self.kv.tail_start)
+        if not least <= n <= self.kv.length:
+            raise ValueError(f"cannot rewind to {n} tokens; those from {least} to {self.kv.length} can be forgotten")
+        self.kv.rewind(n)
+        self.ids, self.pending = self.ids[:n], []
         self.steps += 1
 
     # ---- a conversation in a file -----------------------------------------------------
@@ -216,12 +221,12 @@ class Engine:
         return ids
 
     def generate(
-        self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, schedule=None, follow_up=False
+        self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, schedule=None, follow_up=False, tail=0
     ) -> Iterator[int]:
         """Return an iterator of new ids after a prompt, or after a follow-up to the conversation so far.
 
         temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability;
-        schedule as in `prefill`. Ends at max_new_tokens or before a stop token, which is not
+        schedule and tail as in `prefill`. Ends at max_new_tokens or before a stop token, which is not
         yielded. Raises ValueError at once for wrong arguments, and later if the engine was used
         for something else in between.
         """
@@ -238,7 +243,7 @@ class Engine:
             if follow_up:
                 logits = self.extend(ids, room=max_new_tokens)
             else:
-                logits = self.prefill(ids, max_new_tokens, schedule)
+                logits = self.prefill(ids, max_new_tokens, schedule, tail)
             for left in reversed(range(max_new_tokens)):
                 token = sample(logits, temperature, top_p, rng)
                 if token in self.ckpt.stop:

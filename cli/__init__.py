@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import fields
 
+import serve
 import slim
 import tokenizer
 from cli.options import adopt, build_ids, check_args, parse_args, read_prompt
@@ -65,6 +66,7 @@ def run(args, progress: Progress) -> int:
     """Check everything, then load, then read, then answer."""
     say = status(args, progress)
     check_args(args)
+    server = serve.open_server(args) if args.serve is not None else None  # before the weights: the port may be taken
     header = adopt(args) if args.resume is not None else None
     settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     schedule = "dense" if args.dense else args.schedule
@@ -81,11 +83,13 @@ def run(args, progress: Progress) -> int:
     speak(tok, args)
     if header:
         check_saved(args.resume, header, ckpt.identity)
-    ids = [] if header else build_ids(args, read_prompt(args), tok)
+    ids = [] if header or server else build_ids(args, read_prompt(args), tok)
     n_prompt = max(1, len(header["ids"]) if header else len(ids))
     engine = slim.start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
     pruning = "dense" if not ckpt.schedule else f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
     say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens")
+    if server:
+        return serve.run(server, engine, tok, args, say)
     need, free = plan(ckpt, n_prompt, args.max_new_tokens), format_bytes(free_bytes(ckpt.device))
     say(f"slim: {ckpt.device}, {dtype_name(ckpt.dtype)}: {need}, {free} more free")
     talk = Talk(engine, tok, args, progress, say)

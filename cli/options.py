@@ -104,6 +104,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="G",
         help="overlap of the new choice from which the active blocks stay; -1: 1 for peak, 0.9 for paper (%(default)s)",
     )
+    g = p.add_argument_group("a server of OpenAI's API")
+    g.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP requests there; 127.0.0.1 is the default host")
+    g.add_argument("--api-key", metavar="KEY", help="what requests must show; others do not see $SLIM_API_KEY")
+    g.add_argument("--cache-dir", metavar="DIR", help="where texts that were read wait when another is at hand")
+    g.add_argument("--cache-gib", type=float, default=8.0, metavar="N", help="size of all files there (%(default)s)")
     g = p.add_argument_group("the machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)")
@@ -132,7 +137,7 @@ def choose_demo(args) -> None:
     args.ckpt = DEMO["ckpt"]
     if args.schedule == "auto" and not args.dense:
         args.schedule = DEMO["schedule"]
-    if args.prompt is None:
+    if args.prompt is None and args.serve is None:
         args.prompt = DEMO["prompt"]
         args.compare |= not (args.dense or args.chat or args.save or len(args.ask) > 1)
         args.ask = args.ask or ([] if args.chat or args.save else [DEMO["ask"]])
@@ -144,6 +149,7 @@ EXCLUDED = {
     "resume": ("prompt", "save", "max_prompt_tokens", "system"),
     "raw": ("system", "no_think"),
     "chat": ("json",),
+    "serve": ("prompt", "ask", "chat", "save", "resume", "max_prompt_tokens", "compare", "map", "json"),
 }
 
 
@@ -155,6 +161,10 @@ def check_args(args) -> None:
             raise ValueError(f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out")
     if args.compare and len(args.ask) > 1:
         raise ValueError(f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out")
+    if lone := [name for name in ("api_key", "cache_dir", "cache_gib") if name in args.given and args.serve is None]:
+        raise ValueError(f"--{lone[0].replace('_', '-')} is for --serve; give --serve PORT, or leave it out")
+    if not 0 <= args.cache_gib < float("inf"):
+        raise ValueError(f"--cache-gib {args.cache_gib} must be a size of at least 0")
     if any(not question.strip() for question in args.ask):
         raise ValueError("--ask is empty; put a question, or leave it out")
     if "" in args.stop:

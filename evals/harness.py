@@ -1,0 +1,200 @@
+"""Benchmarks of lm-evaluation-harness, dense and pruned side by side: python evals/harness.py --ckpt CKPT --tasks ...
+
+    pip install "lm-eval[ruler]" "lm-eval[longbench]"
+    python evals/harness.py --ckpt smollm2-135m-instruct --tasks niah_single_1,ruler_vt --limit 100 --out answers.jsonl
+
+Nothing is downloaded. RULER's tasks make their texts by themselves; those that hide things in essays need a text,
+--essays FILE. LongBench's need its files, --longbench DIR. Other tasks of the harness run if their data is in the
+local cache. A second call with the same --out computes only what is missing.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import os
+import random
+import re
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from unittest import mock
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import nltk
+import numpy as np
+
+nltk.download = lambda *args, **kwargs: False  # RULER asks for it on import, and needs it for essays alone
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from evals.lm import SlimLM
+from loading.plan import Checkpoint
+
+RULER = {  # task: its module, the function that makes its data
+    **{name: ("niah_utils", name) for name in (
+        "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+        "niah_multivalue", "niah_multiquery",
+    )},
+    "ruler_vt": ("vt_utils", "get_vt_dataset"), "ruler_cwe": ("cwe_utils", "get_cw_dataset"),
+    "ruler_fwe": ("fwe_utils", "fwe_download"),
+}  # fmt: skip
+WITHOUT_ESSAYS = "niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"
+MAKERS = {  # what makes 500 samples a length, whatever is asked for
+    "niah_utils": "generate_samples", "vt_utils": "sys_vartrack_w_noise_random",
+    "cwe_utils": "sys_word_pair_random", "fwe_utils": "sys_kwext",
+}  # fmt: skip
+NO_CHAT = "trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"  # LongBench's few-shot and code tasks
+COLUMNS = {"dense": ("dense", "peak"), "paper": ("paper", "paper"), "default": ("auto", "peak")}
+
+
+def ruler_task(name: str, folder: Path, lengths: list[int], n: int, essays: Path | None) -> dict:
+    """Return a RULER task of the harness with n samples of each length, in tokens of the checkpoint's tokenizer."""
+    if name not in WITHOUT_ESSAYS and essays is None:
+        raise ValueError(f"{name} hides things in essays that are not here; give a text with --essays FILE")
+    where, function = RULER[name]
+    module = importlib.import_module(f"lm_eval.tasks.ruler.{where}")
+    prepare, shared = (importlib.import_module(f"lm_eval.tasks.ruler.{m}") for m in ("prepare_niah", "common_utils"))
+    make = getattr(module, MAKERS[where])
+
+    def few(*args, **kwargs):
+        return make(*args, **kwargs | {"num_samples": min(n, kwargs.get("num_samples", n))})
+
+    def words(type_haystack):
+        return essays.read_text("utf-8").split() if type_haystack == "essay" else haystack(type_haystack)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, MAKERS[where], few))
+        if where == "niah_utils":
+            haystack = module.get_haystack
+            stack.enter_context(mock.patch.object(module, "get_haystack", words))
+            sentences = re.compile(r"(?<=[.!?]) ")
+            stack.enter_context(mock.patch.object(prepare, "sent_tokenize", sentences.split))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        random.seed(0)
+        np.random.seed(0)
+        data = getattr(module, function)(tokenizer=str(folder), max_seq_lengths=lengths)
+    metrics = [
+        {"metric": str(length), "aggregation": shared.aggregate_metrics, "higher_is_better": True}
+        for length in {*lengths, *shared.DEFAULT_SEQ_LENGTHS}
+    ]
+    return {"task": name, "custom_dataset": lambda **_: data, "metric_list": metrics}
+
+
+def longbench_task(name: str, folder: Path | None) -> dict:
+    """Return a LongBench task of the harness that reads its file in a folder."""
+    file = folder and folder / f"{name.removeprefix('longbench_')}.jsonl"
+    if not file or not file.is_file():
+        raise ValueError(f"{name} needs {file or 'its file'}; give LongBench's folder of .jsonl files with --longbench")
+    files = {"data_files": {"test": str(file)}}
+    return {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+
+
+@functools.cache
+def all_tasks() -> TaskManager:
+    return TaskManager()  # reads thousands of files
+
+
+def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
+    """Run one task; return its rows: a metric, its mean over the samples and the standard error."""
+    lm.used = []
+    result = simple_evaluate(
+        lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0, task_manager=all_tasks(),
+        verbosity="ERROR",
+    )  # fmt: skip
+    rows = []
+    for name, samples in result["samples"].items():
+        for metric in sorted({metric for sample in samples for metric in sample["metrics"]}):
+            scores = [s[metric] for s in samples if isinstance(s.get(metric), int | float) and s[metric] != -1]
+            if scores:
+                error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+                rows.append({"task": name, "metric": metric, "n": len(scores), "mean": mean(scores), "error": error})
+    return rows
+
+
+def table(columns: dict[str, list[dict]], notes: dict[str, str]) -> str:
+    """Return a Markdown table: a row per task and metric, a column per way to answer, and what each one saw and cost."""
+    lines = ["| task | metric | samples | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+    for rows in zip(*columns.values()):
+        cells = [f"{100 * row['mean']:.1f} ± {100 * row['error']:.1f}" for row in rows]
+        lines.append(f"| {rows[0]['task']} | {rows[0]['metric']} | {rows[0]['n']} | " + " | ".join(cells) + " |")
+    for what in ("question in view when the text is pruned", "FLOPs of the prefill, of dense"):
+        lines.append(f"| {what} | | | " + " | ".join(notes[name][what] for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--ckpt", required=True)
+    p.add_argument("--tasks", required=True, help="names of the harness, with commas; ruler: its tasks without essays")
+    p.add_argument("--lengths", type=int, nargs="+", default=[4096], help="of RULER's samples, in tokens (%(default)s)")
+    p.add_argument("--limit", type=int, default=100, help="samples a task and length (%(default)s)")
+    p.add_argument(
+        "--columns", nargs="+", default=[*COLUMNS], help="dense, paper, default, or SCHEDULE or SCHEDULE@RULE"
+    )
+    p.add_argument("--question-later", action="store_true", help="also read the text first and the question later")
+    p.add_argument("--out", type=Path, help="file of answers; what is in it is not computed again")
+    p.add_argument("--raw", action="store_true", help="no chat template")
+    p.add_argument("--essays", type=Path, metavar="FILE", help="a text for RULER's tasks that want essays")
+    p.add_argument("--longbench", type=Path, metavar="DIR", help="folder of LongBench's .jsonl files")
+    p.add_argument("--max-len", type=int, default=0, help="tokens of prompt and answer (the model's context)")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    return p.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    try:
+        print(run(args))
+    except (ValueError, OSError, MemoryError, KeyError) as error:
+        print(f"evals: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args) -> str:
+    """Check everything, make the tasks once, answer them in every column, and return the table."""
+    if args.limit < 1 or min(args.lengths) < 512:
+        raise ValueError(f"--limit {args.limit} and --lengths {args.lengths} must be at least 1 and 512")
+    ways = {}
+    for column in args.columns:
+        schedule, rule = COLUMNS.get(column) or (*column.split("@"), "peak")[:2]
+        ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, schedule, rule)
+        ways[column] = SlimLM(ckpt, False, args.out, args.max_len)
+        if args.question_later and ckpt.schedule:
+            ways[f"{column}, question later"] = SlimLM(ckpt, True, args.out, args.max_len)
+    names = ",".join(WITHOUT_ESSAYS) if args.tasks == "ruler" else args.tasks
+    tasks = []
+    for name in names.split(","):
+        if name in RULER:
+            tasks.append((ruler_task(name, ckpt.folder, args.lengths, args.limit, args.essays), not args.raw))
+        elif name.startswith("longbench_") and name.removeprefix("longbench_"):
+            few_shot = name.removeprefix("longbench_").removesuffix("_e") in NO_CHAT
+            tasks.append((longbench_task(name, args.longbench), not args.raw and not few_shot))
+        elif name in all_tasks().task_index:
+            tasks.append(({"task": name}, not args.raw))
+        else:
+            raise ValueError(f"there is no task {name!r}; lm_eval ls tasks lists those of the harness")
+    columns, notes = {}, {}
+    for column, lm in ways.items():
+        columns[column], used = [], []
+        for task, chat in tasks:
+            limit = args.limit * (len(args.lengths) if task["task"] in RULER else 1)
+            columns[column] += evaluate(lm, task, chat and lm.tok.chat_format is not None, limit)
+            used += lm.used
+            print(f"evals: {column}: {columns[column][-1]}", file=sys.stderr, flush=True)
+        lm.used, lm.engine = used, None
+        unseen = sum(split for *_, split in used)
+        seen = "yes" if not unseen else "no" if unseen == len(used) else f"no in {unseen} of {len(used)}"
+        seen = "nothing is pruned" if not lm.ckpt.schedule else seen
+        notes[column] = dict(zip(
+            ("question in view when the text is pruned", "FLOPs of the prefill, of dense"), (seen, f"{lm.flops():.1%}")
+        ))  # fmt: skip
+    return table(columns, notes)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

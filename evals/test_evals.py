@@ -1,0 +1,146 @@
+"""The adapter to lm-evaluation-harness: scores, stops, cuts, what is computed again, and tasks without a network."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install "lm-eval[ruler]"')
+import transformers
+
+import slim
+from evals import harness
+from evals.lm import MESSAGES, SlimLM
+from loading.plan import Checkpoint
+from serve.api import chat_ids
+from test_slim import talking  # noqa: F401  a fixture
+
+SENTENCES = [f"The {a} is {b}. " for a in ("grass", "sky", "sun", "token", "block") for b in ("green", "blue", "here")]
+
+
+def request(*args):
+    return SimpleNamespace(args=args)
+
+
+def text(n, seed):
+    return "".join(random.Random(seed).choices(SENTENCES, k=n))
+
+
+def lm_of(folder, schedule="dense", **options):
+    return SlimLM(Checkpoint.open(folder, "cpu", "float32", schedule, block_len=32), **options)
+
+
+def test_dense_scores_are_those_of_transformers(talking):
+    """50 requests: with and without a context, a space at the seam, an answer of one token or of many."""
+    lm, rng = lm_of(talking), random.Random(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(talking)
+    requests = [("", "The grass"), ("The sky is ", "blue"), ("The sky is", " blue."), ("A  ", " B")]
+    requests += [(text(rng.randint(1, 40), i), " " + text(rng.randint(1, 6), i + 100)) for i in range(46)]
+    for (context, answer), (score, greedy) in zip(requests, lm.loglikelihood([request(*r) for r in requests])):
+        (ids, _), wanted = lm.pair(context, answer)
+        if context:
+            assert ids + wanted == lm.plain(context + answer)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + wanted])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        right = logits[range(len(wanted)), wanted]
+        assert abs(score - float(right.sum())) < 1e-4 * len(wanted)
+        assert greedy == bool((logits.argmax(-1) == torch.tensor(wanted)).all())
+    whole = text(30, 1)
+    ids = lm.tok.encode(whole)
+    assert lm.loglikelihood_rolling([request(whole)])[0] == pytest.approx(lm.score([lm.start_id], 0, ids)[0], abs=1e-3)
+
+
+def test_pruned_scores_are_those_of_the_engine_a_token_at_a_time(talking):
+    lm, context, answer = lm_of(talking, {2: 256, 3: 128}), text(150, 3), " The sun is blue."
+    score, _ = lm.loglikelihood([request(context, answer)])[0]
+    (ids, _), wanted = lm.pair(context, answer)
+    engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)
+    logits = [engine.prefill(ids, room=len(wanted)), *(engine.extend([i]) for i in wanted[:-1])]
+    assert score == pytest.approx(sum(float(x.double().log_softmax(-1)[i]) for x, i in zip(logits, wanted)), abs=1e-6)
+    assert lm.engine.stats["kept"][-1] < len(ids) / 4 and score != lm_of(talking).loglikelihood([request(context, answer)])[0][0]
+
+
+def test_answers_are_written_once_and_end_at_a_stop(talking, tmp_path, monkeypatch):
+    lm = lm_of(talking, {2: 256}, out=tmp_path / "out.jsonl")
+    options = {"max_gen_toks": 12, "until": [], "do_sample": False, "temperature": 0.0}
+    first = lm.generate_until([request(text(60, i), options) for i in range(3)])
+    stop = first[0][3:5]
+    cut = lm.generate_until([request(text(60, 0), options | {"until": [stop]})])[0]
+    assert cut == first[0][: first[0].find(stop)]
+    with open(lm.out, "a") as file:
+        file.write('{"key": "kil')  # a run that was killed
+    again = lm_of(talking, {2: 256}, out=tmp_path / "out.jsonl")
+    monkeypatch.setattr(slim, "start", lambda *_: pytest.fail("an answer was computed again"))
+    assert again.generate_until([request(text(60, i), options) for i in range(3)]) == first
+    with pytest.raises(pytest.fail.Exception):
+        again.generate_until([request(text(60, 9), options)])
+    with pytest.raises(pytest.fail.Exception):
+        lm_of(talking, {2: 128}, out=tmp_path / "out.jsonl").generate_until([request(text(60, 0), options)])
+
+
+def test_what_is_too_long_is_cut_in_the_middle(talking):
+    lm = lm_of(talking, max_len=400)
+    ids, _ = lm.read("BEGIN " + text(200, 1) + " END", 30)
+    assert 350 < len(ids) <= 370
+    assert lm.tok.decode(ids).startswith("BEGIN") and lm.tok.decode(ids).endswith("END")
+    chat = [{"role": "user", "content": "BEGIN " + text(200, 1) + " END"}, {"role": "assistant", "content": "It is"}]
+    ids, _ = lm.read(MESSAGES + json.dumps(chat), 30)
+    assert 350 < len(ids) <= 370 and lm.tok.decode(ids).rstrip().endswith("It is")
+
+
+def test_messages_go_through_the_models_template_and_a_question_can_come_later(talking):
+    lm = lm_of(talking, {2: 256, 3: 128}, later=True)
+    chat = [{"role": "user", "content": text(80, 1) + "\nQuestion: where?"}, {"role": "assistant", "content": "In"}]
+    ids, split = lm.read(lm.apply_chat_template(chat, add_generation_prompt=False), 5)
+    assert ids == chat_ids(lm.tok, chat)
+    before, after = lm.tok.decode(ids[:split]), "".join(lm.tok.stream(ids[split:]))
+    assert before.endswith(". ") or before.endswith(".") and "Question: where?" in after and after.endswith("In")
+    said = lm.generate_until([request(MESSAGES + json.dumps(chat), {"max_gen_toks": 5})])[0]
+    engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)
+    engine.prefill(ids[:split])
+    assert said == "".join(lm.tok.stream(engine.generate(ids[split:], 5, follow_up=True)))
+    assert lm.used == [(len(ids), split, True)] and 0 < lm.flops() < 1
+
+
+def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_run(talking, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("wonderwords", reason='RULER is not installed: pip install "lm-eval[ruler]"')
+    (tmp_path / "book.txt").write_text(text(3000, 1))
+    args = ["--ckpt", str(talking), "--tasks", "niah_single_1,niah_multikey_1", "--lengths", "1024", "2048", "--limit", "2",
+            "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
+            "--essays", str(tmp_path / "book.txt")]  # fmt: skip
+    assert harness.main(args) == 0
+    table = capsys.readouterr().out
+    assert "| task | metric | samples | dense | 3:1/4 | 3:1/4, question later |" in table
+    for row in ("niah_single_1 | 1024 | 2", "niah_single_1 | 2048 | 2", "niah_multikey_1 | 2048 | 2"):
+        assert row in table
+    assert "| nothing is pruned | yes | no |" in table and "| 100.0% |" in table
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2 * 2 * 2 * 3
+    monkeypatch.setattr(slim, "start", lambda *_: pytest.fail("an answer was computed again"))
+    assert harness.main(args) == 0 and capsys.readouterr().out == table
+
+
+def test_longbench_reads_its_file(talking, tmp_path, capsys):
+    for package in ("jieba", "fuzzywuzzy", "rouge"):
+        pytest.importorskip(package, reason='LongBench is not installed: pip install "lm-eval[longbench]"')
+    doc = {"input": "Where?", "context": text(50, 1), "answers": ["here"], "length": 9, "dataset": "qasper",
+           "language": "en", "all_classes": None, "_id": "1", "question": "Where?"}  # fmt: skip
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(doc) + "\n")
+    args = ["--ckpt", str(talking), "--tasks", "longbench_qasper", "--columns", "3:1/4", "--longbench", str(tmp_path)]
+    assert harness.main([*args, "--max-len", "600"]) == 0
+    assert "| longbench_qasper | qa_f1_score | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--tasks", "niah_single_2"], "--essays"), (["--tasks", "longbench_qasper"], "--longbench"),
+        (["--tasks", "no_such_task"], "no_such_task"), (["--tasks", "ruler_vt", "--columns", "9:x"], "9:x"),
+        (["--tasks", "ruler_vt", "--limit", "0"], "--limit"), (["--tasks", "ruler_vt", "--ckpt", "nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(talking, capsys, args, names):
+    assert harness.main(["--ckpt", str(talking), *args]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evals: error")]
+    assert len(err) == 1 and names in err[0]

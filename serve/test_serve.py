@@ -1,0 +1,548 @@
+"""The server: what is read once, what it answers, what it refuses, and that nobody is lost or held up.
+
+$SLIM_REQUESTS sets how many mixed requests the long test sends (120; 1,000 takes some minutes).
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import slim
+import tokenizer
+from cli import main as cli_main
+from serve import check_place, until_stop
+from serve.api import ApiError, chat_ids, parse
+from serve.texts import Texts, common
+from test_slim import HERE, SYSTEM, draw, talking, tiny, checkpoints  # noqa: F401  fixtures
+
+PRUNED = dict(schedule={2: 256, 3: 128}, block_len=32)
+TEXT = "ABBA CAB " * 200
+MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
+
+
+# ---- a text is read once --------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10**6), pruned=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_path_factory):
+    """Requests that share beginnings of any length: dense, the logits of a fresh engine; pruned, the ids all the same."""
+    rng, options = random.Random(seed), PRUNED if pruned else dict(schedule="dense", block_len=32)
+    engine, fresh = slim.load(tiny, "cpu", **options), slim.load(tiny, "cpu", **options)
+    texts, asked = Texts(engine, tmp_path_factory.mktemp("texts") if rng.random() < 0.5 else None), [draw(1200, seed)]
+    for i in range(6):
+        old = rng.choice(asked)
+        ids = old[: rng.randint(1, len(old))] + draw(rng.randint(1, 200), seed + i)
+        cached, tail = texts.bring(ids, 3)
+        assert 0 <= cached < len(ids) and cached == 0 or ids[:cached] == (engine.ids + engine.pending)[:cached]
+        answer = list(engine.generate(ids[cached:], 3, follow_up=cached > 0, tail=tail))
+        assert engine.ids[: len(ids)] == ids
+        asked.append(ids + answer)
+        if not pruned:
+            assert answer == list(fresh.generate(ids, 3))
+
+
+def test_another_question_on_the_same_text_reads_itself_alone(tiny):
+    engine = slim.load(tiny, "cpu", **PRUNED)
+    texts, text = Texts(engine), draw(2000)
+    ask = [text + draw(40, seed) for seed in (1, 2)] + [text + draw(700, 3), text + draw(700, 4), text + draw(700, 5)]
+    kept = []
+    for ids in ask:
+        cached, tail = texts.bring(ids)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        kept.append(cached // 10)
+    # the first is read; the second goes on; so does a long question, up to where it parts from the second; a
+    # fourth parts there too; all is in the tail by then
+    assert kept == [0, 200, 200, 200, 200]
+    assert engine.kv.tail_start < 2000 and engine.stats["prompt_tokens"] < 2000
+
+
+def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
+    engine = slim.load(tiny, "cpu", **PRUNED)
+    texts, text, kept = Texts(engine), draw(2000), []
+    for seed in (1, 2, 3):
+        ids = text + draw(900, seed)
+        cached, tail = texts.bring(ids)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        kept.append(cached)
+    assert kept[:2] == [0, 0] and kept[2] >= 2000
+
+
+def test_much_that_is_new_is_read_afresh_and_pruned(tiny):
+    engine = slim.load(tiny, "cpu", **PRUNED)
+    texts, talk = Texts(engine), draw(300)
+    engine.prefill(talk)
+    assert texts.bring(talk + draw(100, 1))[0] >= 290
+    assert texts.bring(talk + draw(2000, 1)) == (0, 512)
+
+
+def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
+    engine, said = slim.load(tiny, "cpu", **PRUNED), []
+    texts = Texts(engine, tmp_path, say=said.append)
+    docs = [draw(1600, seed) for seed in range(3)]
+
+    def read(i, question):
+        ids = docs[i] + draw(20, question)
+        cached, tail = texts.bring(ids)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        return cached
+
+    assert [read(i, 7) for i in (0, 1, 2)] == [0, 0, 0] and len(texts.files()) == 2
+    assert read(0, 8) >= 1600 and len(texts.files()) == 3
+    texts.put_away()
+    again = Texts(slim.load(tiny, "cpu", **PRUNED), tmp_path)  # the next day
+    assert again.bring(docs[1] + draw(20, 9))[0] >= 1600 and again.engine.ids == docs[1]
+    other = Texts(slim.load(tiny, "cpu", schedule="dense", block_len=32), tmp_path)  # other settings: not for them
+    assert other.bring(docs[1] + draw(20, 9))[0] == 0
+    for path in texts.files():
+        path.write_bytes(path.read_bytes()[:-9])
+    assert read(1, 8) == 0 and "damaged" in said[0] or "truncated" in said[0]
+    texts.most = 2 * texts.files()[0].stat().st_size
+    assert read(2, 3) == 0 and read(0, 3) == 0 and len(texts.files()) <= 2
+
+
+def test_a_rewind_stays_within_the_tail(tiny):
+    engine = slim.load(tiny, "cpu", **PRUNED)
+    engine.prefill(draw(600), tail=100)
+    assert engine.kv.tail_start == 480
+    for n in (479, 601, 0, -1):
+        with pytest.raises(ValueError, match="from 480 to 600"):
+            engine.rewind(n)
+    engine.rewind(480)
+    assert engine.ids == draw(600)[:480]
+    engine.extend(draw(600)[480:])
+
+
+def test_dense_logits_after_a_rewind_are_those_of_a_new_prefill(tiny):
+    engine, other = (slim.load(tiny, "cpu", schedule="dense", block_len=32) for _ in range(2))
+    engine.prefill(draw(500), tail=200)
+    engine.extend(draw(50, 1))
+    engine.rewind(333)
+    assert torch.allclose(engine.extend(draw(60, 2)), other.prefill(draw(500)[:333] + draw(60, 2)), atol=1e-4)
+
+
+# ---- requests ---------------------------------------------------------------------------------
+
+DEFAULTS = SimpleNamespace(max_new_tokens=9, temperature=0.0, top_p=1.0, seed=None)
+USER = [{"role": "user", "content": "ABBA"}]
+MALFORMED = {  # a body: the parameter that the error names, its status
+    "[]": (None, 400),
+    '"x"': (None, 400),
+    '{"messages": []}': ("model", 400),
+    '{"model": "other", "messages": []}': ("model", 404),
+    '{"model": 3}': ("model", 400),
+    '{"model": "m"}': ("messages", 400),
+    '{"model": "m", "messages": "hi"}': ("messages", 400),
+    '{"model": "m", "messages": [3]}': ("messages", 400),
+    '{"model": "m", "messages": [{"role": "user"}]}': ("messages", 400),
+    '{"model": "m", "messages": [{"role": "tool", "content": "x"}]}': ("messages", 400),
+    '{"model": "m", "messages": [{"role": "system", "content": "x"}]}': ("messages", 400),
+    '{"model": "m", "messages": [{"role": "assistant", "content": "x"}]}': ("messages", 400),
+    '{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': ("messages", 400),
+    '{"model": "m", "messages": USER, "max_tokens": 0}': ("max_tokens", 400),
+    '{"model": "m", "messages": USER, "max_tokens": "5"}': ("max_tokens", 400),
+    '{"model": "m", "messages": USER, "max_completion_tokens": true}': ("max_completion_tokens", 400),
+    '{"model": "m", "messages": USER, "temperature": 3}': ("temperature", 400),
+    '{"model": "m", "messages": USER, "temperature": NaN}': ("temperature", 400),
+    '{"model": "m", "messages": USER, "top_p": -1}': ("top_p", 400),
+    '{"model": "m", "messages": USER, "seed": 1.5}': ("seed", 400),
+    '{"model": "m", "messages": USER, "stop": [1]}': ("stop", 400),
+    '{"model": "m", "messages": USER, "stop": ""}': ("stop", 400),
+    '{"model": "m", "messages": USER, "stream": "yes"}': ("stream", 400),
+    '{"model": "m", "messages": USER, "stream_options": []}': ("stream_options", 400),
+    '{"model": "m", "messages": USER, "n": 2}': ("n", 400),
+    '{"model": "m", "messages": USER, "tools": [{}]}': ("tools", 400),
+    '{"model": "m", "messages": USER, "logprobs": true}': ("logprobs", 400),
+    '{"model": "m", "messages": USER, "response_format": {"type": "json_object"}}': ("response_format", 400),
+    '{"model": "m", "messages": USER, "top_k": 5}': ("top_k", 400),
+    '{"model": "m", "messages": LONG}': ("messages", 400),
+}
+
+
+@pytest.fixture(scope="session")
+def tok(talking):
+    return tokenizer.load(talking)
+
+
+@pytest.mark.parametrize("body", MALFORMED)
+def test_a_malformed_body_is_refused_with_the_parameter(tok, body):
+    param, status = MALFORMED[body]
+    long = json.dumps([{"role": "user", "content": "word " * 6000}])
+    text = body.replace("USER", json.dumps(USER)).replace("LONG", long)
+    with pytest.raises(ApiError) as error:
+        parse(True, json.loads(text), tok, "m", 4096, DEFAULTS)
+    assert error.value.status == status and error.value.body["error"]["param"] == param
+    assert set(error.value.body["error"]) == {"message", "type", "param", "code"}
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+                        ["role", "content", "type", "text", "include_usage"]), inner, max_size=3)),
+       st.sampled_from(["messages", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream",
+                        "stream_options", "n", "logit_bias", "model", "x"]), st.booleans())  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_any_value_is_taken_or_refused(tok, value, name, chat):
+    body = {"model": "m", "messages": USER} if chat else {"model": "m", "prompt": "ABBA"}
+    with contextlib.suppress(ApiError):
+        r = parse(chat, body | {name: value}, tok, "m", 4096, DEFAULTS)
+        slim.check_sampling(r.max_tokens, r.temperature, r.top_p, r.seed)
+        assert r.ids and all(type(i) is int for i in r.ids)
+
+
+def test_what_is_left_open_comes_from_the_command_line(tok):
+    r = parse(True, {"model": "m", "messages": USER, "seed": None, "n": 1.0}, tok, "m", 4096, DEFAULTS)
+    assert (r.max_tokens, r.temperature, r.top_p, r.seed, r.stop, r.stream) == (9, 0, 1, None, [], False)
+    r = parse(True, {"model": "m", "messages": USER, "max_tokens": 5000, "seed": -1, "stop": "x"}, tok, "m", 100, DEFAULTS)
+    assert r.max_tokens == 100 - len(r.ids) and r.seed == 2**63 - 1 and r.stop == ["x"]
+
+
+def test_messages_spell_the_conversation_of_the_chat_format(tok):
+    chat = tokenizer.Tokenizer(
+        lambda data: list(data.encode()),
+        {i: bytes([i]) for i in range(256)},
+        {"<|im_start|>": 256, "<|im_end|>": 257},
+        None,
+    )
+    chat.chat_format, chat.system = "qwen", SYSTEM
+
+    def spelled(*messages):
+        ids = chat_ids(chat, [{"role": role, "content": text} for role, text in messages])
+        return "".join({256: "<", 257: ">"}.get(i) or chr(i) for i in ids)
+
+    head = "<system\nYou are a helpful assistant.>\n"
+    assert spelled(("user", "A?")) == head + "<user\nA?>\n<assistant\n"
+    turns = ("system", "S"), ("user", "A?"), ("assistant", "a"), ("user", "B?"), ("user", "C?")
+    assert spelled(*turns) == head + "<user\nS\n\nA?>\n<assistant\na>\n<user\nB?\n\nC?>\n<assistant\n"
+    assert spelled(*turns, ("assistant", "The")) == spelled(*turns) + "The"
+    parts = [{"type": "text", "text": "AB"}, {"type": "text", "text": "BA"}]
+    assert chat_ids(tok, [{"role": "user", "content": parts}]) == chat_ids(tok, USER)
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+def test_a_stop_ends_the_text_before_it(text, stops):
+    said = list(until_stop(text, stops))  # a character at a time
+    ends = [n for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]
+    seen = text[: ends[0]] if ends else text
+    assert "".join(piece for piece, _ in said) == seen[: min((seen.find(s) for s in stops if s in seen), default=None)]
+    assert any(stopped for _, stopped in said) == bool(ends)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "good"),
+    [
+        ("8080", None, ("127.0.0.1", 8080)), ("localhost:1", None, ("localhost", 1)), ("[::1]:80", None, ("::1", 80)),
+        ("0.0.0.0:80", "k", ("0.0.0.0", 80)), ("0.0.0.0:80", None, "api-key"), ("example.org:80", "", "api-key"),
+        ("http", None, "PORT"), ("65536", None, "PORT"), (":80", None, "PORT"), ("", None, "PORT"), ("²", None, "PORT"),
+    ],
+)  # fmt: skip
+def test_only_this_machine_is_served_without_a_key(place, key, good):
+    if isinstance(good, tuple):
+        assert check_place(place, key) == good
+    else:
+        with pytest.raises(ValueError, match=good):
+            check_place(place, key)
+
+
+# ---- through HTTP -------------------------------------------------------------------------------
+
+
+class Running:
+    """A server of its own in another process."""
+
+    def __init__(self, ckpt, *args, env=None):
+        command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(ckpt), "--serve", "0", "--block-len", "32"]
+        self.process = subprocess.Popen(
+            [*command, "--schedule", "2:256,3:128", *args], stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
+        )
+        self.lines = []
+        while "/v1;" not in (line := self.process.stderr.readline()):
+            assert line, self.lines
+            self.lines.append(line)
+        self.url = line.split(" at ")[1].split("/v1")[0]
+        self.port, self.model = int(self.url.rpartition(":")[2]), Path(ckpt).name
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self.reader.start()
+
+    def ask(self, path, body=None, **headers):
+        """Return the status and the JSON, or the events, that come back."""
+        data = None if body is None else json.dumps(body).encode() if isinstance(body, dict) else body
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} | headers)
+        try:
+            answer = urllib.request.urlopen(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            text = answer.read().decode()
+        if answer.headers["Content-Type"] == "text/event-stream":
+            events = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+            assert events[-1] == "[DONE]" or "error" in events[-1]
+            return answer.status, [json.loads(event) for event in events if event != "[DONE]"]
+        return answer.status, json.loads(text)
+
+    def chat(self, text, **more):
+        status, answer = self.ask(
+            "/v1/chat/completions", {"model": self.model, "messages": [{"role": "user", "content": text}]} | more
+        )
+        assert status == 200, answer
+        return answer
+
+    def raw(self, data: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(data)
+        return connection
+
+    def post(self, body: dict, path="/v1/chat/completions") -> bytes:
+        data = json.dumps({"model": self.model} | body).encode()
+        return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+    def rss(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    def close(self, how=signal.SIGINT) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(talking, tmp_path_factory):
+    running = Running(talking, "--cache-dir", str(tmp_path_factory.mktemp("cache")), "--max-new-tokens", "12")
+    yield running
+    if running.process.poll() is None:
+        assert running.close() == 0
+
+
+def test_streamed_or_not_the_answer_is_the_engines(server, talking):
+    engine = slim.load(talking, "cpu", **PRUNED)
+    tok, ids = engine.tokenizer, chat_ids(engine.tokenizer, [{"role": "user", "content": TEXT}])
+    expected = "".join(tok.stream(engine.generate(ids, 12, tail=min(512, len(ids) // 4))))
+    whole = server.chat(TEXT)
+    assert whole["choices"][0]["message"]["content"] == expected and whole["object"] == "chat.completion"
+    assert whole["usage"]["prompt_tokens"] == len(ids) and whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    used = whole["usage"]["completion_tokens"]
+    assert whole["choices"][0]["finish_reason"] == ("length" if used == 12 else "stop")
+    server.chat("something else " * 200)
+    events = server.chat(TEXT, stream=True, stream_options={"include_usage": True})
+    assert [e["choices"][0]["delta"].get("role") for e in events[:1]] == ["assistant"]
+    assert events[-2]["choices"][0]["finish_reason"] and events[-1]["choices"] == []
+    assert events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == len(ids) - 1  # it waited in a file
+    assert all(event["usage"] is None if "usage" in event else True for event in events[:-1])
+    again = "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1])
+    assert again == server.chat(TEXT)["choices"][0]["message"]["content"]
+
+
+def test_completions_take_texts_and_ids(server, talking):
+    tok = tokenizer.load(talking)
+    ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode("ABBA CAB")
+    texts = []
+    for prompt in ("ABBA CAB", ["ABBA CAB"], ids, [ids]):
+        status, answer = server.ask("/v1/completions", {"model": server.model, "prompt": prompt, "max_tokens": 5})
+        assert status == 200 and answer["object"] == "text_completion" and answer["usage"]["prompt_tokens"] == len(ids)
+        texts.append(answer["choices"][0]["text"])
+    assert len(set(texts)) == 1
+    body = {"model": server.model, "prompt": ids, "max_tokens": 5, "stream": True}
+    status, events = server.ask("/v1/completions", body)
+    assert status == 200 and "".join(event["choices"][0]["text"] for event in events) == texts[0]
+    sampled = [
+        server.chat("ABBA", temperature=1.5, seed=seed, max_tokens=9)["choices"][0]["message"]["content"]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_stops_and_limits_end_an_answer(server):
+    text = server.chat("CAB", max_tokens=12)["choices"][0]["message"]["content"]
+    stop = text[4:6]
+    answer = server.chat("CAB", max_tokens=12, stop=[stop, "never said"])["choices"][0]
+    assert answer == {
+        "index": 0, "message": {"role": "assistant", "content": text[: text.find(stop)], "refusal": None},
+        "logprobs": None, "finish_reason": "stop",
+    }  # fmt: skip
+    answer = server.chat("CAB", max_tokens=1)
+    assert answer["usage"]["completion_tokens"] == 1 and answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_small_paths_and_errors_in_their_shape(server):
+    assert server.ask("/health") == (200, {"status": "ok"})
+    status, models = server.ask("/v1/models")
+    assert status == 200 and [model["id"] for model in models["data"]] == [server.model]
+    assert server.ask(f"/v1/models/{server.model}")[1] == models["data"][0]
+    server.chat(TEXT)
+    stats = server.ask("/v1/stats")[1]
+    assert stats["answers"] > 0 and stats["conversation"]["tokens"] > 0 and stats["waiting"] == 0
+    chat = "/v1/chat/completions"
+    for path, body, headers, status in [
+        ("/", None, {}, 404), ("/v1/nothing", {}, {}, 404), (chat, None, {}, 405), ("/v1/models", {}, {}, 405),
+        (chat, b"{", {}, 400), (chat, b"[" * 100_000, {}, 400), (chat, b"\xff", {}, 400), (chat, {}, {}, 400),
+        (chat, {"model": "other"}, {}, 404), (chat, b"x" * 40_000_000, {}, 413),
+        ("/health", None, {"Host": "evil.example"}, 403), (chat, {}, {"Origin": "http://evil.example"}, 403),
+        ("/v1/completions", {"model": server.model, "prompt": [10**9]}, {}, 400),
+    ]:  # fmt: skip
+        got, answer = server.ask(path, body, **headers)
+        assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}, (path, answer)
+        assert "\n" not in answer["error"]["message"]
+    for data, status in [
+        (b"nonsense\r\n\r\n", 400), (b"BREW /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414), (b"GET /health HTTP/9.9\r\n\r\n", 505),
+        (b"POST " + chat.encode() + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 411),
+        (b"POST " + chat.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 411),
+    ]:  # fmt: skip
+        with server.raw(data) as connection:
+            answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+        assert answer.split(" ")[1] == str(status) and '"error"' in answer, answer
+    assert server.chat("ABBA")["choices"]
+
+
+def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
+    """Half a request, an answer not read, an answer left in the middle, and one left while it waits."""
+    long = server.post({"messages": USER, "max_tokens": 3000, "stream": True})
+    half = [server.raw(long[:n]) for n in (0, 10, 60, len(long) - 5) for _ in range(5)]
+    gone = server.ask("/v1/stats")[1]["gone"]
+    slow = server.raw(long)  # never reads
+    first, waiting = server.raw(long), server.raw(long)
+    waiting.close()
+    while b"content" not in first.recv(4096):
+        pass
+    first.close()
+    started = time.monotonic()
+    assert server.chat("CAB", max_tokens=2)["choices"]
+    slow.close()
+    assert time.monotonic() - started < 50
+    assert server.ask("/v1/stats")[1]["gone"] > gone
+    for connection in half:
+        connection.close()
+
+
+def test_a_key_is_asked_for(talking):
+    server = Running(talking, env={"SLIM_API_KEY": "schlüssel"})
+    assert server.ask("/v1/models")[0] == 401
+    assert server.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
+    assert server.ask("/v1/models", Authorization="Bearer schlüssel")[0] == 200 and server.ask("/health")[0] == 200
+    assert server.close(signal.SIGTERM) == 0
+
+
+def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tmp_path):
+    server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
+    running = server.raw(server.post({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True}))
+    data = running.recv(4096)
+    waiting = server.raw(server.post({"messages": USER}))
+    time.sleep(0.3)
+    assert server.close() == 0
+    data += b"".join(iter(lambda: running.recv(65536), b""))
+    assert data.endswith(b"[DONE]\n\n") and b" 503 " in waiting.recv(4096)
+    assert not any("Traceback" in line for line in server.lines)
+    server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
+    used = server.chat(TEXT)["usage"]
+    assert used["prompt_tokens_details"]["cached_tokens"] >= used["prompt_tokens"] - 64
+    assert server.close() == 0
+
+
+def test_a_server_that_cannot_open_says_so_in_one_line(talking, server, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    for args, names in [
+        (["--serve", str(server.port)], "cannot be opened"), (["--serve", "x"], "PORT"),
+        (["--serve", "0.0.0.0:0"], "--api-key"), (["--serve", "0", "--ask", "x"], "--ask"),
+        (["--serve", "0", "--cache-dir", str(tmp_path / "file")], "--cache-dir"), (["--cache-dir", "x"], "--serve"),
+        (["--serve", "0", "--cache-gib", "nan"], "--cache-gib"),
+    ]:  # fmt: skip
+        try:
+            code = cli_main(["--ckpt", str(talking), *args])
+        except SystemExit as stop:
+            code = stop.code
+        err = capfd.readouterr().err
+        assert code == 2 and err.count("\n") == 1 and names in err, err
+
+
+def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
+    """Of every 20 requests one is broken off and one malformed; the others are answered, from 6 clients at a time."""
+    rng, lost, done, sizes = random.Random(0), [], [], []
+    todo = list(range(MANY))
+
+    def one(i):
+        text = rng.choice([TEXT, TEXT[:900], "ABBA CAB " * rng.randint(1, 150)]) + rng.choice(["", "CAB?", str(i)])
+        if i % 20 == 3:
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 200, "stream": i % 40 == 3}
+            with server.raw(server.post(body)) as connection:
+                time.sleep(rng.random() * 0.2)
+                connection.close()
+            return True
+        if i % 20 == 7:
+            bad = rng.choice([b"{", b"[]", b"{}", b'{"model": 1}', b"\x00"])
+            return server.ask("/v1/chat/completions", bad)[0] == 400
+        if i % 3 == 0:
+            body = {"model": server.model, "prompt": text, "max_tokens": 3, "stream": i % 2 == 0}
+            return server.ask("/v1/completions", body)[0] == 200
+        return bool(server.chat(text, max_tokens=rng.randint(1, 8), stream=i % 2 == 0, temperature=i % 2))
+
+    def client():
+        with contextlib.suppress(IndexError):
+            while True:
+                i = todo.pop()
+                try:
+                    (done if one(i) else lost).append(i)
+                except Exception as error:  # noqa: BLE001
+                    lost.append((i, error))
+                sizes.append(server.rss())
+
+    threads = [threading.Thread(target=client) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not lost and len(done) == MANY
+    quarter = len(sizes) // 4
+    early, late = max(sizes[quarter : 2 * quarter]), max(sizes[-quarter:])
+    print(f"{MANY} requests; memory {early / 2**20:.0f} MiB in the second quarter, {late / 2**20:.0f} in the last")
+    assert late < early + 2**25
+    until = time.monotonic() + 30
+    while len(os.listdir(f"/proc/{server.process.pid}/task")) > 30 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert time.monotonic() < until  # no thread of a client stayed
+    assert not any("error" in line for line in server.lines), server.lines
+
+
+def test_the_openai_package_is_served(server):
+    openai = pytest.importorskip("openai", reason="the openai package is not installed: pip install openai")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    with client:
+        whole = client.chat.completions.create(model=server.model, messages=USER, max_completion_tokens=6)
+        pieces = client.chat.completions.create(
+            model=server.model, messages=USER, max_tokens=6, stream=True, stream_options={"include_usage": True}
+        )
+        *events, last = pieces
+        assert "".join(e.choices[0].delta.content or "" for e in events) == whole.choices[0].message.content
+        assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+        assert last.usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
+        assert client.completions.create(model=server.model, prompt="ABBA", max_tokens=2).choices[0].finish_reason
+        assert [model.id for model in client.models.list()] == [server.model]
+        for model, n, error in (("other", 1, openai.NotFoundError), (server.model, 2, openai.BadRequestError)):
+            with pytest.raises(error, match="other|n 2"):
+                client.chat.completions.create(model=model, messages=USER, n=n)
+
+
+def test_langchain_is_served(server):
+    chat = pytest.importorskip("langchain_openai", reason="not installed: pip install langchain-openai").ChatOpenAI(
+        base_url=server.url + "/v1", api_key="none", model=server.model, max_tokens=6, max_retries=0
+    )
+    whole = chat.invoke([("system", "ABBA"), ("human", "CAB")])
+    assert "".join(piece.content for piece in chat.stream([("system", "ABBA"), ("human", "CAB")])) == whole.content
+    assert whole.usage_metadata["input_tokens"] > 0
+
+
+def test_common():
+    assert [common(a, b) for a, b in (([], [1]), ([1, 2], [1, 2, 3]), ([1, 2], [1, 3]), ([2], [1]))] == [0, 2, 1, 0]
