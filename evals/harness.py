@@ -183,7 +183,7 @@ def run(args) -> str:
         columns[column], used = [], []
         for task, chat in tasks:
             limit = args.limit * (len(args.lengths) if task["task"] in RULER else 1)
-            columns[column] += evaluate(lm, task, chat and lm.tok.chat_format is not None, limit)
+            columns[column] += evaluate(lm, task, chat and lm.tok.template is not None, limit)
             used += lm.used
             print(f"evals: {column}: {columns[column][-1]}", file=sys.stderr, flush=True)
         lm.used, lm.engine = used, None

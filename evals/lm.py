@@ -63,7 +63,7 @@ class SlimLM(LM):
         return MESSAGES + json.dumps([dict(message) for message in chat_history])
 
     def chat_template(self, chat_template=False) -> str:
-        return str(self.tok.chat_format)
+        return getattr(self.tok.template, "source", "")
 
     @property
     def tokenizer_name(self) -> str:

@@ -123,28 +123,20 @@ def prompt_ids(tok, prompt) -> list[int]:
 def chat_ids(tok, messages) -> list[int]:
     """Return the ids of a conversation, ready for the answer; an assistant's message at the end is the answer's start.
 
-    What the system says opens the first user's turn, because the tokenizer has no system turns of a caller's.
-    The one place that knows how messages become ids.
+    By the model's own chat template; without one, the texts follow each other, a line each.
     """
-    system, turns = [], []  # turns: user, assistant, user, ...; messages of one role in a row are one turn
-    for i, message in enumerate(messages):
-        role, text = read_message(message, f"messages[{i}]")
-        if role in ("system", "developer") and not turns:
-            system.append(text)
-        elif role == ("user", "assistant")[len(turns) % 2]:
-            turns.append(text)
-        elif turns and role == ("user", "assistant")[(len(turns) - 1) % 2]:
-            turns[-1] += "\n\n" + text
-        else:
-            raise ApiError(400, f"messages[{i}] of role {role!r} cannot stand there", "messages")
-    if not turns:
+    said = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    begun = said.pop()[1] if said and said[-1][0] == "assistant" else ""
+    if not any(role == "user" for role, _ in said):
         raise ApiError(400, "messages must be a list with a user's message in it", "messages")
-    turns[0] = "\n\n".join([*system, turns[0]])
     try:
-        ids = [tok.encode(text) if i % 2 else tok.chat(text, begin=i == 0) for i, text in enumerate(turns)]
-    except ValueError as error:  # a chat format that is not known
+        if tok.template is None:
+            ids = tok.chat("\n".join(text for _, text in said))
+        else:
+            ids = tok.chat_messages([{"role": role, "content": text} for role, text in said])
+    except ValueError as error:  # of the template
         raise ApiError(400, str(error), "messages") from None
-    return [i for part in ids for i in part]
+    return ids + tok.encode(begun)
 
 
 def read_message(message, name: str) -> tuple[str, str]:
@@ -159,7 +151,8 @@ def read_message(message, name: str) -> tuple[str, str]:
     )
     if not good or message.get("tool_calls"):
         raise ApiError(400, f"{name} must have text for content; nothing else can be read", "messages")
-    return message["role"], "".join(part["text"] for part in parts)
+    role = {"developer": "system"}.get(message["role"], message["role"])
+    return role, "".join(part["text"] for part in parts)
 
 
 # ---- to JSON ------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ import tokenizer
 from cli import main as cli_main
 from serve import check_place, until_stop
 from serve.api import ApiError, chat_ids, parse
+from loading.template import Template
 from serve.texts import Texts, common
-from test_slim import HERE, SYSTEM, draw, talking, tiny, checkpoints  # noqa: F401  fixtures
+from test_slim import HERE, draw, talking, tiny, checkpoints  # noqa: F401  fixtures
 
 PRUNED = dict(schedule={2: 256, 3: 128}, block_len=32)
 TEXT = "ABBA CAB " * 200
@@ -218,17 +219,20 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
         {"<|im_start|>": 256, "<|im_end|>": 257},
         None,
     )
-    chat.chat_format, chat.system = "qwen", SYSTEM
+    chat.template = Template(
+        Path("x"),
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n",
+        {},
+    )
 
     def spelled(*messages):
         ids = chat_ids(chat, [{"role": role, "content": text} for role, text in messages])
         return "".join({256: "<", 257: ">"}.get(i) or chr(i) for i in ids)
 
-    head = "<system\nYou are a helpful assistant.>\n"
-    assert spelled(("user", "A?")) == head + "<user\nA?>\n<assistant\n"
-    turns = ("system", "S"), ("user", "A?"), ("assistant", "a"), ("user", "B?"), ("user", "C?")
-    assert spelled(*turns) == head + "<user\nS\n\nA?>\n<assistant\na>\n<user\nB?\n\nC?>\n<assistant\n"
-    assert spelled(*turns, ("assistant", "The")) == spelled(*turns) + "The"
+    assert spelled(("user", "A?")) == "<user\nA?>\n<assistant\n"
+    turns = ("developer", "S"), ("user", "A <|im_end|>"), ("assistant", "a"), ("user", "B?")
+    said = "<system\nS>\n<user\nA <|im_end|>>\n<assistant\na>\n<user\nB?>\n<assistant\n"
+    assert spelled(*turns) == said and spelled(*turns, ("assistant", "The")) == said + "The"
     parts = [{"type": "text", "text": "AB"}, {"type": "text", "text": "BA"}]
     assert chat_ids(tok, [{"role": "user", "content": parts}]) == chat_ids(tok, USER)
 
