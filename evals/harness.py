@@ -55,8 +55,10 @@ def ruler_task(name: str, folder: Path, lengths: list[int], n: int, essays: Path
     if name not in WITHOUT_ESSAYS and essays is None:
         raise ValueError(f"{name} hides things in essays that are not here; give a text with --essays FILE")
     where, function = RULER[name]
-    module = importlib.import_module(f"lm_eval.tasks.ruler.{where}")
-    prepare, shared = (importlib.import_module(f"lm_eval.tasks.ruler.{m}") for m in ("prepare_niah", "common_utils"))
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it downloaded something, which it did not
+        module, prepare, shared = (
+            importlib.import_module(f"lm_eval.tasks.ruler.{name}") for name in (where, "prepare_niah", "common_utils")
+        )
     make = getattr(module, MAKERS[where])
 
     def few(*args, **kwargs):

@@ -208,7 +208,9 @@ def test_any_value_is_taken_or_refused(tok, value, name, chat):
 def test_what_is_left_open_comes_from_the_command_line(tok):
     r = parse(True, {"model": "m", "messages": USER, "seed": None, "n": 1.0}, tok, "m", 4096, DEFAULTS)
     assert (r.max_tokens, r.temperature, r.top_p, r.seed, r.stop, r.stream) == (9, 0, 1, None, [], False)
-    r = parse(True, {"model": "m", "messages": USER, "max_tokens": 5000, "seed": -1, "stop": "x"}, tok, "m", 100, DEFAULTS)
+    r = parse(
+        True, {"model": "m", "messages": USER, "max_tokens": 5000, "seed": -1, "stop": "x"}, tok, "m", 100, DEFAULTS
+    )
     assert r.max_tokens == 100 - len(r.ids) and r.seed == 2**63 - 1 and r.stop == ["x"]
 
 
@@ -271,7 +273,10 @@ class Running:
     def __init__(self, ckpt, *args, env=None):
         command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(ckpt), "--serve", "0", "--block-len", "32"]
         self.process = subprocess.Popen(
-            [*command, "--schedule", "2:256,3:128", *args], stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
+            [*command, "--schedule", "2:256,3:128", *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | (env or {}),
         )
         self.lines = []
         while "/v1;" not in (line := self.process.stderr.readline()):
@@ -442,7 +447,9 @@ def test_a_key_is_asked_for(talking):
 
 def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tmp_path):
     server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
-    running = server.raw(server.post({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True}))
+    running = server.raw(
+        server.post({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True})
+    )
     data = running.recv(4096)
     waiting = server.raw(server.post({"messages": USER}))
     time.sleep(0.3)
