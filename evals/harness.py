@@ -55,8 +55,10 @@ def ruler_task(name: str, folder: Path, lengths: list[int], n: int, essays: Path
     if name not in WITHOUT_ESSAYS and essays is None:
         raise ValueError(f"{name} hides things in essays that are not here; give a text with --essays FILE")
     where, function = RULER[name]
-    module = importlib.import_module(f"lm_eval.tasks.ruler.{where}")
-    prepare, shared = (importlib.import_module(f"lm_eval.tasks.ruler.{m}") for m in ("prepare_niah", "common_utils"))
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it downloaded something, which it did not
+        module, prepare, shared = (
+            importlib.import_module(f"lm_eval.tasks.ruler.{name}") for name in (where, "prepare_niah", "common_utils")
+        )
     make = getattr(module, MAKERS[where])
 
     def few(*args, **kwargs):
@@ -101,8 +103,8 @@ def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
     """Run one task; return its rows: a metric, its mean over the samples and the standard error."""
     lm.used = []
     result = simple_evaluate(
-        lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0, task_manager=all_tasks(),
-        verbosity="ERROR",
+        lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0,
+        task_manager=all_tasks(), verbosity="ERROR",
     )  # fmt: skip
     rows = []
     for name, samples in result["samples"].items():
@@ -115,7 +117,7 @@ def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
 
 
 def table(columns: dict[str, list[dict]], notes: dict[str, str]) -> str:
-    """Return a Markdown table: a row per task and metric, a column per way to answer, and what each one saw and cost."""
+    """Return a Markdown table: a row per task and metric, a column per way to answer; what each saw and cost."""
     lines = ["| task | metric | samples | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for rows in zip(*columns.values()):
         cells = [f"{100 * row['mean']:.1f} ± {100 * row['error']:.1f}" for row in rows]

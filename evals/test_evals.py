@@ -59,7 +59,10 @@ def test_pruned_scores_are_those_of_the_engine_a_token_at_a_time(talking):
     engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)
     logits = [engine.prefill(ids, room=len(wanted)), *(engine.extend([i]) for i in wanted[:-1])]
     assert score == pytest.approx(sum(float(x.double().log_softmax(-1)[i]) for x, i in zip(logits, wanted)), abs=1e-6)
-    assert lm.engine.stats["kept"][-1] < len(ids) / 4 and score != lm_of(talking).loglikelihood([request(context, answer)])[0][0]
+    assert (
+        lm.engine.stats["kept"][-1] < len(ids) / 4
+        and score != lm_of(talking).loglikelihood([request(context, answer)])[0][0]
+    )
 
 
 def test_answers_are_written_once_and_end_at_a_stop(talking, tmp_path, monkeypatch):
@@ -104,11 +107,13 @@ def test_messages_go_through_the_models_template_and_a_question_can_come_later(t
     assert lm.used == [(len(ids), split, True)] and 0 < lm.flops() < 1
 
 
-def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_run(talking, tmp_path, capsys, monkeypatch):
+def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_run(
+    talking, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("wonderwords", reason='RULER is not installed: pip install "lm-eval[ruler]"')
     (tmp_path / "book.txt").write_text(text(3000, 1))
-    args = ["--ckpt", str(talking), "--tasks", "niah_single_1,niah_multikey_1", "--lengths", "1024", "2048", "--limit", "2",
-            "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
+    args = ["--ckpt", str(talking), "--tasks", "niah_single_1,niah_multikey_1", "--lengths", "1024", "2048",
+            "--limit", "2", "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
             "--essays", str(tmp_path / "book.txt")]  # fmt: skip
     assert harness.main(args) == 0
     table = capsys.readouterr().out

@@ -86,15 +86,14 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
     try:
         if server.stopping.is_set():
             raise ApiError(503, "the server is closing")
-        if not job.gone.is_set():
-            answer(job, server, engine, tok, texts, say)
+        answer(job, server, engine, tok, texts, say)
     except Gone:
         counts["gone"] += 1
     except ApiError as error:
         job.out.put(error)
-    except (ValueError, MemoryError) as error:  # before a step: the request asks too much of this machine
-        status = 400 if isinstance(error, ValueError) and engine.steps == steps else 500
-        job.out.put(ApiError(status, str(error)))
+    except (ValueError, MemoryError) as error:  # a ValueError before a step: the request asks too much
+        broken = isinstance(error, MemoryError) or engine.steps != steps and not engine.usable
+        job.out.put(ApiError(500 if broken else 400, str(error)))
     except Exception as error:  # noqa: BLE001  a bug, or torch out of memory: the others are still served
         say(f"slim: error: {type(error).__name__}: {' '.join(str(error).split())}")
         job.out.put(ApiError(500, f"the engine failed: {type(error).__name__}"))
@@ -121,6 +120,7 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
             first, n = first or time.perf_counter() - started, n + 1
             yield token
 
+    check()
     cached, tail = texts.bring(r.ids, r.max_tokens)
     if not cached:
         engine.model.on_chunk = check  # a new reading may be broken off anywhere: nothing is lost
@@ -134,10 +134,10 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     counts["answers"] += 1
     for name, value in (("prompt_tokens", len(r.ids)), ("cached_tokens", cached), ("completion_tokens", n)):
         counts[name] += value
-    rate = (n - 1) / max(1e-9, time.perf_counter() - started - first)
+    rate = max(0, n - 1) / max(1e-9, time.perf_counter() - started - first)
     say(
         f"slim: {len(r.ids):,} tokens, {cached:,} of them read before; first token {first:.2f} s, "
-        f"then {n - 1:,} more at {rate:.1f} tokens/s"
+        f"then {max(0, n - 1):,} more at {rate:.1f} tokens/s"
     )
 
 
@@ -202,7 +202,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__((host, port), Handler)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
         self.key, self.jobs, self.stopping = key, queue.SimpleQueue(), threading.Event()
-        self.clients = threading.BoundedSemaphore(MOST_CLIENTS)
+        self.clients: set[socket.socket] = set()
         self.arriving: dict[socket.socket, float] = {}  # connections whose request is not here yet: until when
         names = "answers", "errors", "gone", "prompt_tokens", "cached_tokens", "completion_tokens"
         self.counts, self.engine_stats = dict.fromkeys(names, 0), {}
@@ -217,13 +217,14 @@ class Server(socketserver.ThreadingTCPServer):
             if job := self.jobs.get():
                 job.out.put(ApiError(503, "the server is closing"))
         until = time.monotonic() + 5
-        while time.monotonic() < until and self.clients._value < MOST_CLIENTS - len(self.arriving):
+        while time.monotonic() < until and self.clients - set(self.arriving):
             time.sleep(0.02)
         self.server_close()
 
     def process_request(self, request, client_address):
-        if not self.clients.acquire(blocking=False):
-            return self.shutdown_request(request)  # full: a client tries again
+        if len(self.clients) >= MOST_CLIENTS:
+            return self.shutdown_request(request)  # a client tries again
+        self.clients.add(request)
         self.arriving[request] = time.monotonic() + PATIENCE
         super().process_request(request, client_address)
 
@@ -232,7 +233,7 @@ class Server(socketserver.ThreadingTCPServer):
             super().process_request_thread(request, client_address)
         finally:
             self.arriving.pop(request, None)
-            self.clients.release()
+            self.clients.discard(request)
 
     def service_actions(self):
         """Every half second: close connections whose request does not come."""

@@ -1,8 +1,9 @@
 """What a second question on the same text costs, in time and accuracy: python serve/measure.py --text BOOK.txt
 
 Each sample is a piece of the book with facts put in. All questions are put to one text, each in one message with it,
-as a chat client sends them. `fresh`: the text is read anew with each question. `again`: it is read once, by the first
-question, and rewound for each other. An answer is right if the fact's number is in its first tokens.
+as a chat client sends them. `again`: the text is read once, by the first question, and rewound for each other one.
+`fresh`: it is read anew with each question; not done for dense, where it is the same. The first question counts for
+neither. An answer is right if the fact's number is in its first tokens.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slim
@@ -58,21 +59,20 @@ def main():
         right, seconds = {"fresh": [], "again": []}, {"fresh": [], "again": []}
         for i in range(args.samples):
             text, facts = make_sample(tok, book, args.tokens, rng)
-            for how in ("again", "fresh"):
+            for how in ("again", "fresh") if engine.ckpt.schedule else ("again",):
                 engine.forget()
-                for place, number in facts:
+                for j, (place, number) in enumerate(facts):
                     if how == "fresh":
                         engine.forget()
                     said, took, cached = ask(texts, tok, text, place)
-                    name = "again" if cached else "fresh"
-                    seconds[name].append(took)
-                    if how == "fresh" or cached:
+                    seconds["again" if cached else "fresh"].append(took)
+                    if j:
                         right[how].append(number in said)
+            shown = ", ".join(f"{how} {sum(got)} of {len(got)}" for how, got in right.items() if got)
             first, later = median(seconds["fresh"]), seconds["again"]
             print(
-                f"{schedule}: {i + 1} texts; right {mean(right['fresh']):.1%} of {len(right['fresh'])} fresh, "
-                f"{mean(right['again']):.1%} of {len(right['again'])} again; first token {first:.2f} s fresh, "
-                f"{median(later):.2f} s again (1/{first / median(later):.0f}; {min(later):.2f} to {max(later):.2f})",
+                f"{schedule}: {i + 1} texts; right {shown}; first token {first:.2f} s fresh, {median(later):.2f} s "
+                f"again (1/{first / median(later):.0f}; {min(later):.2f} to {max(later):.2f} s)",
                 flush=True,
             )
 

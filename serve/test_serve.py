@@ -28,9 +28,9 @@ from cli import main as cli_main
 from serve import check_place, until_stop
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
-from test_slim import HERE, SYSTEM, draw, talking, tiny, checkpoints  # noqa: F401  fixtures
+from test_slim import HERE, SYSTEM, checkpoints, draw, talking, tiny  # noqa: F401  fixtures
 
-PRUNED = dict(schedule={2: 256, 3: 128}, block_len=32)
+PRUNED = {"schedule": {2: 256, 3: 128}, "block_len": 32}
 TEXT = "ABBA CAB " * 200
 MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
 
@@ -41,8 +41,8 @@ MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
 @given(seed=st.integers(0, 10**6), pruned=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_path_factory):
-    """Requests that share beginnings of any length: dense, the logits of a fresh engine; pruned, the ids all the same."""
-    rng, options = random.Random(seed), PRUNED if pruned else dict(schedule="dense", block_len=32)
+    """Requests that share beginnings of any length: dense, the answers of a fresh engine; pruned, the same ids."""
+    rng, options = random.Random(seed), PRUNED if pruned else {"schedule": "dense", "block_len": 32}
     engine, fresh = slim.load(tiny, "cpu", **options), slim.load(tiny, "cpu", **options)
     texts, asked = Texts(engine, tmp_path_factory.mktemp("texts") if rng.random() < 0.5 else None), [draw(1200, seed)]
     for i in range(6):
@@ -207,7 +207,9 @@ def test_any_value_is_taken_or_refused(tok, value, name, chat):
 def test_what_is_left_open_comes_from_the_command_line(tok):
     r = parse(True, {"model": "m", "messages": USER, "seed": None, "n": 1.0}, tok, "m", 4096, DEFAULTS)
     assert (r.max_tokens, r.temperature, r.top_p, r.seed, r.stop, r.stream) == (9, 0, 1, None, [], False)
-    r = parse(True, {"model": "m", "messages": USER, "max_tokens": 5000, "seed": -1, "stop": "x"}, tok, "m", 100, DEFAULTS)
+    r = parse(
+        True, {"model": "m", "messages": USER, "max_tokens": 5000, "seed": -1, "stop": "x"}, tok, "m", 100, DEFAULTS
+    )
     assert r.max_tokens == 100 - len(r.ids) and r.seed == 2**63 - 1 and r.stop == ["x"]
 
 
@@ -247,7 +249,8 @@ def test_a_stop_ends_the_text_before_it(text, stops):
     [
         ("8080", None, ("127.0.0.1", 8080)), ("localhost:1", None, ("localhost", 1)), ("[::1]:80", None, ("::1", 80)),
         ("0.0.0.0:80", "k", ("0.0.0.0", 80)), ("0.0.0.0:80", None, "api-key"), ("example.org:80", "", "api-key"),
-        ("http", None, "PORT"), ("65536", None, "PORT"), (":80", None, "PORT"), ("", None, "PORT"), ("²", None, "PORT"),
+        ("http", None, "PORT"), ("65536", None, "PORT"), (":80", None, "PORT"), ("", None, "PORT"),
+        ("²", None, "PORT"),
     ],
 )  # fmt: skip
 def test_only_this_machine_is_served_without_a_key(place, key, good):
@@ -267,7 +270,10 @@ class Running:
     def __init__(self, ckpt, *args, env=None):
         command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(ckpt), "--serve", "0", "--block-len", "32"]
         self.process = subprocess.Popen(
-            [*command, "--schedule", "2:256,3:128", *args], stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
+            [*command, "--schedule", "2:256,3:128", *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | (env or {}),
         )
         self.lines = []
         while "/v1;" not in (line := self.process.stderr.readline()):
@@ -438,7 +444,9 @@ def test_a_key_is_asked_for(talking):
 
 def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tmp_path):
     server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
-    running = server.raw(server.post({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True}))
+    running = server.raw(
+        server.post({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True})
+    )
     data = running.recv(4096)
     waiting = server.raw(server.post({"messages": USER}))
     time.sleep(0.3)
