@@ -103,8 +103,8 @@ def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
     """Run one task; return its rows: a metric, its mean over the samples and the standard error."""
     lm.used = []
     result = simple_evaluate(
-        lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0, task_manager=all_tasks(),
-        verbosity="ERROR",
+        lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0,
+        task_manager=all_tasks(), verbosity="ERROR",
     )  # fmt: skip
     rows = []
     for name, samples in result["samples"].items():
@@ -117,7 +117,7 @@ def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
 
 
 def table(columns: dict[str, list[dict]], notes: dict[str, str]) -> str:
-    """Return a Markdown table: a row per task and metric, a column per way to answer, and what each one saw and cost."""
+    """Return a Markdown table: a row per task and metric, a column per way to answer; what each saw and cost."""
     lines = ["| task | metric | samples | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for rows in zip(*columns.values()):
         cells = [f"{100 * row['mean']:.1f} ± {100 * row['error']:.1f}" for row in rows]

@@ -16,8 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import slim
 import tokenizer
-from loading.plan import Checkpoint
-from model import prefill_flops
+from loading.plan import Checkpoint, prefill_flops
 from serve import until_stop
 from serve.api import chat_ids
 from serve.texts import common

@@ -112,8 +112,8 @@ def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_ru
 ):
     pytest.importorskip("wonderwords", reason='RULER is not installed: pip install "lm-eval[ruler]"')
     (tmp_path / "book.txt").write_text(text(3000, 1))
-    args = ["--ckpt", str(talking), "--tasks", "niah_single_1,niah_multikey_1", "--lengths", "1024", "2048", "--limit", "2",
-            "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
+    args = ["--ckpt", str(talking), "--tasks", "niah_single_1,niah_multikey_1", "--lengths", "1024", "2048",
+            "--limit", "2", "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
             "--essays", str(tmp_path / "book.txt")]  # fmt: skip
     assert harness.main(args) == 0
     table = capsys.readouterr().out

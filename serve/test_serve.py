@@ -25,13 +25,13 @@ from hypothesis import given, settings, strategies as st
 import slim
 import tokenizer
 from cli import main as cli_main
+from loading.template import Template
 from serve import check_place, until_stop
 from serve.api import ApiError, chat_ids, parse
-from loading.template import Template
 from serve.texts import Texts, common
-from test_slim import HERE, draw, talking, tiny, checkpoints  # noqa: F401  fixtures
+from test_slim import HERE, checkpoints, draw, talking, tiny  # noqa: F401  fixtures
 
-PRUNED = dict(schedule={2: 256, 3: 128}, block_len=32)
+PRUNED = {"schedule": {2: 256, 3: 128}, "block_len": 32}
 TEXT = "ABBA CAB " * 200
 MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
 
@@ -42,8 +42,8 @@ MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
 @given(seed=st.integers(0, 10**6), pruned=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_path_factory):
-    """Requests that share beginnings of any length: dense, the logits of a fresh engine; pruned, the ids all the same."""
-    rng, options = random.Random(seed), PRUNED if pruned else dict(schedule="dense", block_len=32)
+    """Requests that share beginnings of any length: dense, the answers of a fresh engine; pruned, the same ids."""
+    rng, options = random.Random(seed), PRUNED if pruned else {"schedule": "dense", "block_len": 32}
     engine, fresh = slim.load(tiny, "cpu", **options), slim.load(tiny, "cpu", **options)
     texts, asked = Texts(engine, tmp_path_factory.mktemp("texts") if rng.random() < 0.5 else None), [draw(1200, seed)]
     for i in range(6):
@@ -253,7 +253,8 @@ def test_a_stop_ends_the_text_before_it(text, stops):
     [
         ("8080", None, ("127.0.0.1", 8080)), ("localhost:1", None, ("localhost", 1)), ("[::1]:80", None, ("::1", 80)),
         ("0.0.0.0:80", "k", ("0.0.0.0", 80)), ("0.0.0.0:80", None, "api-key"), ("example.org:80", "", "api-key"),
-        ("http", None, "PORT"), ("65536", None, "PORT"), (":80", None, "PORT"), ("", None, "PORT"), ("²", None, "PORT"),
+        ("http", None, "PORT"), ("65536", None, "PORT"), (":80", None, "PORT"), ("", None, "PORT"),
+        ("²", None, "PORT"),
     ],
 )  # fmt: skip
 def test_only_this_machine_is_served_without_a_key(place, key, good):

@@ -12,7 +12,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from kvcache import check_saved, read_saved, tail_rows
+from kvcache import tail_rows
+from loading.saved import check_saved, read_saved
 
 TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter of it at most
 WORTH_A_FILE = 1024  # tokens; less is sooner read again
