@@ -33,15 +33,7 @@ EXAMPLES = """examples:
 """
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    """Read the command line; `given` holds what was written there, without the defaults."""
-    d = {f.name: f.default for f in fields(Settings)}
-    p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]",
-               epilog=EXAMPLES, allow_abbrev=False,
-               description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
-               formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110),
-               )  # fmt: skip
-    g = p.add_argument_group("what to read, and what to ask")
+def add_reading(g, d: dict) -> None:
     g.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b")
     g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
     g.add_argument(
@@ -55,10 +47,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--system", metavar="TEXT", help="what a chat model is told before anything else")
     g.add_argument("--no-think", action="store_true", help="answer at once, where the chat template knows thinking")
     g.add_argument(
-        "--rope-yarn", type=float, default=d["rope_yarn"], metavar="FACTOR",
+        "--rope-yarn",
+        type=float,
+        default=d["rope_yarn"],
+        metavar="FACTOR",
         help="stretch the trained context this many times, by YaRN, for a text beyond it",
     )
-    g = p.add_argument_group("the answer")
+
+
+def add_answering(g, d: dict) -> None:
     g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="its length at most (%(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     g.add_argument(
@@ -70,14 +67,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     g.add_argument("--stop", metavar="TEXT", action="append", help="end before this text; again for each further one")
     g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
-    g = p.add_argument_group("what is shown")
+
+
+def add_showing(g, d: dict) -> None:
     g.add_argument(
         "--map", metavar="FILE", help="write an HTML page that shows which parts of the text were kept, and when"
     )
     g.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
     g.add_argument("--json", action="store_true", help="print one JSON object per answer instead of the text")
     g.add_argument("--quiet", action="store_true", help="print the answer alone")
-    g = p.add_argument_group("pruning")
+
+
+def add_pruning(g, d: dict) -> None:
     g.add_argument(
         "--schedule",
         default="auto",
@@ -95,7 +96,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=int,
         default=d["window"],
         metavar="N",
-        help="newest queries that rank the blocks; 0: 8 for peak, 4 for paper (%(default)s)",
+        help="newest queries that rank the blocks; 0: 32 for peak, 4 for paper (%(default)s)",
     )
     g.add_argument(
         "--gamma",
@@ -104,12 +105,16 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="G",
         help="overlap of the new choice from which the active blocks stay; -1: 1 for peak, 0.9 for paper (%(default)s)",
     )
-    g = p.add_argument_group("a server of OpenAI's API")
+
+
+def add_serving(g, d: dict) -> None:
     g.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP requests there; 127.0.0.1 is the default host")
     g.add_argument("--api-key", metavar="KEY", help="what requests must show; others do not see $SLIM_API_KEY")
     g.add_argument("--cache-dir", metavar="DIR", help="where texts that were read wait when another is at hand")
     g.add_argument("--cache-gib", type=float, default=8.0, metavar="N", help="size of all files there (%(default)s)")
-    g = p.add_argument_group("the machine")
+
+
+def add_running(g, d: dict) -> None:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)")
     g.add_argument(
@@ -120,6 +125,26 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="rows computed at a time; 0 chooses by device (%(default)s)",
     )
     g.add_argument("--no-overlap", action="store_true", help="copy synchronously, on the compute stream")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Read the command line; `given` holds what was written there, without the defaults."""
+    d = {f.name: f.default for f in fields(Settings)}
+    p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]",
+               epilog=EXAMPLES, allow_abbrev=False,
+               description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
+               formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110),
+               )  # fmt: skip
+    groups = {
+        "what to read, and what to ask": add_reading,
+        "the answer": add_answering,
+        "what is shown": add_showing,
+        "pruning": add_pruning,
+        "a server of OpenAI's API": add_serving,
+        "the machine": add_running,
+    }
+    for name, add in groups.items():
+        add(p.add_argument_group(name), d)
     defaults = vars(p.parse_args([]))
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {key: value for key, value in given.items() if value is not None}
@@ -253,7 +278,19 @@ def adopt(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
     header, _ = read_saved(args.resume)
     saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}
-    for name in ("ckpt", "dtype", "schedule", "score", "block_len", "unit_len", "window", "gamma", "chunk", "rope_yarn", "raw"):
+    for name in (
+        "ckpt",
+        "dtype",
+        "schedule",
+        "score",
+        "block_len",
+        "unit_len",
+        "window",
+        "gamma",
+        "chunk",
+        "rope_yarn",
+        "raw",
+    ):
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
