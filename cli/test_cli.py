@@ -298,7 +298,7 @@ def test_all_that_is_wrong_with_the_tensors_is_listed(cli):
 
 def test_a_model_too_big_is_refused_before_it_is_loaded_with_the_flag_that_helps(cli, monkeypatch):
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
-    set_free(monkeypatch, 1_400_000)
+    set_free(monkeypatch, 2_600_000)
     code, _, err = cli()
     assert code == 2
     is_one_line(err, "it would fit with --")
