@@ -1307,10 +1307,12 @@ print((memory("VmHWM") - before) / (need.kv + need.temporary + need.host))
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset here")
 @pytest.mark.parametrize("schedule", ["{}", "{3: 1 / 4, 6: 1 / 8}"])
 def test_the_plan_is_what_a_prompt_takes(schedule):
-    """Measured 0.94 and 0.95 at 16,384 tokens; the allocator adds a few MiB, more than a tenth of a small prompt."""
+    """Measured 0.94 dense and 0.77 to 0.95 pruned at 16,384 tokens, where homes are planned that a prefill does not
+    touch; the allocator adds a few MiB, more than a tenth of a small prompt.
+    """
     run = subprocess.run([sys.executable, "-c", PEAK, schedule], cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert 0.8 < float(run.stdout) < 1.15
+    assert 0.7 < float(run.stdout) < 1.15
 
 
 def test_a_conversation_survives_a_tail_that_could_not_grow(tiny, monkeypatch):
