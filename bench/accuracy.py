@@ -385,6 +385,11 @@ def read_results(path: Path) -> dict:
     return {(r["task"], r["n"], r["part"], r["seed"], r["entry"]): r for r in rows}
 
 
+def read_all(paths: str) -> dict:
+    """Return the results of files with commas between."""
+    return {key: r for path in paths.split(",") for key, r in read_results(Path(path)).items()}
+
+
 def error(values: list[float]) -> float:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
@@ -395,8 +400,8 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
     for n in sorted({key[1] for key in results if key[2] == part}):
         tasks = [t for t in prose.TASKS if any(key[:3] == (t, n, part) for key in results)]
         lines += [
-            f"\n{n:,} tokens: answer tokens right, % ± standard error of the difference to dense (whole answers right, "
-            "%); continuation: perplexity over dense's\n",
+            f"\n{n:,} tokens: answer tokens right, % ± standard error of the difference to dense (whole answers "
+            "right, %); continuation: perplexity over dense's\n",
             "| | FLOPs, times fewer | texts | " + " | ".join(tasks) + " |",
             "|---" * (len(tasks) + 3) + "|",
         ]
@@ -420,35 +425,40 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
                     cells.append(f"{math.exp(mean(gap)):.3f} ± {error(gap):.3f}")
                 else:
                     right, gap = mean(r["right"] for r, _ in both), error([r["right"] - d["right"] for r, d in both])
-                    cells.append(f"{100 * right:.1f} ± {100 * gap:.1f} ({100 * mean(r['whole'] for r, _ in both):.0f})")
+                    whole = mean(r["whole"] for r, _ in both)
+                    cells.append(f"{100 * right:.1f} ± {100 * gap:.1f} ({100 * whole:.0f})")
             ratio = mean(r["flops"] for both in pairs.values() for r, _ in both)
             lines.append(f"| {name} | {ratio:.2f} | {max(map(len, pairs.values()))} | " + " | ".join(cells) + " |")
     return lines
 
 
-def plot(path: str, results: dict, part: int, n: int) -> None:
-    """Draw answer tokens right, mean over the tasks, against FLOPs: a curve a method, a point a schedule."""
+def plot(path: str, results: dict, n: int) -> None:
+    """Draw answer tokens right less dense's on the same texts, mean over the tasks, against FLOPs."""
     import matplotlib.pyplot as plt
 
-    curves: dict[str, list[tuple[float, float, float]]] = {}
-    for name in dict.fromkeys(key[4] for key in results if key[1:3] == (n, part)):
-        rows = [(key[3], r) for key, r in results.items() if key[1:3] == (n, part) and key[4] == name]
-        by_text: dict[int, list[float]] = {}
-        for seed, r in rows:
-            if r["task"] != "continuation":
-                by_text.setdefault(seed, []).append(100 * r["right"])
-        means = [mean(right) for right in by_text.values()]
-        point = mean(r["flops"] for _, r in rows), mean(means), error(means)
-        curves.setdefault(name.split(", 1/")[0], []).append(point)
-    figure, ax = plt.subplots(figsize=(8, 4.5))
-    ax.axhline(curves.pop("dense")[0][1], color="#222222", lw=1, label="dense")
-    for name, points in sorted(curves.items(), key=lambda curve: -max(y for _, y, _ in curve[1])):
-        style = {"lw": 3, "color": "#C0392B", "zorder": 5} if name == "Slim, peak" else {"lw": 1}
-        x, y, spread = zip(*sorted(points))
-        ax.errorbar(x, y, yerr=spread, marker="o", ms=4, label=name, **style)
-    ax.set(xlabel="FLOPs of the first token, times fewer", ylabel="answer tokens right, mean of six tasks, %")
-    ax.set(ylim=(0, 100), title=f"{n:,} tokens")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure, ax = plt.subplots(figsize=(8.5, 4.5))
+    labels: list[tuple[float, float, bool]] = []
+    ax.axhline(0, color="#222222", lw=1)
+    points = []
+    for name in dict.fromkeys(key[4] for key in results if key[1] == n and key[4] != "dense"):
+        rows = {key: r for key, r in results.items() if key[1] == n and key[4] == name and key[0] != "continuation"}
+        gaps: dict = {}
+        for key, r in rows.items():
+            gaps.setdefault(key[2:4], []).append(100 * (r["right"] - results[*key[:4], "dense"]["right"]))
+        means = [mean(gap) for gap in gaps.values()]
+        points.append((mean(means), mean(r["flops"] for r in rows.values()), error(means), name))
+    for y, x, spread, name in sorted(points):
+        ours = "#C0392B" if name.startswith("Slim") else "#E59866" if ":" in name else "#2E86C1"
+        ax.errorbar(x, y, yerr=spread, fmt="o", ms=5, color=ours, elinewidth=1)
+        left = RIVALS.get(name, Entry()).block_len == 1
+        while any(abs(x - a) < 0.12 and side == left and y - b < 2.0 for a, b, side in labels):
+            y += 0.1  # labels do not lie on each other
+        labels.append((x, y, left))
+        ax.text(
+            x + (-0.02 if left else 0.02), y, name, fontsize=7, color=ours, va="center", ha="right" if left else "left"
+        )
+    ax.set(xlabel="FLOPs of the first token, times fewer", ylabel="answer tokens right, points over dense")
+    ax.set(title=f"{n:,} tokens, mean of six tasks", xlim=(2.1, 4.7))
     ax.grid(color="#E6E6E6")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -509,7 +519,11 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--part", type=int, choices=(0, 1), default=1, help="0: texts for choosing, 1: for reporting")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
-    p.add_argument("--out", required=True, help="results, a line each; a call computes only what is missing")
+    p.add_argument(
+        "--out",
+        required=True,
+        help="results, a line each; a call computes only what is missing; --table takes several, with commas between",
+    )
     p.add_argument("--plot", help="draw all results of the first of --lengths as a PNG; needs matplotlib")
     p.add_argument("--table", action="store_true", help="compute nothing")
     args = p.parse_args()
@@ -528,12 +542,12 @@ def main() -> None:
     if args.only:
         entries = {k: e for k, e in entries.items() if k == "dense" or k.startswith(tuple(args.only.split(";")))}
     try:
-        results = read_results(Path(args.out)) if args.table else run(args, entries)
+        results = read_all(args.out) if args.table else run(args, entries)
     except (ValueError, OSError) as err:
         sys.exit(f"accuracy: error: {err}")
     print("\n".join(tables(results, entries, args.part)))
     if args.plot:
-        plot(args.plot, results, args.part, args.lengths[0])
+        plot(args.plot, results, args.lengths[0])
 
 
 if __name__ == "__main__":
