@@ -614,7 +614,7 @@ def test_results_survive_a_late_stream(tiny, monkeypatch, late):
 
 
 def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
-    engine, t = slim.load(tiny, "cpu", chunk=32, schedule={2: 512}), 4000
+    engine, t = slim.load(tiny, "cpu", chunk=32, schedule={2: 512}, window=8), 4000
     engine.prefill(draw(64))
     with torch.profiler.profile(profile_memory=True) as profile:
         engine.prefill(draw(t))
@@ -962,17 +962,17 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
     ),
     "gamma": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True), "gamma 0.1"),
     "a bit of a tensor": (lambda p: flip(p, -100), "damaged"),
-    "tensor missing": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2.keys")), "damaged"),
+    "tensor missing": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2")), "damaged"),
     "tensor short": (
-        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"][1:]})),
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2": t["layer.2"][1:]})),
         "damaged",
     ),
     "tensor of another type": (
-        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.keys"].view(torch.int32)})),
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2": t["layer.2"].view(torch.int32)})),
         "damaged",
     ),
     "tensors exchanged": (
-        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2.keys": t["layer.2.values"].clone()})),
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2": t["layer.1"].clone()})),
         "damaged",
     ),
     "a slot": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(1, 10**6)), "damaged"),

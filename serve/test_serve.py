@@ -223,7 +223,8 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
     )
     chat.template = Template(
         Path("x"),
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{{ '<|im_start|>assistant\n' }}",
         {},
     )
 
