@@ -582,12 +582,10 @@ def test_blocks_that_move_together_are_one_copy_a_layer_and_direction(tiny):
     with mock.patch.multiple(kvcache.CopyStream, **{name: count(name) for name in spies}):
         for i in range(20):
             calls.clear()
-            before = engine.kv.swaps, engine.kv.revived
             engine.extend([1 + i])
-            swaps, revived = engine.kv.swaps - before[0], engine.kv.revived - before[1]
             above = len(engine.kv.stages[1].layers)
             assert calls.count("to_host") <= above and calls.count("to_device") <= above + 1
-            assert swaps > 4 and (revived > 0 or i > 1)
+    assert engine.kv.swaps > 60 and engine.kv.revived > 5  # several at a time
 
 
 @needs_cuda
@@ -1099,17 +1097,16 @@ def test_going_back_to_the_prompt_forgets_what_came_after(tiny):
 
 def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
     """One that always chooses anew, from the same blocks, by a ring that holds the follow-up's own queries."""
-    engine = slim.load(tiny, **SLIM | dict(gamma=1.0))
+    engine = slim.load(tiny, **SLIM | dict(gamma=1.0, window=8))
     engine.prefill(draw(150))
     go_on(engine, draw(30, seed=1))
     engine.rewind()
     assert all(stage.seen is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
-    other = slim.load(tiny, **SLIM | dict(gamma=1.0))
+    other = slim.load(tiny, **SLIM | dict(gamma=1.0, window=8))
     other.prefill(draw(150))
     engine.extend(draw(9, seed=2)), other.extend(draw(9, seed=2))
-    assert set(engine.kv.stages[1].slots) == set(
-        other.kv.stages[1].slots
-    )  # those above see what was chosen below before
+    # those above see what was chosen below before
+    assert set(engine.kv.stages[1].slots) == set(other.kv.stages[1].slots)
 
 
 def test_resuming_checks_memory_first_and_ends_a_generator(tiny, tmp_path, monkeypatch):
