@@ -314,7 +314,7 @@ class Bench:
     def run_dense(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
         """Answer one question without pruning; return the logits (answer tokens, V)."""
         self.model.kv, self.model.window, self.first = self.dense, MOST_QUERIES, 0
-        self.dense.rewind()
+        self.dense.rewind(self.dense.n_prompt)
         logits = [self.dense_step("question", prompt[self.dense.length :])]
         logits.append(self.dense_step("answer", answer[:-1], len(answer) - 1))
         return torch.cat(logits)
