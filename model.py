@@ -192,11 +192,13 @@ class Model:
         for a, b in zip(starts, starts[1:]):
             revived = a < rows.n_revived
             qkv = F.linear(F.rms_norm(x[a:b], (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
-            q, k, v = qkv.view(b - a, -1, d).split([h, g, g], dim=1)  # (t, H, D), (t, G, D), (t, G, D)
+            qk, v = qkv.view(b - a, -1, d).split([h + g, g], dim=1)  # (t, H + G, D), (t, G, D)
             if w.q_norm is not None:
-                q, k = (F.rms_norm(y, (d,), norm, c.norm_eps) for y, norm in ((q, w.q_norm), (k, w.k_norm)))
+                qk = torch.cat([F.rms_norm(qk[:, :h], (d,), w.q_norm, c.norm_eps),
+                                F.rms_norm(qk[:, h:], (d,), w.k_norm, c.norm_eps)], dim=1)  # fmt: skip
             if layer not in c.no_rope:
-                q, k = (rotate(y, rows.cos[a:b], rows.sin[a:b]) for y in (q, k))
+                qk = rotate(qk, rows.cos[a:b], rows.sin[a:b])
+            q, k = qk.split([h, g], dim=1)
             if rows.query_scale is not None:
                 q = (q * rows.query_scale[a:b]).to(q.dtype)
             kv.append(layer, rows.slab_rows[a:b], k, v)
@@ -414,7 +416,8 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     if b.is_cuda and b.dtype.itemsize < 4:
         return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale  # widening b would read and write it again
     wide = torch.promote_types(b.dtype, torch.float32)  # half-precision products are slow on a CPU and round the logits
-    return a.to(wide) * scale @ b.to(wide)
+    a, b = a.to(wide), b.to(wide)
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
