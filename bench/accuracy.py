@@ -196,8 +196,14 @@ def at_shares(a, b, c):
     }
 
 
+def at_least(blocks: int):
+    """Return AUTO with another floor than prune.LEAST_BLOCKS."""
+    return lambda bench, n: {p: max(64 * blocks, int(share * n)) for p, share in AUTO(bench, n).items()}
+
+
 SETS = {
     "rivals": RIVALS,
+    "floors": {"dense": Entry()} | {f"at least {n} blocks": anew(at_least(n)) for n in (4, 6, 8, 12)},
     "curves": {"dense": Entry(), **at_shares(2, 4, 8), **at_shares(8, 16, 32)},
     "schedules": {
         "dense": Entry(),
