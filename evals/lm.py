@@ -17,7 +17,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import slim
 import tokenizer
 from loading.plan import Checkpoint, prefill_flops
-from serve import until_stop
 from serve.api import chat_ids
 from serve.texts import common
 
@@ -142,7 +141,7 @@ class SlimLM(LM):
         )  # fmt: skip
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
-        return "".join(piece for piece, _ in until_stop(self.tok.stream(tokens), [stop for stop in until if stop]))
+        return "".join(self.tok.stream(tokens, filter(None, until)))
 
     def score(self, ids: list[int], split: int, answer: list[int]) -> tuple[float, bool]:
         """Return the log-likelihood of the answer's ids, and whether each is the likeliest.

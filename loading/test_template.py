@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from hypothesis import given, strategies as st
 
 import loading.template
 import tokenizer
@@ -339,6 +340,15 @@ def test_without_a_template_there_are_no_messages(tmp_path):
     assert tok.template is None and ids == [tok.bos_id, *tok.encode("A"), *tok.encode("\nB")]
     with pytest.raises(ValueError, match="no chat template"):
         tok.chat_messages(messages(TALKS["one"]))
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+def test_the_stop_that_is_complete_first_ends_the_text(text, stops):
+    tok = tokenizer.Tokenizer(None, {ord(c): c.encode() for c in "abc"}, {}, None)
+    ends = [n for n in range(len(text) + 1) if text[:n].endswith(tuple(stops))]
+    seen = text[: ends[0]] if ends else text
+    said = seen[: min((seen.find(s) for s in stops if s in seen), default=None)]
+    assert "".join(tok.stream(map(ord, text), stops)) == said
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])

@@ -105,32 +105,33 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
 def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     """Write the answer to a job, piece by piece, into its queue; raise Gone if the client leaves."""
     r, counts, started = job.request, server.counts, time.perf_counter()
-    first, n, stopped = 0.0, 0, False
+    first, n, finish = 0.0, 0, "stop"
 
     def check(*_):
         if job.gone.is_set():
             raise Gone
 
     def tokens():
-        nonlocal first, n
+        nonlocal first, n, finish
         for token in engine.generate(
             r.ids[cached:], r.max_tokens, r.temperature, r.top_p, r.seed, follow_up=cached > 0, tail=tail
         ):
             check()
             first, n = first or time.perf_counter() - started, n + 1
             yield token
+        finish = "length" if n == r.max_tokens else "stop"  # not reached where a stop text ends the answer
 
     check()
     cached, tail = texts.bring(r.ids, r.max_tokens)
     if not cached:
         engine.model.on_chunk = check  # a new reading may be broken off anywhere: nothing is lost
     try:
-        for piece, stopped in until_stop(tok.stream(tokens()), r.stop):
+        for piece in tok.stream(tokens(), r.stop):
             job.out.put(piece)
     finally:
         engine.model.on_chunk = lambda *_: None
     used = usage(r, n, cached)
-    job.out.put(("length" if n == r.max_tokens and not stopped else "stop", used))
+    job.out.put((finish, used))
     counts["answers"] += 1
     for name, value in (("prompt_tokens", len(r.ids)), ("cached_tokens", cached), ("completion_tokens", n)):
         counts[name] += value
@@ -139,24 +140,6 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
         f"slim: {len(r.ids):,} tokens, {cached:,} of them read before; first token {first:.2f} s, "
         f"then {max(0, n - 1):,} more at {rate:.1f} tokens/s"
     )
-
-
-def until_stop(pieces, stops: list[str]):
-    """Yield (text, False) as far as none of `stops` can begin in it, and (text before it, True) if one came up."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        places = [at for stop in stops if (at := held.find(stop)) >= 0]
-        if places:
-            yield held[: min(places)], True
-            return
-        ends = (n for stop in stops for n in range(min(len(stop) - 1, len(held)), 0, -1) if held.endswith(stop[:n]))
-        safe = len(held) - max(ends, default=0)
-        if safe:
-            yield held[:safe], False
-        held = held[safe:]
-    if held:
-        yield held, False
 
 
 # ---- the clients' side --------------------------------------------------------------------

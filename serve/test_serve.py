@@ -26,7 +26,7 @@ import slim
 import tokenizer
 from cli import main as cli_main
 from loading.template import Template
-from serve import check_place, until_stop
+from serve import check_place
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
 from test_slim import HERE, checkpoints, draw, talking, tiny  # noqa: F401  fixtures
@@ -238,15 +238,6 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
     assert spelled(*turns) == said and spelled(*turns, ("assistant", "The")) == said + "The"
     parts = [{"type": "text", "text": "AB"}, {"type": "text", "text": "BA"}]
     assert chat_ids(tok, [{"role": "user", "content": parts}]) == chat_ids(tok, USER)
-
-
-@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
-def test_a_stop_ends_the_text_before_it(text, stops):
-    said = list(until_stop(text, stops))  # a character at a time
-    ends = [n for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]
-    seen = text[: ends[0]] if ends else text
-    assert "".join(piece for piece, _ in said) == seen[: min((seen.find(s) for s in stops if s in seen), default=None)]
-    assert any(stopped for _, stopped in said) == bool(ends)
 
 
 @pytest.mark.parametrize(
