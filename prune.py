@@ -30,7 +30,7 @@ Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 AUTO = ((9, Fraction(1, 4)), (19, Fraction(1, 8)), (28, Fraction(1, 16)))  # boundary of 30 layers, share of the prompt
 PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}  # tokens at 10, 20 and 30 of 32 layers
 SHARED_FROM = 1024  # tokens: of a shorter prompt every share is the whole, as there is nothing to gain
-LEAST_BLOCKS = 4  # blocks that a share keeps at least: sink, tail, and two to choose
+LEAST_BLOCKS = 8  # blocks that a share keeps at least: with 4, prompts of 2,048 tokens lost chains of facts
 
 
 def at_depth(n_layers: int, layer: int, of: int) -> int:

@@ -603,3 +603,10 @@ def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
     number = (HERE / "demo" / "document.txt").read_text().replace("\n", " ").split(question + " ")[1][:4]
     assert both["dense"]["text"].strip() == both["slim"]["text"].strip() == number
     assert both["slim"]["prompt_tokens"] > 8000 and both["slim"]["kept"][-1] < 512 and both["slim"]["revived"] > 0
+
+
+def test_a_start_waits_for_no_import_that_it_does_not_use():
+    """torch._dynamo alone takes as long as the rest of torch."""
+    code = "import slim, cli, sys; print([m for m in ('torch._dynamo', 'torch.distributed.tensor') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr

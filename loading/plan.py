@@ -76,7 +76,7 @@ class Checkpoint:
     def identity(self) -> dict:
         """What a saved conversation depends on: settings, schedule, dtype, rule and weights."""
         return {
-            "block_len": self.settings.block_len, "unit_len": self.settings.unit_len, "chunk": self.settings.chunk,
+            "block_len": self.settings.block_len, "unit_len": self.settings.unit_len, "chunk": self.chunk,
             "window": self.window, "gamma": self.gamma, "schedule": format_schedule(self.schedule),
             "dtype": dtype_name(self.dtype), "score": self.rule.name, "sees": self.rule.sees,
             "every_layer": self.rule.every_layer, "rope_yarn": self.settings.rope_yarn, "weights": self.weights_hash,
