@@ -161,6 +161,8 @@ class Ranks:
             complain(error)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
+            if code == 143:  # by torchrun, mostly
+                complain(f"{self.reported() or 'ended by SIGTERM'}; all ranks end")
         except BaseException:
             traceback.print_exc()
         self.speaks()  # whatever the others meet now, rank 0 has said all
@@ -193,7 +195,7 @@ class Ranks:
                     complain(error)
                 return 2
             except BaseException as error:
-                self.report(f"{type(error).__name__}: {first_line(error)}")
+                self.report(f"rank {self.rank}: {type(error).__name__}: {first_line(error)}")
                 return 2
 
     # ---- how all end ------------------------------------------------------------------
@@ -218,7 +220,7 @@ class Ranks:
         try:
             if self.store.check([f"done {peer}"]):
                 return
-            self.report("was lost", peer)
+            self.report(f"rank {peer} was lost")
         except RuntimeError:
             pass
         time.sleep(2 * GRACE)  # by now the main thread has met the loss, unless it waits for a GPU or a person
@@ -226,10 +228,10 @@ class Ranks:
             complain(f"{self.reported() or f'rank {peer} was lost'}; all ranks end")
         os._exit(2)
 
-    def report(self, what: str, rank: int | None = None) -> None:
-        """Leave word of why a rank ends, unless there is already."""
+    def report(self, why: str) -> None:
+        """Leave word of why ranks end, unless there is already."""
         with contextlib.suppress(RuntimeError):
-            self.store.compare_set("failed", "", f"rank {self.rank if rank is None else rank}: {what}")
+            self.store.compare_set("failed", "", why)
 
     def reported(self) -> str:
         """Return the word that was left, or comes within a moment."""
