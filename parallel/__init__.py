@@ -175,7 +175,7 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     q, kv, hidden = (span(k, r, n) for k in (c.n_heads, c.n_kv_heads, c.hidden_dim))
     cut = c.vocab_size * c.dim * ckpt.dtype.itemsize >= VOCABULARY_BYTES
     words = span(c.vocab_size, r, n) if cut else slice(0, c.vocab_size)
-    edges = [(by(c.head_dim, q), c.tile), (by(c.head_dim, kv), c.tile), (hidden, c.tile)] if c.tile else []
+    edges = [(by(c.head_dim, q), c.tile), (by(c.head_dim, kv), c.tile[:1]), (hidden, c.tile)] if c.tile else []
     if wrong := [s for s, tile in edges if any(s.start % size or s.stop % size for size in tile)]:
         raise ValueError(
             f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0].start}; "

@@ -158,10 +158,11 @@ class Ranks:
             code = program()
         except Lost as error:
             code = 2
-            complain(error)
+            if self.speaks():
+                complain(error)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-            if code == 143:  # by torchrun, mostly
+            if code == 143 and self.speaks():  # by torchrun, mostly
                 complain(f"{self.reported() or 'ended by SIGTERM'}; all ranks end")
         except BaseException:
             traceback.print_exc()
@@ -208,8 +209,6 @@ class Ranks:
         except RuntimeError as error:
             if self.role:  # torchrun is about to end this rank; first it says why
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if self.rank == 0:
-                self.speaks()
             why = self.reported() or f"the connection between ranks broke ({first_line(error)})"
             raise Lost(f"{why}; all ranks end") from None
 
