@@ -25,6 +25,7 @@ import model
 import parallel
 import prune
 import slim
+from bench import speed
 from loading.config import parse_config
 from test_slim import draw, make_checkpoint
 
@@ -306,14 +307,12 @@ def test_torchrun_gives_the_text_of_one_process(tmp_path):
 
 
 def test_chat_map_json_save_and_resume_work(tmp_path):
-    document = "".join((ROOT / "demo/document.txt").read_text().splitlines(True)[:60])
-    (tmp_path / "doc.txt").write_text(document)
     options = "--ckpt", ROOT / "demo", "--schedule", "5:1/4,6:1/8", "--max-new-tokens", "8", "--dtype", "float64"
     lines = "first question\n/stats\n/map {0}/map.html\n/reset\n/nonsense\nfirst question\n/quit\nnever read\n"
 
     def ask(folder, run):
         folder.mkdir()
-        read = options + ("--prompt", tmp_path / "doc.txt")
+        read = options + ("--prompt", DOCUMENT, "--max-prompt-tokens", "1500")
         out = [run(*read, "--ask", "first question", "--json", "--map", folder / "a.html")]
         out.append(run(*read, "--ask", "one", "--compare"))
         out.append(run(*read, "--save", folder / "a.slim"))
@@ -476,3 +475,21 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
         assert run.wait(LIMIT) == 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     assert sum("slim: error: rank 1 was lost; all ranks end" in line for line in said) == 1, said
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_ranks_send_what_the_arithmetic_says(tmp_path, cut):
+    """Calls and bytes of a prefill with boundaries and of a decode step; the embedding and the head whole, and cut."""
+
+    def work():
+        parallel.VOCABULARY_BYTES = 0 if cut else 2**25
+        engine = speed.make_engine("tiny", "cpu", "bfloat16", "2:1/4,3:1/8", 300)
+        engine.model.gamma, sent = 0.0, []
+        for n, step in ((1500, lambda: engine.prefill([7] * 1500, room=2)), (1, lambda: engine.extend([1]))):
+            engine.ranks.calls = engine.ranks.bytes = 0
+            step()
+            sent.append(((engine.ranks.calls, engine.ranks.bytes), speed.expected_traffic(engine, n)))
+        return sent
+
+    for sent in Group(tmp_path, 2, work).results():
+        assert all(found == expected for found, expected in sent), sent
