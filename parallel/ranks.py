@@ -177,7 +177,8 @@ class Ranks:
         """Do what rank 0 says until it ends; return its exit code."""
         engine = None
         self.play("obeys")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C means
+        for ending in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C under torchrun reaches every rank, and ends them all
+            signal.signal(ending, signal.SIG_DFL)
         while True:
             try:
                 name, *words = self.say()
