@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 4 slim.py --ckpt llama3.3-70b-instruct --prompt file.txt
 
 Each of R ranks has H/R query heads with their KV heads and F/R columns of the FFN, in every layer: its rows of q, k,
-v, gate and up, its columns of o and down, its slabs and homes. What a rank adds to the hidden states x (T, C) is a part,
-and the parts are summed (`Model.add`), once after attention and once after the FFN, so that x, and with it every
-decision, is the same on every rank. The engine above and the cache below do not know: they have a model of fewer
+v, gate and up, its columns of o and down, its slabs and homes. What a rank adds to the hidden states x (T, C) is a
+part, and the parts are summed (`Model.add`), once after attention and once after the FFN, so that x, and with it
+every decision, is the same on every rank. The engine above and the cache below do not know: they have a model of fewer
 heads and fewer columns.
 
 - Embedding and head are cut by rows from VOCABULARY_BYTES each: a GPU reads 32 MiB at 2 TB/s in the 17 us that one
@@ -38,7 +38,7 @@ import slim
 from loading.plan import Checkpoint, check_memory, dtype_name
 from loading.weights import SCALE
 from model import Config
-from parallel.ranks import Agreed, Lost, Ranks, complain
+from parallel.ranks import Ranks, complain
 
 VOCABULARY_BYTES = 2**25
 
@@ -322,7 +322,8 @@ class Engine(slim.Engine):
         super().__init__(part, model)
         self.ranks, self.config = ranks, part.whole.config
 
-    prefill, extend, forget, rewind = map(told, (slim.Engine.prefill, slim.Engine.extend, slim.Engine.forget, slim.Engine.rewind))  # fmt: skip
+    prefill, extend = told(slim.Engine.prefill), told(slim.Engine.extend)
+    forget, rewind = told(slim.Engine.forget), told(slim.Engine.rewind)
 
     @told
     def resume(self, path, room: int = 0) -> dict:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 IDLE = timedelta(days=30)  # ranks that obey wait for rank 0, and that for a person
-STEP = timedelta(minutes=10)  # within a step ranks wait for each other no longer than this
+STEP = timedelta(minutes=10)  # while they load or compute, ranks wait for each other no longer than this
 GRACE = 2.0  # seconds that a rank has to say itself why it ends
 
 
@@ -45,8 +45,8 @@ class Ranks:
                 cuda = torch.cuda.is_available()
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEP)
             self.rank, self.n = dist.get_rank(), dist.get_world_size()
-            self.words = dist.new_group(backend="gloo", timeout=IDLE)  # objects on the CPU
-            self.lines = dist.new_group(backend="gloo", timeout=IDLE)  # carry nothing: they break with a rank
+            self.words = dist.new_group(backend="gloo", timeout=STEP)  # for objects, on the CPU
+            self.lines = dist.new_group(backend="gloo", timeout=IDLE)  # from rank 0; and they break with a rank
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"the ranks do not reach each other: {first_line(error)}; see torchrun --help") from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -99,7 +99,7 @@ class Ranks:
         """Return rank 0's words on every rank, as a tuple."""
         box = [words]
         with self.losses():
-            dist.broadcast_object_list(box, src=0, group=self.words)
+            dist.broadcast_object_list(box, src=0, group=self.lines)
         return box[0]
 
     def together(self, work):
