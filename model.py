@@ -124,7 +124,7 @@ class Model:
         kv, w, start = self.kv, self.weights, self.kv.length
         end = start + len(ids)
         kv.grow_tail(end)
-        x = w.embed[ids.to(kv.device)]  # (T, C)
+        x = self.embed(ids.to(kv.device))  # (T, C)
         blocks = [] if start else list(kv.stages[0].slots)  # prompt blocks with rows in x, ascending
         worth = self.new_worth(len(ids))  # (w, N)
         for i, stage in enumerate(kv.stages):
@@ -135,6 +135,7 @@ class Model:
                 at_boundary = above is not None and layer == stage.layers[-1]
                 if above is not None and self.rule.sees == "weights" and (at_boundary or self.rule.every_layer):
                     self.look(layer, stage, rows, rows.key_offset + len(x), queries, weights, worth)
+                    self.on_look(layer, worth)
                 if at_boundary:
                     above.remember(worth if self.rule.sees == "weights" else queries, self.window)
                     x, blocks = self.boundary(i + 1, x, blocks)
@@ -142,7 +143,7 @@ class Model:
                 kv.move()
         kv.length = end
         last = F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)
-        logits = F.linear(last, w.head)
+        logits = self.head(last)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def locate(self, stage: Stage, blocks: list[int], start: int, end: int, w: int) -> Rows:
@@ -210,7 +211,7 @@ class Model:
                 out, weights = row_attention(q, keys, values)
             else:
                 out = causal_attention(q, keys, values)
-            x[a:b].addmm_(out, w.wo.t())  # (t, H*D)
+            self.add(x[a:b], out, w.wo)  # (t, H*D)
             if w.bo is not None:
                 x[a:b].add_(w.bo)
             if not revived:
@@ -223,7 +224,19 @@ class Model:
         for part in x.split(self.chunk):
             hidden = F.rms_norm(part, (c.dim,), w.ffn_norm, c.norm_eps)
             gate, up = F.linear(hidden, w.w_gate_up).chunk(2, dim=-1)  # (t, F)
-            part.addmm_(F.silu(gate).mul_(up), w.w_down.t())
+            self.add(part, F.silu(gate).mul_(up), w.w_down)
+
+    # ---- where all heads, FFN columns or words come together --------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights.embed[ids]
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights.head)
+
+    def add(self, x: Tensor, out: Tensor, w: Tensor) -> None:
+        """Add out (t, K) times w (C, K) to x (t, C) in place."""
+        x.addmm_(out, w.t())
 
     # ---- ranking ------------------------------------------------------------------------
 
@@ -258,7 +271,6 @@ class Model:
                 )
             where = rows.newest[a : a + few, None], stage.blocks
             worth[where] = torch.maximum(worth[where], found.to(worth.dtype))
-        self.on_look(layer, worth)
 
     # ---- a boundary ---------------------------------------------------------------------
 

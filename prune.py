@@ -105,6 +105,9 @@ class Rule:
     Higher is kept. window: newest queries that count. gamma: overlap of the new choice with the active
     blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name belongs to
     a saved conversation; a rule without one cannot be saved.
+
+    heads: with the heads on several GPUs, "max" or "mean" joins the scores that each GPU's heads gave; "all"
+    hands the function the heads of all of them, right for any function, at the price of sending what it sees.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Rule:
     every_layer: bool = True
     window: int = 32
     gamma: float = 1.0
+    heads: str = "all"
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not callable(self.score) or self.sees not in ("weights", "keys"):
@@ -122,6 +126,8 @@ class Rule:
             )
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
             raise ValueError(f"rule {self.name!r}: window is {self.window!r}; it must be a whole number of at least 1")
+        if self.heads not in ("all", "max", "mean"):
+            raise ValueError(f"rule {self.name!r}: heads is {self.heads!r:.60}; it must be 'all', 'max' or 'mean'")
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
             raise ValueError(f"rule {self.name!r}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
 
@@ -156,7 +162,7 @@ def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tenso
     return dots.abs().mean((0, 1)).view(n, u).amax(1)  # (N,)
 
 
-RULES = {"peak": Rule("peak", peak), "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9)}
+RULES = {"peak": Rule("peak", peak, heads="max"), "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9)}
 
 
 def find_rule(score) -> Rule:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import json
 import operator
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -53,7 +54,15 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
         raise ValueError(f"n_prompt is {n_prompt!r} and n_new {n_new!r}; they must be whole numbers from 1 and 0 up")
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        import parallel
+
+        return parallel.start(ckpt, n_prompt, n_new, progress)
     check_memory(ckpt, n_prompt, n_new)
+    return build(ckpt, n_prompt, n_new, progress, KVCache, Model, Engine)
+
+
+def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model, Engine) -> "Engine":
     c, s = ckpt.config, ckpt.settings
     kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap)
     kv.reset(n_prompt, ckpt.schedule, n_new)
@@ -112,7 +121,7 @@ class Engine:
         need = self.kv.growth_bytes(end + room)
         if need or len(ids) > 1:
             need += step_bytes(self.ckpt, len(ids), end)
-            if need > free_bytes(self.kv.device):
+            if need > self.free_bytes():
                 raise ValueError(
                     f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device}, more than is free; "
                     "ask less, or start again with more room"
@@ -125,6 +134,9 @@ class Engine:
         self.extend_s += time.perf_counter() - started
         self.extend_tokens += len(ids)
         return logits if all_logits else logits[0]
+
+    def free_bytes(self) -> int:
+        return free_bytes(self.kv.device)
 
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         self.usable = False

@@ -3,6 +3,7 @@
     python bench/speed.py --shape mini --lengths 4096,8192,16384        # a CPU
     python bench/speed.py --shape llama3.1-8b --lengths 8192,32768,131072   # one large GPU
     python bench/speed.py --shape tiny --lengths 8192,16384,32768,65536 --rss   # memory of a CPU prefill
+    torchrun --nproc-per-node 2 bench/speed.py --shape mini --lengths 4096   # what ranks send each other
 
 All contestants run in one process on the same random weights (transformers gets views of
 ours), same dtype, same device, one warm-up each, then rounds in alternating order; the
@@ -17,6 +18,7 @@ timed from outside with a wait for the device around each part, so copies are no
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -425,6 +427,53 @@ def rss_table(args) -> None:
         print(f"| {length:,} | {format_bytes(peak[length])} | {format_bytes(above)} | {above / length:.0f} |")
 
 
+# ---- ranks ------------------------------------------------------------------------------
+
+
+def expected_traffic(engine: slim.Engine, n_rows: int) -> tuple[int, int]:
+    """Return the calls and bytes in which ranks meet in a step of n_rows, by arithmetic: the prompt, or one token
+    that revives nothing.
+    """
+    c, kv, m, item = engine.config, engine.kv, engine.model, engine.kv.dtype.itemsize
+    first = n_rows > 1
+    layers = [stage for stage in kv.stages for _ in stage.layers]
+    rows = [s.n_slots * kv.block_len + kv.n_prompt - kv.tail_start if first else 1 for s in layers]
+    sums = rows + rows[1:] + rows[-1:]  # after attention; after the FFN, where a boundary's rows have left
+    calls = sum(-(-n // m.chunk) for n in sums)
+    size = sum(sums) * c.dim * item
+    if m.cut:  # embedding and head
+        calls, size = calls + 2, size + n_rows * c.dim * item + c.vocab_size * item
+    looks = sum(len(stage.layers) if first else 1 for stage in kv.stages[:-1])  # what blocks are worth
+    size += looks * min(m.window, n_rows) * kv.stages[0].n_slots * max(item, 4)
+    return calls + looks + 1, size + c.vocab_size * max(item, 4)  # and rank 0's logits
+
+
+def rank_table(args) -> None:
+    """Print, for each length, the calls and bytes that a rank puts into a prefill and a decode step, beside the
+    arithmetic.
+    """
+    engine = make_engine(args.shape, args.device, args.dtype, args.schedule, args.chunk)
+    ranks = engine.ranks
+    head = ["ranks", "prompt", "weights + KV a rank"]
+    for step in ("prefill", "decode step"):
+        head += [f"{step}: calls, by arithmetic", "bytes, by arithmetic", "s"]
+    lines = []
+    for length in map(int, args.lengths.split(",")):
+        cells, engine.model.gamma = [f"{ranks.n}", f"{length:,}"], 0.0  # no swap, so nothing is revived
+        ids = [i * 7919 % engine.config.vocab_size for i in range(length)]
+        for n, work in ((length, lambda: engine.prefill(ids, room=2)), (1, lambda: engine.extend([1]))):
+            if n == 1:
+                work()  # the first is slow
+            ranks.calls = ranks.bytes = 0
+            seconds = clock(engine.kv.device, work)
+            calls, size = expected_traffic(engine, n)
+            cells += [f"{ranks.calls:,}, {calls:,}", f"{ranks.bytes:,}, {size:,}", f"{seconds:.4f}"]
+        cells.insert(2, format_bytes(engine.model.weights.nbytes + engine.kv.gpu_bytes()))
+        lines.append("| " + " | ".join(cells) + " |")
+    if ranks.rank == 0:
+        print(table(head, lines), flush=True)
+
+
 def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int, score: str = "peak") -> slim.Engine:
     """Return an engine of a shape with random weights."""
     device, dtype, rule = pick_device(device), model.DTYPES[dtype], prune.RULES[score]
@@ -469,6 +518,8 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.rss:
         return rss_table(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        return rank_table(args)
     device = pick_device(args.device)
     if args.memory_gib and device.type != "cuda":
         p.error("--memory-gib limits the memory of a CUDA device; there is none in use")

@@ -20,6 +20,14 @@ from loading.schedule import format_schedule
 
 def main(argv=None) -> int:
     """Run the command line; return the exit code: 0, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        import parallel
+
+        return parallel.main(lambda: program(argv))
+    return program(argv)
+
+
+def program(argv=None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`: no half-written file stays
@@ -66,6 +74,8 @@ def run(args, progress: Progress) -> int:
     """Check everything, then load, then read, then answer."""
     say = status(args, progress)
     check_args(args)
+    if args.serve is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--serve works on one GPU only; start it without torchrun")
     server = serve.open_server(args) if args.serve is not None else None  # before the weights: the port may be taken
     header = adopt(args) if args.resume is not None else None
     settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
@@ -90,8 +100,10 @@ def run(args, progress: Progress) -> int:
     say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens")
     if server:
         return serve.run(server, engine, tok, args, say)
-    need, free = plan(ckpt, n_prompt, args.max_new_tokens), format_bytes(free_bytes(ckpt.device))
-    say(f"slim: {ckpt.device}, {dtype_name(ckpt.dtype)}: {need}, {free} more free")
+    need = plan(engine.ckpt, n_prompt, args.max_new_tokens)
+    free, n = format_bytes(free_bytes(engine.kv.device)), engine.stats.get("ranks", 1)
+    each = f"on each of {n} ranks " if n > 1 else ""
+    say(f"slim: {engine.kv.device}, {dtype_name(ckpt.dtype)}: {each}{need}, {free} more free")
     talk = Talk(engine, tok, args, progress, say)
     if args.compare:
         talk.compare(ids)

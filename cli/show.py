@@ -63,12 +63,14 @@ class Progress:
 def summary(stats: dict, device) -> str:
     """Say what a conversation keeps, and where."""
     kept = " > ".join(f"{n:,}" for n in stats["kept"])
+    n, keys = stats.get("ranks", 1), ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes")
+    each = f" on each of {n} ranks, {format_bytes(n * sum(stats[key] for key in keys))} in all" if n > 1 else ""
     return (
         f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; {stats['swaps']:,} blocks "
         f"swapped, {stats['revived']:,} of them revived\n"
         f"slim: KV {format_bytes(stats['kv_gpu_bytes'])} on {device} + {format_bytes(stats['kv_cpu_bytes'])} at "
         f"home + {format_bytes(stats['aux_cpu_bytes'])} pruned rows, "
-        f"dense {format_bytes(stats['kv_dense_bytes'])}"
+        f"dense {format_bytes(stats['kv_dense_bytes'])}{each}"
     )
 
 

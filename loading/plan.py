@@ -87,6 +87,10 @@ class Checkpoint:
         return fingerprint(self.config, self.tensors)
 
     @property
+    def aux_dim(self) -> int:
+        return self.config.dim
+
+    @property
     def chunk(self) -> int:
         return self.settings.chunk or (2048 if self.device.type == "cuda" else 1024)
 
@@ -186,7 +190,7 @@ def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0) -> Plan:
     row, tail = 2 * c.n_kv_heads * c.head_dim * item, tail_rows(n_prompt, block_len) + n_new
     kv = sum(len(layers) * (slots * block_len + tail) for layers, slots in stages) * row
     host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row  # a home for every slot
-    host += (stages[0][1] - stages[-1][1]) * block_len * c.dim * item  # aux
+    host += (stages[0][1] - stages[-1][1]) * block_len * ckpt.aux_dim * item
     above = stages[min(1, len(stages) - 1)][1] * block_len + tail
     return Plan(weight_bytes(c, ckpt.dtype), kv, step_bytes(ckpt, n_prompt, n_prompt, above), host)
 
@@ -242,7 +246,7 @@ def free_bytes(device: torch.device) -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: all there is
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(free, free_in_cgroup())
+    return min(free, free_in_cgroup()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun: all share it
 
 
 def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

@@ -1,0 +1,362 @@
+"""One model on several GPUs: tensor parallelism under torchrun. Without torchrun nothing here is imported.
+
+    torchrun --nproc-per-node 4 slim.py --ckpt llama3.3-70b-instruct --prompt file.txt
+
+Each of R ranks has H/R query heads with their KV heads and F/R columns of the FFN, in every layer: its rows of q, k,
+v, gate and up, its columns of o and down, its slabs and homes. What a rank adds to the hidden states x (T, C) is a
+part, and the parts are summed (`Model.add`), once after attention and once after the FFN, so that x, and with it
+every decision, is the same on every rank. The engine above and the cache below do not know: they have a model of fewer
+heads and fewer columns.
+
+- Embedding and head are cut by rows from VOCABULARY_BYTES each: a GPU reads 32 MiB at 2 TB/s in the 17 us that one
+  more call takes. Of Llama 3.3 70B (2 GiB each), 4 ranks save 3 GiB each and read 1.5 GiB less a token.
+- KV heads fewer than ranks are repeated: R must be a multiple of their number, or divide it.
+- Scores: a rule says how those of a rank's heads are joined (`prune.Rule.heads`). A maximum is exact in any order;
+  anything else is decided by rank 0. So is every choice of blocks, bit for bit.
+- aux is cut by columns. Replicated it would take T x C on every rank, of 70B at 128k tokens 2 GiB, 16 on a
+  host with 8 GPUs, all of it over every GPU's link; cut it is 2 in all. A block that returns is put together in one
+  call for its 64 x C numbers, 1 MiB.
+- A saved file holds all heads, so it opens on any number of ranks; on the same number, bit for bit.
+
+Shapes as in model.py; R ranks.
+"""
+
+import functools
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import kvcache
+import model
+import prune
+import slim
+from loading.plan import Checkpoint, check_memory, dtype_name
+from loading.weights import SCALE
+from model import Config
+from parallel.ranks import Ranks, complain
+
+VOCABULARY_BYTES = 2**25
+
+
+@functools.cache
+def connect() -> Ranks:
+    """Return this process among the others, once it has met them."""
+    return Ranks()
+
+
+def main(program) -> int:
+    """Run the command line on rank 0 and obey it on the others; never returns."""
+    try:
+        ranks = connect()
+        code = ranks.obey(obedient_start) if ranks.rank else ranks.lead(program)
+    except ValueError as error:
+        code = 2
+        if os.environ.get("RANK") == "0":
+            complain(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # threads wait for connections, and torch would wait for the threads
+
+
+def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
+    """Load this rank's part of a checkpoint; see `slim.start`. Raises ValueError on all ranks if one cannot."""
+    ranks = connect()
+    recipe = dict(
+        ckpt=str(ckpt.folder.resolve()), device=ckpt.device.type, dtype=dtype_name(ckpt.dtype),
+        schedule=ckpt.schedule, score=ckpt.rule.name, **asdict(ckpt.settings),
+    )  # fmt: skip
+    with ranks.telling("start", recipe, n_prompt, n_new):
+        return start_together(ranks, lambda: ckpt, n_prompt, n_new, progress)
+
+
+def obedient_start(recipe: dict, n_prompt: int, n_new: int) -> "Engine":
+    return start_together(connect(), lambda: Checkpoint.open(**recipe), n_prompt, n_new)
+
+
+def start_together(ranks: Ranks, opened, n_prompt: int, n_new: int, progress=None) -> "Engine":
+    part = ranks.together(lambda: split(opened(), ranks))
+    ranks.together(lambda: check_memory(part, n_prompt, n_new))
+    kinds = partial(KVCache, ranks, part), partial(Model, ranks, part), partial(Engine, ranks)
+    return ranks.together(lambda: slim.build(part, n_prompt, n_new, progress, *kinds))
+
+
+# ---- a rank's part of a checkpoint --------------------------------------------------------
+
+
+def span(n: int, rank: int, ranks: int) -> slice:
+    """Return a rank's part of n things; if they are fewer than ranks, the one that it shares."""
+    start = n * rank // ranks
+    return slice(start, max(start + 1, n * (rank + 1) // ranks))
+
+
+def counts(c: Config) -> list[int]:
+    """Return the numbers of ranks that a model's heads can be cut for."""
+    whole = [n for n in range(1, c.n_heads + 1) if c.n_heads % n == 0]
+    return [n for n in whole if c.n_kv_heads % n == 0 or n % c.n_kv_heads == 0]
+
+
+@dataclass(frozen=True)
+class Part(Checkpoint):
+    """A rank's part of a checkpoint, which looks like one of a smaller model."""
+
+    whole: Checkpoint
+    q: slice  # heads
+    kv: slice
+    hidden: slice  # of F
+    words: slice  # of V
+    columns: slice  # of C, in aux
+
+    @cached_property
+    def weights_hash(self) -> str:
+        return self.whole.weights_hash
+
+    @property
+    def aux_dim(self) -> int:
+        return self.columns.stop - self.columns.start
+
+    def cuts(self, name: str) -> tuple[int, list[slice]]:
+        """Return along which dimension a tensor is cut, and the pieces of it that this rank has."""
+        c, f, (q, kv) = self.whole.config, self.hidden, (by(self.whole.config.head_dim, s) for s in (self.q, self.kv))
+        n_q, n_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        rows = {"q": [q], "k": [kv], "v": [kv], "gate": [f], "up": [f]}
+        rows |= {"qkv": [q, after(n_q, kv), after(n_q + n_kv, kv)], "gate_up": [f, after(c.hidden_dim, f)]}
+        rows |= {"embed_tokens": [self.words], "lm_head": [self.words]}
+        kind = name.split(".")[-2].removesuffix("_proj")
+        if kind in ("o", "down") and name.endswith(("weight", SCALE)):
+            return 1, [q if kind == "o" else f]
+        return 0, rows.get(kind, [])
+
+
+def by(n: int, s: slice) -> slice:
+    return slice(n * s.start, n * s.stop)
+
+
+def after(n: int, s: slice) -> slice:
+    return slice(n + s.start, n + s.stop)
+
+
+@dataclass
+class Cut:
+    """An open file of which a rank sees its part alone. The file is mapped, so the rest is not read."""
+
+    file: object
+    part: Part | None = None
+
+    def get_tensor(self, name: str) -> Tensor:
+        tensor = self.file.get_tensor(name)
+        dim, pieces = self.part.cuts(name)
+        if name.endswith(SCALE):
+            tile = self.part.config.tile[dim]
+            pieces = [slice(p.start // tile, -(-p.stop // tile)) for p in pieces]
+        pieces = [tensor.narrow(dim, p.start, p.stop - p.start) for p in pieces]
+        return torch.cat(pieces, dim) if len(pieces) > 1 else (pieces or [tensor])[0]
+
+
+def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
+    """Return this rank's part of a checkpoint; raise ValueError if it cannot be cut for so many."""
+    c, device, (r, n) = ckpt.config, ckpt.device, (ranks.rank, ranks.n)
+    if n not in counts(c):
+        known = ", ".join(map(str, counts(c)))
+        raise ValueError(
+            f"{n} ranks cannot share {c.n_heads} heads and {c.n_kv_heads} KV heads; --nproc-per-node can be {known}"
+        )
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", r))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs here; start one rank for each, not more")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    q, kv, hidden = (span(k, r, n) for k in (c.n_heads, c.n_kv_heads, c.hidden_dim))
+    cut = c.vocab_size * c.dim * ckpt.dtype.itemsize >= VOCABULARY_BYTES
+    words = span(c.vocab_size, r, n) if cut else slice(0, c.vocab_size)
+    edges = [(by(c.head_dim, q), c.tile), (by(c.head_dim, kv), c.tile[:1]), (hidden, c.tile)] if c.tile else []
+    if wrong := [s for s, tile in edges if any(s.start % size or s.stop % size for size in tile)]:
+        raise ValueError(
+            f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0].start}; "
+            "start fewer"
+        )
+    local = replace(
+        c, n_heads=q.stop - q.start, n_kv_heads=kv.stop - kv.start, hidden_dim=hidden.stop - hidden.start,
+        vocab_size=words.stop - words.start,
+    )  # fmt: skip
+    rule = replace(ckpt.rule, score=joined(ckpt.rule, ranks, c.n_kv_heads))
+    fields = vars(ckpt) | dict(config=local, device=device, rule=rule, tensors={})
+    fields.pop("weights_hash", None)
+    part = Part(**fields, whole=ckpt, q=q, kv=kv, hidden=hidden, words=words, columns=span(c.dim, r, n))
+    part.tensors.update({name: Cut(ckpt.tensors[name], part) for name in ckpt.tensors})
+    return part
+
+
+def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):
+    """Return a rule's function, given this rank's heads: the scores of all ranks' heads, the same on every rank.
+
+    Scores of weights that a maximum joins are left to `Model.look`, which joins those of many layers at once.
+    """
+
+    def every(x: Tensor, dim: int, n: int) -> Tensor:
+        """Return the heads of all ranks (n), each once."""
+        parts = [torch.empty_like(x) for _ in range(ranks.n)]
+        ranks.meet(lambda x: dist.all_gather(parts, x), x)
+        return torch.cat(parts[:: max(1, ranks.n // n)], dim)
+
+    def score(*seen) -> Tensor:
+        if rule.heads == "max" and rule.sees == "weights":
+            return rule.score(*seen)
+        if rule.heads == "all":
+            heads = [(seen[0].contiguous(), seen[0].shape[1] * ranks.n)]
+            if rule.sees == "keys":
+                heads.append((seen[1].contiguous(), n_kv_heads))
+            dims = [1, 2]
+            seen = *(every(x, dim, n) for (x, n), dim in zip(heads, dims)), *seen[len(heads) :]
+        scores = rule.score(*seen)
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            return scores  # the engine says what is wrong with it
+        scores = scores.contiguous()
+        if rule.heads == "max":
+            return ranks.max(scores)
+        return ranks.first(ranks.sum(scores) / ranks.n if rule.heads == "mean" else scores)
+
+    return score
+
+
+# ---- model, cache and engine of a rank ----------------------------------------------------
+
+
+class Model(model.Model):
+    """A model of a rank's heads and columns, whose sums are those of all ranks."""
+
+    def __init__(self, ranks: Ranks, part: Part, *args):
+        super().__init__(*args)
+        self.ranks, self.part, self.vocab_size = ranks, part, part.whole.config.vocab_size
+        self.cut = part.config.vocab_size < self.vocab_size
+
+    def add(self, x: Tensor, out: Tensor, w: Tensor) -> None:
+        if self.ranks.rank:
+            x.zero_()  # rank 0 alone brings what was there
+        super().add(x, out, w)
+        self.ranks.sum(x)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        if not self.cut:
+            return super().embed(ids)
+        own = (ids >= self.part.words.start) & (ids < self.part.words.stop)
+        x = super().embed((ids - self.part.words.start).where(own, 0))
+        return self.ranks.sum(x.masked_fill_(~own[:, None], 0))
+
+    def head(self, x: Tensor) -> Tensor:
+        logits = super().head(x)
+        return self.ranks.whole(logits, 1, self.part.words, self.vocab_size) if self.cut else logits
+
+    def look(self, layer: int, stage, rows, n: int, queries: Tensor, weights, worth: Tensor) -> None:
+        """Join the maxima where they count: at the boundary, and in the prompt's step also where the map shows them."""
+        super().look(layer, stage, rows, n, queries, weights, worth)
+        if self.rule.heads == "max" and (self.kv.length == 0 or layer == stage.layers[-1]):
+            self.ranks.max(worth)
+
+
+class KVCache(kvcache.KVCache):
+    """Keys and values of a rank's KV heads, and its columns of pruned rows."""
+
+    def __init__(self, ranks: Ranks, part: Part, n_layers, n_kv_heads, head_dim, dim, *args):
+        super().__init__(n_layers, n_kv_heads, head_dim, part.aux_dim, *args)
+        self.ranks, self.part, self.c = ranks, part, part.whole.config
+
+    def offload(self, stage, x: Tensor, first_row: dict[int, int]) -> None:
+        super().offload(stage, x[:, self.part.columns], first_row)
+
+    def restore(self, stage, blocks: list[int]) -> Tensor:
+        return self.ranks.whole(super().restore(stage, blocks), 1, self.part.columns, self.c.dim)
+
+    def place(self, name: str, n_dims: int) -> tuple[int, slice, int] | None:
+        """Return along which dimension a saved tensor is cut, this rank's part, and the whole; None if it is not."""
+        heads = self.part.kv, self.c.n_kv_heads
+        if name.startswith("layer."):
+            return 1, *heads  # (2, G, S, D)
+        if ".home." in name:
+            return 2, *heads  # (layers, 2, G, B, D)
+        if ".aux." in name:
+            return 1, self.part.columns, self.c.dim  # (B, C)
+        return (1, self.part.q, self.c.n_heads) if n_dims == 3 else None  # seen: queries (w, H, D), or worth (w, N)
+
+    def dump(self) -> tuple[dict, dict[str, Tensor]]:
+        """As of one rank, with all heads and columns; on the others than rank 0 without the tensors."""
+        layout, tensors = super().dump()
+        for name, tensor in tensors.items():
+            if place := self.place(name, tensor.ndim):
+                dim, where, n = place
+                again = where.start * self.ranks.n // n < self.ranks.rank  # a head that the rank before has too
+                part = tensor.narrow(dim, 0, 0) if again and n < self.ranks.n else tensor
+                tensor = self.ranks.whole(part.contiguous(), dim, where, n)
+            tensors[name] = tensor if self.ranks.rank == 0 else None
+        return layout, tensors
+
+    def undump(self, layout: dict, tensor, schedule, room: int = 0) -> None:
+        def own(name: str) -> Tensor:
+            saved = tensor(name)
+            place = self.place(name, saved.ndim)
+            return saved if place is None else saved.narrow(place[0], place[1].start, place[1].stop - place[1].start)
+
+        super().undump(layout, own, schedule, room)
+
+
+def told(method):
+    """Let the ranks that obey do the same."""
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        with self.ranks.telling(method.__name__, self.pending, args, options):
+            return method(self, *args, **options)
+
+    return call
+
+
+class Engine(slim.Engine):
+    """A rank's engine. Every rank calls the same methods with the same arguments, or obeys rank 0."""
+
+    def __init__(self, ranks: Ranks, part: Part, model: Model):
+        super().__init__(part, model)
+        self.ranks, self.config = ranks, part.whole.config
+
+    prefill, extend = told(slim.Engine.prefill), told(slim.Engine.extend)
+    forget, rewind = told(slim.Engine.forget), told(slim.Engine.rewind)
+
+    @told
+    def resume(self, path, room: int = 0) -> dict:
+        return super().resume(path, room)
+
+    @told
+    def save(self, path, extra: dict | None = None) -> None:
+        """Write one file of all ranks' parts, by rank 0."""
+        ready = self.usable and self.model.rule.name
+        write = super().save
+        self.ranks.together(lambda: write(path, extra) if self.ranks.rank == 0 or not ready else self.kv.dump())
+
+    def check_room(self, *args) -> None:
+        self.ranks.together(lambda: slim.Engine.check_room(self, *args))
+
+    def free_bytes(self) -> int:
+        """Return what the rank has that has least."""
+        n = torch.tensor(super().free_bytes(), dtype=torch.float64)
+        return -int(self.ranks.max(-n))
+
+    def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
+        """Run a step; return rank 0's logits on every rank that may sample from them."""
+        logits = super().run(ids, n_logits)
+        return logits if self.ranks.role else self.ranks.first(logits)
+
+    def generate(self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, *args, **options):
+        if seed is None and not self.ranks.role:
+            seed = int(self.ranks.first(torch.randint(2**62, (1,), device=self.kv.device)))
+        return super().generate(ids, max_new_tokens, temperature, top_p, seed, *args, **options)
+
+    @property
+    def stats(self) -> dict:
+        """As of one rank; bytes are this rank's own, of `ranks`."""
+        stats, kv = super().stats, self.kv
+        dense = stats["kv_dense_bytes"] * kv.n_kv_heads // self.config.n_kv_heads
+        return stats | {"ranks": self.ranks.n, "kv_dense_bytes": dense}

@@ -1,0 +1,266 @@
+"""The processes that torchrun started, one a GPU (a rank each), and what they say to each other.
+
+Rank 0 leads the command line: it alone reads, samples and prints, and the other ranks obey, doing to their part
+of the engine what rank 0 does to its own (`lead`, `obey`). In a script of the user's own, every rank runs the
+script and calls the engine alike. Tensors meet in torch's collectives, NCCL on GPUs and gloo on CPUs.
+
+How all end. An error that a rank meets before a step is told to all and raised on all (`together`). One inside a
+step ends its rank; the connections to it then break, and every other rank ends on that, in a collective or in a
+thread that watches the connection (`watch`), which also sees a rank that was killed while others wait on a GPU. A
+line about it is printed once (`speaks`).
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+IDLE = timedelta(days=30)  # ranks that obey wait for rank 0, and that for a person
+STEP = timedelta(minutes=10)  # while they load or compute, ranks wait for each other no longer than this
+GRACE = 2.0  # seconds that a rank has to say itself why it ends
+
+
+class Lost(RuntimeError):
+    """Another rank has ended, or a step was broken off, so that no rank can go on."""
+
+
+class Agreed(ValueError):
+    """What some rank could not do, raised on every rank, none of which has changed anything."""
+
+
+class Ranks:
+    """This process among the others: `rank` of `n`."""
+
+    def __init__(self):
+        try:
+            if not dist.is_initialized():
+                cuda = torch.cuda.is_available()
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEP)
+            self.rank, self.n = dist.get_rank(), dist.get_world_size()
+            self.words = dist.new_group(backend="gloo", timeout=STEP)  # for objects, on the CPU
+            self.lines = dist.new_group(backend="gloo", timeout=IDLE)  # from rank 0; and they break with a rank
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"the ranks do not reach each other: {first_line(error)}; see torchrun --help") from None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"slim/{attempt}", dist.distributed_c10d._get_default_store())
+        self.role = ""  # "leads" or "obeys"; in a user's own script neither
+        self.inside = self.broken = False  # a command is under way; one was broken off
+        self.calls = self.bytes = 0  # of tensors that met so far
+
+    # ---- tensors ----------------------------------------------------------------------
+
+    def meet(self, collective, x: Tensor, *args, **options) -> None:
+        """Run a collective of torch's on a tensor in place."""
+        self.calls += 1
+        self.bytes += x.nbytes
+        with self.losses():
+            collective(x, *args, **options)
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.meet(dist.all_reduce, x)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        self.meet(dist.all_reduce, x, dist.ReduceOp.MAX)
+        return x
+
+    def first(self, x: Tensor) -> Tensor:
+        """Return rank 0's x on every rank."""
+        self.meet(dist.broadcast, x, 0)
+        return x
+
+    def whole(self, part: Tensor, dim: int, where: slice, n: int) -> Tensor:
+        """Return the tensor of which every rank has a part: `where` along dim, n long; an empty part adds nothing."""
+        shape = list(part.shape)
+        shape[dim] = n
+        out = part.new_zeros(shape)
+        if part.shape[dim]:
+            out.narrow(dim, where.start, part.shape[dim]).copy_(part)
+        return self.sum(out)  # of one number and zeros: exact, in any order
+
+    # ---- words ------------------------------------------------------------------------
+
+    def gather(self, value) -> list:
+        """Return every rank's value, by rank."""
+        values = [None] * self.n
+        with self.losses():
+            dist.all_gather_object(values, value, group=self.words)
+        return values
+
+    def say(self, *words):
+        """Return rank 0's words on every rank, as a tuple."""
+        box = [words]
+        with self.losses():
+            dist.broadcast_object_list(box, src=0, group=self.lines)
+        return box[0]
+
+    def together(self, work):
+        """Return what work() does on this rank; if it fails on any rank, raise on all what the first of them met."""
+        result, error = None, None
+        try:
+            result = work()
+        except (ValueError, OSError, MemoryError, RuntimeError) as caught:
+            if isinstance(caught, Lost):
+                raise
+            error = caught
+        errors = self.gather(None if error is None else " ".join(str(error).split()))
+        for rank, text in enumerate(errors):
+            if text is not None:
+                raise Agreed(f"rank {rank}: {text}" if rank else text) from error
+        return result
+
+    @contextlib.contextmanager
+    def telling(self, name: str, *words):
+        """Do something on this rank, and where rank 0 leads, tell the others to do it too.
+
+        An error about the input, a ValueError, leaves all as they were. A rank that meets one alone, before
+        its step, says so where the others are: where they ask each other whether to begin.
+        """
+        if self.inside:
+            yield
+            return
+        if self.broken:
+            raise Lost("a step was broken off, and the other ranks are still in it; start again")
+        self.inside = self.broken = True
+        if self.role == "leads":
+            self.say(name, *words)
+        try:
+            yield
+            self.broken = False
+        except ValueError as error:
+            if not isinstance(error, Agreed):
+                self.gather(" ".join(str(error).split()))
+            self.broken = False
+            raise
+        finally:
+            self.inside = False
+
+    # ---- the command line -------------------------------------------------------------
+
+    def play(self, role: str) -> None:
+        self.role = role
+        for peer in set(range(self.n)) - {self.rank}:
+            threading.Thread(target=self.watch, args=(peer,), daemon=True).start()
+
+    def lead(self, program) -> int:
+        """Run a program that uses the engine; return its exit code."""
+        code = 1
+        self.play("leads")
+        try:
+            code = program()
+        except Lost as error:
+            code = 2
+            if self.speaks():
+                complain(error)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+            if code == 143 and self.speaks():  # by torchrun, mostly
+                complain(f"{self.reported() or 'ended by SIGTERM'}; all ranks end")
+        except BaseException:
+            traceback.print_exc()
+        self.speaks()  # whatever the others meet now, rank 0 has said all
+        if not self.broken:
+            with contextlib.suppress(Lost):
+                self.say("end", code)
+                self.done()
+        return code
+
+    def obey(self, start) -> int:
+        """Do what rank 0 says until it ends; return its exit code."""
+        engine = None
+        self.play("obeys")
+        for ending in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C under torchrun reaches every rank, and ends them all
+            signal.signal(ending, signal.SIG_DFL)
+        while True:
+            try:
+                name, *words = self.say()
+                if name == "end":
+                    self.done()
+                    return words[0]
+                if name == "start":
+                    engine = start(*words)
+                else:
+                    engine.pending, args, options = words
+                    getattr(engine, name)(*args, **options)
+            except ValueError:
+                pass  # rank 0 has it too, and says it
+            except Lost as error:
+                if self.speaks(after=GRACE):
+                    complain(error)
+                return 2
+            except BaseException as error:
+                self.report(f"rank {self.rank}: {type(error).__name__}: {first_line(error)}")
+                return 2
+
+    # ---- how all end ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def losses(self):
+        """Turn torch's error about a connection into ours, which says what happened if anybody knows."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.role:  # torchrun is about to end this rank; first it says why
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            why = self.reported() or f"the connection between ranks broke ({first_line(error)})"
+            raise Lost(f"{why}; all ranks end") from None
+
+    def watch(self, peer: int) -> None:
+        """End this process soon after a peer that ended otherwise than it should."""
+        with contextlib.suppress(RuntimeError):
+            dist.recv(torch.empty(1), src=peer, group=self.lines)  # never comes
+        try:
+            if self.store.check([f"done {peer}"]):
+                return
+            self.report(f"rank {peer} was lost")
+        except RuntimeError:
+            pass
+        time.sleep(2 * GRACE)  # by now the main thread has met the loss, unless it waits for a GPU or a person
+        if self.speaks():
+            complain(f"{self.reported() or f'rank {peer} was lost'}; all ranks end")
+        os._exit(2)
+
+    def report(self, why: str) -> None:
+        """Leave word of why ranks end, unless there is already."""
+        with contextlib.suppress(RuntimeError):
+            self.store.compare_set("failed", "", why)
+
+    def reported(self) -> str:
+        """Return the word that was left, or comes within a moment."""
+        with contextlib.suppress(RuntimeError):
+            for _ in range(10):
+                if self.store.check(["failed"]):
+                    return self.store.get("failed").decode()
+                time.sleep(0.05)
+        return ""
+
+    def speaks(self, after: float = 0.0) -> bool:
+        """Say whether this rank is to print the line: the first that asks, rank 0 at once, others `after` seconds."""
+        try:
+            end = time.monotonic() + after
+            while time.monotonic() < end and not self.store.check(["spoken"]):
+                time.sleep(0.05)
+            return self.store.add("spoken", 1) == 1
+        except RuntimeError:  # the store went with its rank
+            return self.rank == 1
+
+    def done(self) -> None:
+        """Say that this rank ends as it should."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"done {self.rank}", "1")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def complain(error) -> None:
+    print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -1,0 +1,511 @@
+"""Tests of tensor parallelism: two to four gloo ranks on a CPU, each held against one rank.
+
+Ranks are forked from this process, which saves them the imports; two tests start torchrun itself.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+import cli
+import loading.plan
+import model
+import parallel
+import prune
+import slim
+from bench import speed
+from loading.config import parse_config
+from test_slim import draw, make_checkpoint
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 60  # seconds until ranks count as hanging
+
+
+# ---- ranks ------------------------------------------------------------------------------
+
+
+def become(rank: int, n: int, port: int, folder: Path, work, args) -> None:
+    """Turn a forked process into a rank; leave what it returns, and what it prints, in files."""
+    where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
+    where |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    where |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+    os.environ.update({key: str(value) for key, value in where.items()})
+    for name in ("out", "err"):
+        file = open(folder / f"{name}.{rank}", "w", buffering=1)
+        os.dup2(file.fileno(), 1 if name == "out" else 2)
+        setattr(sys, f"std{name}", file)
+    code = 1
+    try:
+        result = work(*args)
+        (folder / f"result.{rank}").write_bytes(pickle.dumps(result))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Group:
+    """n forked ranks that run work(*args)."""
+
+    def __init__(self, folder: Path, n: int, work, *args):
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
+        port = self.store.port
+        self.folder = folder / f"ranks-{port}"
+        self.folder.mkdir()
+        fork = multiprocessing.get_context("fork")
+        self.ranks = [
+            fork.Process(target=become, args=(r, n, port, self.folder, work, args), daemon=True) for r in range(n)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def codes(self) -> list[int]:
+        """Wait for all; return their exit codes, of a signal its negative."""
+        end = time.monotonic() + LIMIT
+        for rank in self.ranks:
+            rank.join(max(0, end - time.monotonic()))
+        hanging = [rank for rank in self.ranks if rank.is_alive()]
+        for rank in hanging:
+            rank.kill()
+        assert not hanging, f"{len(hanging)} ranks hang: {self.text('err')}"
+        return [rank.exitcode for rank in self.ranks]
+
+    def text(self, name: str, rank: int | None = None) -> str:
+        which = range(len(self.ranks)) if rank is None else [rank]
+        files = [self.folder / f"{name}.{r}" for r in which]
+        return "".join(file.read_text() for file in files if file.exists())
+
+    def wait_for(self, text: str) -> None:
+        end = time.monotonic() + LIMIT
+        while text not in self.text("err") + self.text("out"):
+            assert time.monotonic() < end and self.ranks[0].is_alive(), (text, self.text("err"))
+            time.sleep(0.02)
+
+    def results(self) -> list:
+        assert self.codes() == [0] * len(self.ranks), self.text("err")
+        return [pickle.loads((self.folder / f"result.{r}").read_bytes()) for r in range(len(self.ranks))]
+
+
+def command(*argv, patches=(), stdin=None):
+    """Return work for a rank: the command line, with (rank, owner, name, value) set before, on that rank alone."""
+
+    def work():
+        for rank, owner, name, value in patches:
+            if rank == int(os.environ["RANK"]):
+                setattr(owner, name, value)
+        sys.stdin = open(stdin or os.devnull)
+        return cli.main([str(a) for a in argv])
+
+    return work
+
+
+# ---- one conversation, on any number of ranks ---------------------------------------------
+
+
+def mass(weights):
+    return weights.mean(1).sum(-1)
+
+
+def strongest(queries, keys, blocks, unit_len):
+    units = prune.unit_keys(keys, unit_len).repeat_interleave(queries.shape[1] // keys.shape[2], 2)  # (N, U, H, D)
+    return torch.einsum("whd,nuhd->nuhw", queries, units).amax((1, 2, 3))
+
+
+RULES = {
+    "peak": "peak",
+    "paper": "paper",
+    "all": prune.Rule("mass", mass, every_layer=False, window=8),
+    "mean": prune.Rule("mean", mass, window=8, heads="mean"),
+    "keys": prune.Rule("keys", strongest, sees="keys", heads="max"),
+}
+FAMILIES = "llama3-gqa", "qwen2-bias", "qwen3-bias", "phi3", "llama3.2-tied", "llama2-mha"
+
+
+def talk(folder, rule="peak", n=300, saved=None, dtype="float64", steps=6, cut=False) -> dict:
+    """Read, decode, ask, rewind, save and resume; return logits, choices and counters."""
+    parallel.VOCABULARY_BYTES = 0 if cut else 2**25
+    engine = slim.load(
+        folder, "cpu", dtype=dtype, schedule={2: 96, 3: 64}, score=RULES[rule], block_len=16, unit_len=4, chunk=100
+    )
+    choices, logits = [], []
+    engine.model.on_select = lambda i, candidates, scores, active: choices.append((i, sorted(active)))
+    logits.append(engine.prefill(draw(n), room=8))
+    for token in draw(steps, seed=1):
+        logits.append(engine.extend([token]))
+    logits.append(engine.extend(draw(20, seed=2), all_logits=True))
+    if saved:
+        engine.save(saved, {"x": 1})
+        logits.append(engine.extend(draw(5, seed=3)))
+        assert engine.resume(saved) == {"x": 1}
+        logits.append(engine.extend(draw(5, seed=3)))
+    engine.rewind()
+    logits.append(engine.extend(draw(3, seed=4)))
+    stats = {key: value for key, value in engine.stats.items() if not key.endswith("_s")}
+    return {"logits": [x.double().numpy() for x in logits], "choices": choices, "stats": stats,
+            "weights": engine.model.weights.nbytes}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    made = {}
+    for family in FAMILIES:
+        made[family] = tmp_path_factory.mktemp(family)
+        make_checkpoint(made[family], family)
+    return made | {"demo": ROOT / "demo"}
+
+
+def all_cases(folders, n_ranks: int, tmp_path) -> dict:
+    """Return {name: arguments of talk} of what is compared on n ranks."""
+    cases = {family: dict(folder=folder) for family, folder in folders.items()}
+    if n_ranks == 4:
+        cases = {family: cases[family] for family in ("qwen2-bias", "demo", "llama2-mha")}
+    cases |= {f"rule {rule}": dict(folder=folders["llama3-gqa"], rule=rule) for rule in list(RULES)[1 : 7 - n_ranks]}
+    cases |= {f"cut {f}": dict(folder=folders[f], cut=True) for f in ("llama3-gqa", "llama3.2-tied")[: 4 // n_ranks]}
+    cases["saved"] = dict(folder=folders["qwen2-bias"], rule="paper", saved=str(tmp_path / f"saved.{n_ranks}"))
+    return cases
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_compute_what_one_does(folders, tmp_path, n):
+    """Logits, every choice, swaps and revivals; of each family, rule and both ways to hold the vocabulary."""
+    cases = all_cases(folders, n, tmp_path)
+    found = Group(tmp_path, n, lambda: {name: talk(**case) for name, case in cases.items()}).results()
+    for name, case in cases.items():
+        one = talk(**case)
+        for got in (ranks[name] for ranks in found):
+            assert got["choices"] == one["choices"], name
+            worst = max(abs(a - b).max() for a, b in zip(got["logits"], one["logits"], strict=True))
+            assert worst < 1e-10, (name, worst)
+            assert all(got["stats"][key] == one["stats"][key] for key in ("swaps", "revived", "kept", "tokens")), name
+        assert one["stats"]["swaps"] > 0 and one["stats"]["revived"] > 0, name
+    for key in ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes"):  # each rank has its share and no more
+        assert n * found[0]["llama2-mha"]["stats"][key] == talk(folders["llama2-mha"])["stats"][key] > 0, key
+    for a, b in zip(found[0]["saved"]["logits"][-3], found[0]["saved"]["logits"][-2]):
+        assert a == b  # resumed on as many ranks: bit for bit
+
+
+def test_a_saved_conversation_opens_on_any_number_of_ranks(folders, tmp_path):
+    """Heads are repeated on 4 ranks, and a file holds each once; rules that keep queries and that keep scores."""
+
+    def save():
+        for rule in ("peak", "paper"):
+            talk(folders["qwen2-bias"], rule, saved=str(tmp_path / f"{rule}.{os.environ.get('WORLD_SIZE', 1)}"))
+
+    def resume():
+        logits = {}
+        for rule in ("peak", "paper"):
+            for n in (1, 4):
+                engine = slim.load(folders["qwen2-bias"], "cpu", dtype="float64", schedule={2: 96, 3: 64},
+                                   score=rule, block_len=16, unit_len=4, chunk=100)  # fmt: skip
+                engine.resume(str(tmp_path / f"{rule}.{n}"))
+                logits[rule, n] = torch.stack([engine.extend([token]) for token in draw(3, seed=9)])
+        return logits
+
+    save()
+    Group(tmp_path, 4, save).results()
+    want = resume()
+    assert all((want[rule, n] - want[rule, 1]).abs().max() < 1e-10 for rule, n in want)
+    for n in (2, 4):
+        for found in Group(tmp_path, n, resume).results():
+            assert all((found[key] - want[key]).abs().max() < 1e-10 for key in want)
+
+
+@pytest.mark.parametrize("n, steps", [(2, 200), (4, 40)])
+def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path, n, steps):
+    """Sampled, each rank with a seed and logits of its own: rank 0's count. (Four ranks on two cores are slow.)"""
+
+    def work():
+        engine = slim.load(
+            folders["llama2-mha"], "cpu", dtype="bfloat16", schedule={2: 96, 3: 64}, block_len=16, unit_len=4
+        )
+        choices = []
+        engine.model.on_select = lambda i, candidates, scores, active: choices.append((i, scores, sorted(active)))
+        torch.manual_seed(int(os.environ["RANK"]))
+        head, engine.model.head = engine.model.head, lambda x: torch.randn_like(head(x))
+        tokens = list(engine.generate(draw(300), steps, temperature=1.0))
+        return tokens, choices, engine.model.kv.slabs[0].shape
+
+    first, *others = Group(tmp_path, n, work).results()
+    assert len(first[0]) == steps and len(first[1]) == 2 * steps
+    for other in others:
+        assert other[0] == first[0]
+        assert all(a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(other[1], first[1]))
+
+
+def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
+    """Parts of all ranks make the whole; FP8 scales are cut with their tiles; nobody gets another's rows."""
+
+    class File:
+        def __init__(self, shapes):
+            self.shapes = shapes
+
+        def get_tensor(self, name):
+            return torch.arange(torch.Size(self.shapes[name]).numel()).view(self.shapes[name])
+
+    class Rank:
+        def __init__(self, rank, n):
+            self.rank, self.n = rank, n
+
+    raw = json.loads((folders["qwen3-bias"] / "config.json").read_text())
+    raw |= dict(hidden_size=64, intermediate_size=128, head_dim=16, num_attention_heads=8, num_key_value_heads=4)
+    config = parse_config(raw, "x")
+    object.__setattr__(config, "tile", (16, 32))
+    q, o = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+    shapes = {q: (128, 64), o: (64, 128), q + "_scale_inv": (8, 2), o + "_scale_inv": (4, 4)}
+    ckpt = slim.Checkpoint(Path("x"), config, dict.fromkeys(shapes, File(shapes)), set(), torch.device("cpu"),
+                           torch.float32, {}, prune.RULES["peak"], loading.plan.Settings())  # fmt: skip
+    for n in (2, 4):
+        parts = [parallel.split(ckpt, Rank(r, n)) for r in range(n)]
+        for name in shapes:
+            pieces = [part.tensors[name].get_tensor(name) for part in parts]
+            dim = int("o_proj" in name)
+            assert torch.equal(torch.cat(pieces, dim), File(shapes).get_tensor(name)), name
+            assert all(piece.shape[dim] == shapes[name][dim] // n for piece in pieces)
+    with pytest.raises(ValueError, match="8 ranks would cut through the FP8 tiles of 16 x 32 weights, at 16"):
+        parallel.split(ckpt, Rank(1, 8))
+    with pytest.raises(ValueError, match="3 ranks cannot share 8 heads and 4 KV heads; .* can be 1, 2, 4, 8"):
+        parallel.split(ckpt, Rank(0, 3))
+
+
+def test_a_scorer_that_fails_fails_alike_on_all_ranks(folders, tmp_path):
+    def work():
+        for wrong in (lambda w: 7, lambda w: w, lambda w: w.amax((1, 3)) * torch.nan):
+            for heads in ("all", "mean", "max"):
+                engine = slim.load(folders["llama3-gqa"], "cpu", schedule={2: 96}, block_len=16, unit_len=4,
+                                   score=prune.Rule("wrong", wrong, heads=heads))  # fmt: skip
+                with pytest.raises(ValueError, match="the scoring function returned"):
+                    engine.prefill(draw(300))
+        return True
+
+    assert Group(tmp_path, 2, work).results() == [True, True]
+
+
+# ---- the command line ---------------------------------------------------------------------
+
+
+def test_torchrun_gives_the_text_of_one_process(tmp_path):
+    """The demo, dense and pruned, as rank 0 alone prints it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "slim.py"]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=2 * LIMIT, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    one = Group(tmp_path, 1, command())
+    assert one.codes() == [0]
+    assert done.stdout == one.text("out") == " 2489\n 2489\n"
+    assert done.stderr.count("on each of 2 ranks") == 3 and done.stderr.count("in all") == 2
+
+
+def test_chat_map_json_save_and_resume_work(tmp_path):
+    options = "--ckpt", ROOT / "demo", "--schedule", "5:1/4,6:1/8", "--max-new-tokens", "8", "--dtype", "float64"
+    lines = "first question\n/stats\n/map {0}/map.html\n/reset\n/nonsense\nfirst question\n/quit\nnever read\n"
+
+    def ask(folder, run):
+        folder.mkdir()
+        read = options + ("--prompt", DOCUMENT, "--max-prompt-tokens", "1500")
+        out = [run(*read, "--ask", "first question", "--json", "--map", folder / "a.html")]
+        out.append(run(*read, "--ask", "one", "--compare"))
+        out.append(run(*read, "--save", folder / "a.slim"))
+        out.append(run("--resume", folder / "a.slim", "--ask", "first question"))
+        out.append(run(*read, "--chat", stdin=lines.format(folder)))
+        data = [page.split('type="application/json">')[-1] for page in
+                ((folder / name).read_text() for name in ("a.html", "map.html"))]  # fmt: skip
+        return out, [page.replace(str(folder), "") for page in data]
+
+    def on(n, *argv, stdin=""):
+        (tmp_path / "stdin").write_text(stdin)
+        group = Group(tmp_path, n, command(*argv, stdin=tmp_path / "stdin"))
+        assert group.codes() == [0] * n, group.text("err")
+        assert n == 1 or not group.text("out", 1) + group.text("err", 1)
+        return group.text("out", 0)
+
+    one, two = (ask(tmp_path / str(n), partial(on, n)) for n in (1, 2))
+    a, b = (json.loads(out[0][0]) for out in (one, two))
+    assert a["ids"] == b["ids"] and a["kept"] == b["kept"] and a["kv_gpu_bytes"] == 2 * b["kv_gpu_bytes"]
+    assert one[0][1:] == two[0][1:]
+    assert [len(page) > 1000 for page in one[1] + two[1]] == [True] * 4
+
+
+def test_without_torchrun_nothing_of_it_is_imported():
+    code = "import sys, slim, cli; slim.load('demo').prefill([5] * 9); sys.exit('parallel' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- how all end --------------------------------------------------------------------------
+
+
+def one_line(group: Group, codes: list[int], text: str) -> None:
+    assert group.codes() == codes, group.text("err")
+    said = [line for line in group.text("err").splitlines() if line.strip()]
+    assert len(said) == 1 and said[0].startswith("slim: error: ") and text in said[0], said
+
+
+DOCUMENT = ROOT / "demo/document.txt"
+QUIET = "--quiet", "--ckpt", ROOT / "demo", "--schedule", "5:1/4", "--max-prompt-tokens", "2000", "--prompt", DOCUMENT
+ASK = *QUIET, "--ask", "x"
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, KeyError])
+def test_a_step_that_raises_on_one_rank_ends_all(tmp_path, error):
+    def fail(self, layer, x):
+        raise error("no room for 7 MiB")
+
+    group = Group(tmp_path, 4, command(*ASK, patches=[(2, model.Model, "ffn", fail)]))
+    one_line(group, [2] * 4, f"rank 2: {error.__name__}: ")
+
+
+def test_an_error_of_rank_0_ends_all(tmp_path):
+    def fail(self, layer, x):
+        raise MemoryError("no room for 7 MiB")
+
+    one_line(Group(tmp_path, 2, command(*ASK, patches=[(0, model.Model, "ffn", fail)])), [2, 2], "no room for 7 MiB")
+
+
+def slow(self, layer, x):
+    """An FFN that says where the rank is, and gives the test time."""
+    print("in a step", file=sys.stderr)
+    time.sleep(1)
+
+
+@pytest.mark.parametrize("n, rank", [(4, 0), (2, 1)])
+def test_a_killed_rank_ends_all(tmp_path, n, rank):
+    """In a step: the others meet it in the next collective. (`slow` speaks on the rank that dies.)"""
+    group = Group(tmp_path, n, command(*ASK, patches=[(rank, model.Model, "ffn", slow)]))
+    group.wait_for("in a step")
+    group.ranks[rank].kill()
+    codes = [2] * n
+    codes[rank] = -signal.SIGKILL
+    assert group.codes() == codes, group.text("err")
+    said = [line for line in group.text("err").splitlines() if line.startswith("slim: ")]
+    assert said == [f"slim: error: rank {rank} was lost; all ranks end"], group.text("err")
+
+
+def test_a_rank_killed_while_rank_0_waits_for_a_question_ends_all(tmp_path):
+    os.mkfifo(tmp_path / "typed")
+    group = Group(tmp_path, 2, command(*QUIET[1:], "--chat", stdin=tmp_path / "typed"))
+    with open(tmp_path / "typed", "w"):
+        group.wait_for("ask away")
+        group.ranks[1].kill()
+        assert group.codes() == [2, -signal.SIGKILL]
+    assert group.text("err").count("slim: error: rank 1 was lost; all ranks end\n") == 1
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_rank_0_in_a_step_ends_all(tmp_path, sent, code):
+    group = Group(tmp_path, 2, command(*ASK, patches=[(0, model.Model, "ffn", slow)]))
+    group.wait_for("in a step")
+    os.kill(group.ranks[0].pid, sent)
+    assert group.codes() == [code, 2]
+    assert group.text("err").count("slim: ") == (code == 143)
+
+
+def test_ranks_refuse_together(tmp_path):
+    """Unequal memory, a rank without the checkpoint, a number that does not divide the heads, bad input."""
+
+    def missing(ckpt):
+        raise FileNotFoundError(f"no checkpoint {ckpt.rpartition('/')[2]!r} here")
+
+    memory = [(1, loading.plan, "free_bytes", lambda device: 2**20)]
+    group = Group(tmp_path, 2, command(*ASK, patches=memory))
+    one_line(group, [2, 2], "rank 1: not enough memory on cpu")
+    group = Group(tmp_path, 2, command(*ASK, patches=[(1, loading.plan, "find_checkpoint", missing)]))
+    one_line(group, [2, 2], "rank 1: no checkpoint 'demo' here")
+    one_line(Group(tmp_path, 5, command(*ASK)), [2] * 5, "5 ranks cannot share 4 heads and 2 KV heads")
+    one_line(Group(tmp_path, 2, command("--ckpt", "nowhere", "--ask", "x")), [2, 2], "no checkpoint 'nowhere'")
+    one_line(Group(tmp_path, 2, command("--serve", "0")), [2, 2], "--serve works on one GPU only")
+    group = Group(tmp_path, 2, command("--nonsense"))
+    one_line(group, [2, 2], "unrecognized arguments: --nonsense")
+
+
+def test_a_question_that_one_rank_cannot_take_is_refused_and_the_next_answered(tmp_path):
+    (tmp_path / "typed").write_text("a question that is too long\nx\n")
+    calls = iter([0])
+
+    def free(device):
+        return next(calls, 2**40)
+
+    group = Group(tmp_path, 2, command(*QUIET, "--chat", "--max-new-tokens", "4", stdin=tmp_path / "typed",
+                                       patches=[(1, slim, "free_bytes", free)]))  # fmt: skip
+    assert group.codes() == [0, 0], group.text("err")
+    assert group.text("err").count("slim: error: ") == 1 and "more than is free" in group.text("err", 0)
+    assert len(group.text("out", 0)) > 1
+
+
+def test_a_prompt_that_one_rank_has_no_memory_for_is_refused_by_all(folders, tmp_path, monkeypatch):
+    def work():
+        engine = slim.load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
+        with monkeypatch.context() as patch:
+            if engine.ranks.rank == 1:
+                patch.setattr(loading.plan, "free_bytes", lambda device: 0)
+            with pytest.raises(ValueError, match="rank 1: not enough memory on cpu"):
+                engine.prefill(draw(300))
+        return engine.prefill(draw(300)).tolist()
+
+    first, second = Group(tmp_path, 2, work).results()
+    assert first == second
+
+
+def test_a_file_that_cannot_be_written_or_read_leaves_all_ranks_as_they_were(folders, tmp_path):
+    def work():
+        engine = slim.load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
+        engine.prefill(draw(100))
+        for path in (tmp_path / "no" / "a.slim", tmp_path):
+            with pytest.raises(ValueError, match="cannot be written"):
+                engine.save(path)
+        mine = tmp_path / ("no.slim" if os.environ["RANK"] == "1" else "yes.slim")
+        engine.save(tmp_path / "yes.slim")
+        with pytest.raises(ValueError, match="no.slim is not a conversation saved by Slim: no such file"):
+            engine.resume(mine)
+        return engine.extend([1, 2]).tolist()
+
+    first, second = Group(tmp_path, 2, work).results()
+    assert first == second
+
+
+def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
+    """The real thing: no process is left, and the line is said once."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with subprocess.Popen([*torchrun, "slim.py", *map(str, QUIET[1:]), "--chat"], cwd=ROOT, text=True,
+                          stdin=subprocess.PIPE, stderr=subprocess.PIPE) as run:  # fmt: skip
+        said = []
+        for line in run.stderr:
+            said.append(line)
+            if "ask away" in line:
+                break
+        children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        assert len(children) == 2
+        os.kill(children[1], signal.SIGKILL)
+        said += run.stderr.readlines()
+        assert run.wait(LIMIT) == 1
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert sum("slim: error: rank 1 was lost; all ranks end" in line for line in said) == 1, said
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_ranks_send_what_the_arithmetic_says(tmp_path, cut):
+    """Calls and bytes of a prefill with boundaries and of a decode step; the embedding and the head whole, and cut."""
+
+    def work():
+        parallel.VOCABULARY_BYTES = 0 if cut else 2**25
+        engine = speed.make_engine("tiny", "cpu", "bfloat16", "2:1/4,3:1/8", 300)
+        engine.model.gamma, sent = 0.0, []
+        for n, step in ((1500, lambda: engine.prefill([7] * 1500, room=2)), (1, lambda: engine.extend([1]))):
+            engine.ranks.calls = engine.ranks.bytes = 0
+            step()
+            sent.append(((engine.ranks.calls, engine.ranks.bytes), speed.expected_traffic(engine, n)))
+        return sent
+
+    for sent in Group(tmp_path, 2, work).results():
+        assert all(found == expected for found, expected in sent), sent
