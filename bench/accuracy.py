@@ -68,6 +68,11 @@ def AUTO(bench, n):
     return prune.auto_schedule(bench.n_layers)
 
 
+def at_least(blocks: int):
+    """Return AUTO with another floor than prune.LEAST_BLOCKS."""
+    return lambda bench, n: {p: max(64 * blocks, int(share * n)) for p, share in AUTO(bench, n).items()}
+
+
 def at_equal_flops(boundary: int):
     """Return a schedule with one boundary (of 30 layers) that costs what AUTO does."""
 
@@ -151,6 +156,8 @@ RIVALS = {
     "dense": Entry(),
     "Slim, peak": Entry(schedule=AUTO, frozen=False),
     "Slim, peak, frozen": Entry(schedule=AUTO),
+    "Slim, at least 4 blocks": Entry(schedule=at_least(4), frozen=False),
+    "Slim, at least 4 blocks, frozen": Entry(schedule=at_least(4)),
     "paper's rule": Entry(prune.RULES["paper"], AUTO, frozen=False),
     "summed attention, frozen": Entry(of_keys(summed), AUTO, window=4),
     "SnapKV, frozen": Entry(of_keys(snapkv), window=64, **TOKENS),
@@ -194,11 +201,6 @@ def at_shares(a, b, c):
         f"random, frozen, {shares}": Entry(of_keys(by_chance), schedule),
         f"oracle, frozen, {shares}": Entry(ORACLE, schedule),
     }
-
-
-def at_least(blocks: int):
-    """Return AUTO with another floor than prune.LEAST_BLOCKS."""
-    return lambda bench, n: {p: max(64 * blocks, int(share * n)) for p, share in AUTO(bench, n).items()}
 
 
 SETS = {
