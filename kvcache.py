@@ -174,6 +174,7 @@ class KVCache:
         self.copied: list = []  # per layer: the event after its newest copies, or None
         self.schedule: dict[int, Budget] = {}
         self.n_prompt = self.length = 0  # tokens of the prompt; of the conversation, whose keys are complete
+        self.planned = 0  # tokens of the prompt, its tail and the answer: decides between LongRoPE's factors, once
         self.tail_start = self.tail_rows = 0  # first position of the tail; rows that slabs have for it
         self.swaps = self.revived = self.to_cpu_bytes = self.to_gpu_bytes = 0
 
@@ -189,7 +190,7 @@ class KVCache:
         n_slots = self.stages[0].n_slots
         self.activate(self.stages[0], set(range(n_slots)))
         self.tail_start, self.tail_rows = n_slots * self.block_len, tail_rows(n_prompt, self.block_len) + room
-        self.length, self.n_prompt = 0, n_prompt
+        self.length, self.n_prompt, self.planned = 0, n_prompt, n_prompt + room
         self.slabs, self.copied = [], [None] * self.n_layers  # the old slabs go before the new ones come
         self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
         for counter in COUNTERS:
@@ -333,7 +334,7 @@ class KVCache:
         """Return all that the conversation needs: a JSON-able layout, and tensors on the CPU by name."""
         if self.pin:
             torch.cuda.synchronize(self.device)  # copies may still write what is read here
-        layout = {key: getattr(self, key) for key in ("n_prompt", "length", *COUNTERS)}
+        layout = {key: getattr(self, key) for key in ("n_prompt", "length", "planned", *COUNTERS)}
         layout["stages"] = [
             {"slots": s.slots, "home": list(s.home), "aux": list(s.aux), "seen": s.seen is not None}
             for s in self.stages
@@ -365,7 +366,7 @@ class KVCache:
             for block in saved["aux"]:
                 stage.aux[block] = self.aux_memory.take(1)[0].copy_(tensor(f"stage.{i}.aux.{block}"))
             stage.seen = tensor(f"stage.{i}.seen").to(self.device) if saved["seen"] else None
-        for key in ("length", *COUNTERS):
+        for key in ("length", "planned", *COUNTERS):
             setattr(self, key, layout[key])
 
     # ---- helpers --------------------------------------------------------------------

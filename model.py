@@ -170,7 +170,7 @@ class Model:
         """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
         kv, r = self.kv, self.config.rope_scaling
         wide = torch.promote_types(kv.dtype, torch.float32)
-        long = int(kv.n_prompt > r.get("original_max_position_embeddings", 0))
+        long = int(kv.planned > r.get("original_max_position_embeddings", 0))
         angle = pos[:, None, None] * self.inv_freq[long]  # (T, 1, R/2) in float64: exact at any position
         cos, sin = (y.mul(r.get("attention_factor", 1.0)).to(wide) for y in (angle.cos(), angle.sin()))
         if "llama_4_scaling_beta" not in r:

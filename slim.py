@@ -4,7 +4,7 @@
 
 `load` checks everything it can before it allocates anything, so a checkpoint is either loaded
 as a whole or refused with one line that says why. An `Engine` holds one conversation: `prefill`
-starts it, `extend` continues it, be it with a decoded token or a follow-up question, and
+starts it, `extend` continues it, with a decoded token or a follow-up question, and
 `generate` is the two in a loop.
 """
 
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenizer
-from kvcache import KVCache
+from kvcache import KVCache, stage_layout
 from loading.plan import Checkpoint, check_memory, format_bytes, free_bytes, step_bytes
 from loading.saved import SAVED, check_saved, checksum, read_saved, replace_file
 from loading.schedule import resolve_schedule
@@ -95,6 +95,7 @@ class Engine:
         Raises ValueError for ids outside the vocabulary, or too little memory.
         """
         ids, ckpt = self.check_ids(ids), self.ckpt
+        check_whole_tokens(tail, "tail")
         n_prompt = max(1, len(ids) - tail)
         if schedule is not None:
             ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len))
@@ -127,8 +128,7 @@ class Engine:
                     "ask less, or start again with more room"
                 )
         started = time.perf_counter()
-        if self.kv.growth_bytes(end):
-            self.kv.grow_tail(end + room)
+        self.kv.grow_tail(end + room)
         logits = self.run(ids, len(ids) if all_logits else 1)
         self.pending = []
         self.extend_s += time.perf_counter() - started
@@ -206,6 +206,10 @@ class Engine:
         if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):
             raise ValueError(f"{path} is damaged; read the document again")
         layout, ids = header["kv"], self.check_ids(header["ids"])
+        stages = stage_layout(self.config.n_layers, layout["n_prompt"], self.ckpt.schedule, self.kv.block_len)
+        needed = {f"layer.{layer}" for layer in range(self.config.n_layers)}
+        if len(layout["stages"]) != len(stages) or not needed <= {*file.keys()}:
+            raise ValueError(f"{path} is incomplete; read the document again")
         self.check_room(self.ckpt, layout["n_prompt"], len(ids) - layout["n_prompt"], room)
         self.forget()
         self.kv.undump(layout, file.get_tensor, self.ckpt.schedule, room)
@@ -264,8 +268,8 @@ class Engine:
                 yield token
                 if self.steps != steps:
                     raise ValueError(
-                        "the engine was used while it generated; it holds one conversation, so finish the first "
-                        "or load another"
+                        "the engine was used while it generated; it holds one conversation, so finish that "
+                        "answer first, or load a second engine"
                     )
                 if left:
                     logits = self.extend()
@@ -301,9 +305,9 @@ class Engine:
         }
 
 
-def check_whole_tokens(room) -> None:
-    if type(room) is not int or room < 0:
-        raise ValueError(f"room is {room!r}; it must be a whole number of tokens, 0 or more")
+def check_whole_tokens(n, name: str = "room") -> None:
+    if type(n) is not int or n < 0:
+        raise ValueError(f"{name} is {n!r}; it must be a whole number of tokens, 0 or more")
 
 
 def as_int(i) -> int:

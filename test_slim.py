@@ -960,6 +960,10 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
     ),
     "gamma": (lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True), "gamma 0.1"),
     "a bit of a tensor": (lambda p: flip(p, -100), "damaged"),
+    "no prompt length": (lambda p: edit_saved(p, lambda h, t: h["kv"].pop("n_prompt"), sign=True), "parts are missing"),
+    "no stages": (lambda p: edit_saved(p, lambda h, t: h["kv"].pop("stages"), sign=True), "parts are missing"),
+    "no seconds": (lambda p: edit_saved(p, lambda h, t: h.pop("prefill_s"), sign=True), "parts are missing"),
+    "no layer": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2"), sign=True), "incomplete"),
     "tensor missing": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2")), "damaged"),
     "tensor short": (
         lambda p: edit_saved(p, lambda h, t: t.update({"layer.2": t["layer.2"][1:]})),
@@ -976,7 +980,7 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
     "a slot": (lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(1, 10**6)), "damaged"),
     "length": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(length=-5)), "damaged"),
     "an id": (lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 63 - h["ids"][0])), "damaged"),
-    "seconds": (lambda p: edit_saved(p, lambda h, t: h.update(prefill_s="x")), "damaged"),
+    "seconds": (lambda p: edit_saved(p, lambda h, t: h.update(prefill_s="x")), "parts are missing"),
     "no checksum": (lambda p: edit_saved(p, lambda h, t: h.update(x=1)), "damaged"),
     "ids of another vocabulary": (
         lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 10**9), sign=True),
@@ -1261,8 +1265,29 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
     monkeypatch.setattr(KVCache, "new_slab", lambda *args, new=KVCache.new_slab: made.append(1) or new(*args))
     assert len(list(engine.generate(draw(5), 300, follow_up=True))) == 300
     assert len(made) == engine.config.n_layers
+    engine.prefill(draw(100), room=60)
+    made.clear()
+    assert len(list(engine.generate(draw(3), 400, follow_up=True))) == 400  # also where the question itself has room
+    assert len(made) == engine.config.n_layers
     with pytest.raises(ValueError, match="follow-up cannot change it"):
         engine.generate(draw(5), 5, schedule="dense", follow_up=True)
+
+
+@pytest.mark.parametrize("tail", [-5, 1.5, "x"])
+def test_a_tail_that_is_no_number_of_tokens_is_refused(tiny, tail):
+    with pytest.raises(ValueError, match="tail is"):
+        slim.load(tiny, "cpu").prefill(draw(100), tail=tail)
+
+
+def test_longrope_counts_the_tail_and_the_answer(checkpoints):
+    """Long factors or short ones: one choice for a conversation, whatever part of it is in the tail."""
+    engine = slim.load(checkpoints["phi3-longrope"][0], "cpu", "float32", "dense")
+    n = int(engine.config.rope_scaling["original_max_position_embeddings"])
+    ids = draw(n + 20)
+    whole = engine.prefill(ids)
+    torch.testing.assert_close(engine.prefill(ids, tail=40), whole)
+    engine.prefill(ids[: n - 10], room=30)
+    torch.testing.assert_close(engine.extend(ids[n - 10 :]), whole)
 
 
 def test_what_is_pruned_counts_as_memory_too(tiny, monkeypatch):

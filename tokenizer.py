@@ -53,7 +53,7 @@ class Tokenizer:
         self.swallows: set[str] = set()  # special tokens that white space after them belongs to
         self.bos_id: int | None = bos_id
         self.template: Template | None = None  # without one, text is continued as it is
-        self.system = ""  # what a conversation opens with, besides what the template itself says
+        self.system: str | None = None  # what a conversation opens with, besides what the template itself says
         self.variables = {}  # for the template, such as {"enable_thinking": False}
         self.vocab_size: int = 1 + max([*pieces, *special.values()])
 
@@ -113,11 +113,16 @@ class Tokenizer:
         return self._render(hidden, **variables)
 
     def _render(self, messages, cuts=0, part=0, **variables):
-        if self.system and messages[0]["role"] != "system":
+        if self.system is not None and messages[0]["role"] != "system":
             messages = [_said("system", self._hide(self.system)), *messages]
-        parts = self.template.render(messages, **self.variables | variables).split(CUT)
+        text = self.template.render(messages, **self.variables | variables)
+        for m in messages:
+            if m is messages[-1] and m["role"] == "user" or m["role"] == "system" and self.system is not None:
+                if m["content"].strip() not in text:
+                    raise self.template.error(f"it does not write the {m['role']} message as it is")
+        parts = text.split(CUT)
         if len(parts) != cuts + 1:
-            raise self.template.error("it does not write a message once and as it is, so there is no going on after it")
+            raise self.template.error("it does not write a message once and as it is, so a turn cannot be continued")
         return self._spell(parts[part], opens=part == 0)
 
     def _hide(self, text):
@@ -127,13 +132,13 @@ class Tokenizer:
 
     def _spell(self, text, opens):
         """Return the ids of rendered text; the numbers are text again once the special tokens are split off."""
-        names, ids, before = [*self.special, CUT, HIDDEN], [], None
+        names, ids, before = dict(enumerate([*self.special, CUT, HIDDEN])), [], None
         for i, part in enumerate(_split(text, self.special)):
             if part in self.special:
                 ids.append(self.special[part])
             else:
                 part = part.lstrip() if before in self.swallows else part
-                part = re.sub(f"{HIDDEN}(\\d+){HIDDEN}", lambda number: names[int(number[1])], part)
+                part = re.sub(f"{HIDDEN}(\\d+){HIDDEN}", lambda number: names.get(int(number[1]), ""), part)
                 ids += (self.plain if (self.legacy if i else opens) else self.inside)(_whole(part))
             before = part
         return ids

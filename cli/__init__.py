@@ -66,7 +66,7 @@ def speak(tok, args) -> None:
         raise ValueError(f"--system: {args.ckpt} has no chat template with a place for it; leave --system out")
     if args.no_think and "enable_thinking" not in getattr(tok.template, "source", ""):
         raise ValueError(f"--no-think: the chat template of {args.ckpt} knows no enable_thinking; leave --no-think out")
-    tok.system = args.system or ""
+    tok.system = args.system
     tok.variables = {"enable_thinking": False} if args.no_think else {}
 
 

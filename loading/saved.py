@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-SAVED = "slim 3"  # the format
+SAVED = "slim 4"  # the format
 
 
 def check_path(path) -> Path:
@@ -63,7 +63,7 @@ def checksum(header: str, tensors) -> str:
 
 def read_saved(path) -> tuple[dict, object]:
     """Return the header of a saved conversation and its open file; raise ValueError for anything else."""
-    parts = {"identity": dict, "ids": list, "pending": list, "kv": dict, "extra": dict}
+    parts = {"identity": dict, "ids": list, "pending": list, "kv": dict, "extra": dict, "prefill_s": (int, float)}
     try:
         if not Path(path).is_file():
             raise FileNotFoundError("no such file")
@@ -71,7 +71,8 @@ def read_saved(path) -> tuple[dict, object]:
         header = json.loads((file.metadata() or {})["slim"])
         if header["format"] != SAVED:
             raise OSError(f"its format is {header['format']!r}, not {SAVED!r}")
-        if all(isinstance(header.get(name), kind) for name, kind in parts.items()):
+        whole = all(isinstance(header.get(name), kind) for name, kind in parts.items())
+        if whole and header["kv"].keys() >= {"n_prompt", "length", "planned", "stages"}:
             return header, file
         problem = "parts are missing"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

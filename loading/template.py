@@ -58,9 +58,11 @@ def read_template(folder: Path, settings: dict) -> Template | None:
         source = named.get("default") or f"{{{{ raise_exception('of {len(named)} templates, none is the default') }}}}"
     if not source:
         return None
+    if not isinstance(source, str):
+        raise ValueError(f"{path}: the chat template is {source!r:.60}; it must be text, so mend it or use --raw")
     tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()
               if key.endswith("_token")}  # fmt: skip
-    return Template(path, str(source), {key: value for key, value in tokens.items() if isinstance(value, str)})
+    return Template(path, source, {key: value for key, value in tokens.items() if isinstance(value, str)})
 
 
 def render(source: str, messages: list[dict], variables: dict) -> str:

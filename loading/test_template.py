@@ -220,6 +220,24 @@ def test_what_a_user_types_stays_text(tmp_path, name):
     assert shown(tok, opened).count(EVIL) == 5 if name == "mistral0.3" else 4
 
 
+def test_an_empty_system_text_takes_the_place_of_the_template_s_own(tmp_path):
+    tok, theirs = make(tmp_path, CHATML, "smollm2")
+    tok.system = ""
+    talk = messages([("system", ""), ("user", U)])
+    assert tok.chat(U) == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("source, whose", [
+    ("{{ 'hello' }}", "user"), ("{{ '' }}", "user"),
+    ("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}", "system"),
+])  # fmt: skip
+def test_a_template_that_drops_a_text_is_refused(tmp_path, source, whose):
+    tok, _ = make(tmp_path, source, "smollm2")
+    tok.system = S
+    with pytest.raises(ValueError, match=f"does not write the {whose} message" if whose == "system" else "message"):
+        tok.chat(U)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "smollm3"])
 def test_thinking_can_be_turned_off(tmp_path, name):
     tok, theirs = make(tmp_path, TEMPLATES[name], name)

@@ -81,7 +81,7 @@ def parse(chat: bool, body, tok, model: str, max_len: int, defaults) -> Request:
     asked = get(body, "max_tokens", int, defaults.max_new_tokens, 1)
     if chat:
         asked = get(body, "max_completion_tokens", int, asked, 1)
-    stop = body.get("stop", [])
+    stop = body.get("stop", defaults.stop)
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise ApiError(400, f"stop must be a string, or a list of up to {MOST_STOPS}, none of them empty", "stop")

@@ -139,7 +139,7 @@ def test_dense_logits_after_a_rewind_are_those_of_a_new_prefill(tiny):
 
 # ---- requests ---------------------------------------------------------------------------------
 
-DEFAULTS = SimpleNamespace(max_new_tokens=9, temperature=0.0, top_p=1.0, seed=None)
+DEFAULTS = SimpleNamespace(max_new_tokens=9, temperature=0.0, top_p=1.0, seed=None, stop=[])
 USER = [{"role": "user", "content": "ABBA"}]
 MALFORMED = {  # a body: the parameter that the error names, its status
     "[]": (None, 400),
