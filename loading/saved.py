@@ -71,8 +71,8 @@ def read_saved(path) -> tuple[dict, object]:
         header = json.loads((file.metadata() or {})["slim"])
         if header["format"] != SAVED:
             raise OSError(f"its format is {header['format']!r}, not {SAVED!r}")
-        whole = all(isinstance(header.get(name), kind) for name, kind in parts.items())
-        if whole and header["kv"].keys() >= {"n_prompt", "length", "planned", "stages"}:
+        complete = all(isinstance(header.get(name), kind) for name, kind in parts.items())
+        if complete and header["kv"].keys() >= {"n_prompt", "length", "planned", "stages"}:
             return header, file
         problem = "parts are missing"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
