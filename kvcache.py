@@ -44,9 +44,9 @@ from torch import Tensor
 from prune import Budget, stage_blocks
 
 COUNTERS = "swaps", "revived", "to_cpu_bytes", "to_gpu_bytes"
-TAIL_STEP = 64  # rows a tail grows by: small, so that memory stays what the plan said
+TAIL_GROWTH = 64  # rows a tail grows by: small, so that memory stays what the plan said
 PIECE_BYTES = 2**26  # of pinned memory, at least, where a first piece was too small
-TOGETHER = 16  # blocks that leave x at a time: a copy of them is made on the device
+BLOCKS_PER_COPY = 16  # blocks that leave x at a time: a copy of them is made on the device
 
 
 def stage_layout(n_layers: int, n_prompt: int, schedule: dict[int, Budget], block_len: int) -> list[tuple[range, int]]:
@@ -57,7 +57,7 @@ def stage_layout(n_layers: int, n_prompt: int, schedule: dict[int, Budget], bloc
     return [(range(a, b), n - 1) for a, b, n in zip(edges, edges[1:], sizes)]
 
 
-def tail_rows(n_prompt: int, block_len: int) -> int:
+def last_block_len(n_prompt: int, block_len: int) -> int:
     """Return the prompt's part of the tail, its last block."""
     return n_prompt - (-(-n_prompt // block_len) - 1) * block_len
 
@@ -107,8 +107,8 @@ class CopyStream:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and overlap else None
 
-    def compute_event(self):
-        """Mark this point of the compute stream."""
+    def mark(self):
+        """Return an event at this point of the current stream: the copy stream inside `after`, else that of compute."""
         return torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
 
     def after(self, event):
@@ -116,10 +116,6 @@ class CopyStream:
         if self.stream is not None:
             self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)  # of None: changes nothing
-
-    def event(self):
-        """Mark this point of the stream."""
-        return self.stream.record_event() if self.stream is not None else None
 
     def wait(self, event) -> None:
         """Let compute issued from now on start after an event of the stream."""
@@ -151,11 +147,11 @@ class Stage:
     aux: dict[int, Tensor] = field(default_factory=dict)  # block -> (B, C) on the CPU, pruned at this stage's boundary
     home_sent: object = None  # the event after the newest copy to home
     aux_sent: object = None  # and to aux
-    seen: Tensor | None = None  # of the newest tokens at this boundary: worth (w, N), or queries (w, H, D)
+    recent: Tensor | None = None  # of the newest tokens at this boundary: scores (w, N), or queries (w, H, D)
 
     def remember(self, newest: Tensor, window: int) -> None:
         """Add what the newest tokens brought to this boundary (w, ...), and keep `window` of them."""
-        self.seen = torch.cat([newest[:0] if self.seen is None else self.seen, newest])[-window:]
+        self.recent = torch.cat([newest[:0] if self.recent is None else self.recent, newest])[-window:]
 
 
 class KVCache:
@@ -189,7 +185,7 @@ class KVCache:
         self.stages, self.moves = [Stage(layers, n_slots) for layers, n_slots in layout], []
         n_slots = self.stages[0].n_slots
         self.activate(self.stages[0], set(range(n_slots)))
-        self.tail_start, self.tail_rows = n_slots * self.block_len, tail_rows(n_prompt, self.block_len) + room
+        self.tail_start, self.tail_rows = n_slots * self.block_len, last_block_len(n_prompt, self.block_len) + room
         self.length, self.n_prompt, self.planned = 0, n_prompt, n_prompt + room
         self.slabs, self.copied = [], [None] * self.n_layers  # the old slabs go before the new ones come
         self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
@@ -206,8 +202,8 @@ class KVCache:
 
     def growth_bytes(self, end: int) -> int:
         """Return the memory that `grow_tail` will ask for: longer tails, and one slab that is there twice."""
-        rows = end - self.tail_start - self.tail_rows + TAIL_STEP
-        if rows <= TAIL_STEP:
+        rows = end - self.tail_start - self.tail_rows + TAIL_GROWTH
+        if rows <= TAIL_GROWTH:
             return 0
         return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + self.slabs[0].nbytes
 
@@ -215,7 +211,7 @@ class KVCache:
         """Make room for the tokens up to position `end` in every layer's tail."""
         if end - self.tail_start <= self.tail_rows:
             return
-        n_tail = end - self.tail_start + TAIL_STEP
+        n_tail = end - self.tail_start + TAIL_GROWTH
         for stage in self.stages:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled
@@ -235,7 +231,7 @@ class KVCache:
         """Return the first n slab rows of a layer as a view (2, n, G, D): keys, values."""
         return self.slabs[layer][:, :, :n].transpose(1, 2)
 
-    def slots(self, stage: Stage, layer: int) -> Tensor:
+    def slot_rows(self, stage: Stage, layer: int) -> Tensor:
         """Return the slots of a layer as a view (2, G, N, B, D)."""
         return self.slabs[layer][:, :, : stage.n_slots * self.block_len].unflatten(2, (-1, self.block_len))
 
@@ -265,7 +261,7 @@ class KVCache:
         returning = [(s, block) for s, block in entering.items() if block in stage.home]
         n_layers, n = len(stage.layers), len(leaving)
         homes = self.home_memory.take(n_layers * n).view(n_layers, n, *self.home_memory.shape)
-        self.moves.append((stage, leaving, homes, returning, self.copies.compute_event()))
+        self.moves.append((stage, leaving, homes, returning, self.copies.mark()))
         stage.home |= {block: homes[:, i] for i, (_, block) in enumerate(leaving)}
         self.fill(stage, [entering.get(s, block) for s, block in enumerate(stage.slots)])
         self.swaps += len(entering)
@@ -286,14 +282,14 @@ class KVCache:
                 out, into = (self.upload([s for s, _ in pairs]) for pairs in (leaving, returning))
                 for i, layer in enumerate(stage.layers):
                     self.move_layer(stage, i, layer, out, homes, into, [b for _, b in returning], sent)
-                    self.copied[layer] = stage.home_sent = self.copies.event()
+                    self.copied[layer] = stage.home_sent = self.copies.mark()
             self.to_cpu_bytes += homes.nbytes
             self.to_gpu_bytes += len(returning) * len(stage.layers) * self.home_memory.entry_bytes
         self.moves = []
 
     def move_layer(self, stage: Stage, i: int, layer: int, out, homes, into, blocks: list[int], sent) -> None:
         """Copy slots `out` home, then blocks from home to slots `into`, in the stage's i-th layer: one copy each."""
-        slots = self.slots(stage, layer)  # (2, G, N, B, D)
+        slots = self.slot_rows(stage, layer)  # (2, G, N, B, D)
         if len(out):
             self.copies.to_host(homes[i], slots[:, :, out].permute(2, 0, 1, 3, 4).contiguous())
         if blocks:
@@ -304,13 +300,13 @@ class KVCache:
 
     def offload(self, stage: Stage, x: Tensor, first_row: dict[int, int]) -> None:
         """Keep hidden states pruned at this stage's boundary in aux: of blocks that begin at rows of x (T, C)."""
-        event, blocks = self.copies.compute_event(), list(first_row)  # the rows are the newest compute
+        event, blocks = self.copies.mark(), list(first_row)  # the rows are the newest compute
         with self.copies.after(event):
-            for part in (blocks[i : i + TOGETHER] for i in range(0, len(blocks), TOGETHER)):
+            for part in (blocks[i : i + BLOCKS_PER_COPY] for i in range(0, len(blocks), BLOCKS_PER_COPY)):
                 entries = self.aux_memory.take(len(part))  # (n, B, C)
                 self.copies.to_host(entries, x[self.block_rows([first_row[block] for block in part])].view_as(entries))
                 stage.aux |= dict(zip(part, entries))
-            stage.aux_sent = self.copies.event()
+            stage.aux_sent = self.copies.mark()
         if self.copies.stream is not None:
             x.record_stream(self.copies.stream)  # read there after its last name here is gone
         self.to_cpu_bytes += len(blocks) * self.aux_memory.entry_bytes
@@ -328,15 +324,15 @@ class KVCache:
         """Forget all but the first n tokens; the active blocks stay, and the next tokens choose from there."""
         self.length = n
         for stage in self.stages:
-            stage.seen = None
+            stage.recent = None
 
-    def dump(self) -> tuple[dict, dict[str, Tensor]]:
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
         """Return all that the conversation needs: a JSON-able layout, and tensors on the CPU by name."""
         if self.pin:
             torch.cuda.synchronize(self.device)  # copies may still write what is read here
         layout = {key: getattr(self, key) for key in ("n_prompt", "length", "planned", *COUNTERS)}
         layout["stages"] = [
-            {"slots": s.slots, "home": list(s.home), "aux": list(s.aux), "seen": s.seen is not None}
+            {"slots": s.slots, "home": list(s.home), "aux": list(s.aux), "recent": s.recent is not None}
             for s in self.stages
         ]  # fmt: skip
         tensors = {}
@@ -346,12 +342,12 @@ class KVCache:
                 tensors[f"layer.{layer}"] = self.slabs[layer][:, :, :n].cpu().contiguous()
             tensors |= {f"stage.{i}.home.{block}": entry.contiguous() for block, entry in stage.home.items()}
             tensors |= {f"stage.{i}.aux.{block}": entry for block, entry in stage.aux.items()}
-            if stage.seen is not None:
-                tensors[f"stage.{i}.seen"] = stage.seen.cpu()
+            if stage.recent is not None:
+                tensors[f"stage.{i}.recent"] = stage.recent.cpu()
         return layout, tensors
 
     @torch.inference_mode()
-    def undump(self, layout: dict, tensor, schedule: dict[int, Budget], room: int = 0) -> None:
+    def load_state(self, layout: dict, tensor, schedule: dict[int, Budget], room: int = 0) -> None:
         """Lay out a dumped conversation and fill it from tensor(name)."""
         self.reset(layout["n_prompt"], schedule, layout["length"] - layout["n_prompt"] + room)
         for i, (stage, saved) in enumerate(zip(self.stages, layout["stages"])):
@@ -365,7 +361,7 @@ class KVCache:
                 stage.home[block] = entry.copy_(tensor(f"stage.{i}.home.{block}"))
             for block in saved["aux"]:
                 stage.aux[block] = self.aux_memory.take(1)[0].copy_(tensor(f"stage.{i}.aux.{block}"))
-            stage.seen = tensor(f"stage.{i}.seen").to(self.device) if saved["seen"] else None
+            stage.recent = tensor(f"stage.{i}.recent").to(self.device) if saved["recent"] else None
         for key in ("length", "planned", *COUNTERS):
             setattr(self, key, layout[key])
 
@@ -373,19 +369,30 @@ class KVCache:
 
     def block_rows(self, first: list[int]) -> Tensor:
         """Return the block_len numbers from each first one on, (len(first) * B,), on the device."""
-        if not first:
-            return torch.empty(0, dtype=torch.long, device=self.device)
         return (self.upload(first)[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
 
     def upload(self, numbers: list[int]) -> Tensor:
         """Return whole numbers (n,) on the device, without waiting for it."""
         return torch.tensor(numbers, dtype=torch.long, pin_memory=self.pin).to(self.device, non_blocking=True)
 
+    def stats(self) -> dict:
+        """Return the conversation's counters: `kept` in prompt tokens per stage, the others in blocks or bytes.
+
+        kv_gpu_bytes is what the slabs take, room for new tokens included, and kv_dense_bytes what they would
+        take without pruning; CPU bytes are of blocks that are there, without the memory kept for more.
+        """
+        row = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
+        in_tail = self.n_prompt - self.tail_start
+        return {
+            "prompt_tokens": self.n_prompt,
+            "tokens": self.length,
+            "kept": [stage.n_slots * self.block_len + in_tail for stage in self.stages],
+            "kv_gpu_bytes": self.gpu_bytes(),
+            "kv_cpu_bytes": sum(len(s.home) * len(s.layers) for s in self.stages) * self.home_memory.entry_bytes,
+            "aux_cpu_bytes": sum(len(s.aux) for s in self.stages) * self.aux_memory.entry_bytes,
+            "kv_dense_bytes": (self.tail_start + self.tail_rows) * row,
+            **{counter: getattr(self, counter) for counter in COUNTERS},
+        }
+
     def gpu_bytes(self) -> int:
         return sum(slab.nbytes for slab in self.slabs)
-
-    def home_bytes(self) -> int:
-        return sum(len(stage.home) * len(stage.layers) for stage in self.stages) * self.home_memory.entry_bytes
-
-    def aux_bytes(self) -> int:
-        return sum(len(stage.aux) for stage in self.stages) * self.aux_memory.entry_bytes

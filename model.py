@@ -14,7 +14,6 @@ Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V 
 N prompt blocks, B block_len, w newest tokens that rank the blocks.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +76,7 @@ class Weights:
     layers: list[Layer]
     norm: Tensor  # (C,)
     head: Tensor  # (V, C), the embedding itself when tied
-
-    @property
-    def nbytes(self) -> int:
-        tensors = [self.embed, self.norm] + [t for layer in self.layers for t in vars(layer).values() if t is not None]
-        return sum(t.nbytes for t in tensors) + (0 if self.head is self.embed else self.head.nbytes)
+    inv_freq: Tensor  # (2, R/2) of RoPE in float64: for short and for long prompts
 
 
 @dataclass
@@ -96,23 +91,22 @@ class Rows:
     pos: Tensor  # (T,)
     n_revived: int  # leading rows that stand amid older keys
     key_pos: Tensor | None  # (S,) positions in the slab, only if there are revived rows: their mask goes by position
-    newest: Tensor  # (t,) which of the w newest tokens have a row here: of a short last block, others may be gone
+    scoring: Tensor  # (t,) which of the w newest tokens have a row here: of a short last block, others may be gone
 
 
 class Model:
     """Weights, KV and the step; `rule` ranks the blocks.
 
-    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_look(layer, worth)` what
-    the newest tokens (w, N) have found in the prompt's blocks so far; `on_select(stage, candidates,
-    scores, active)` each choice of blocks before it takes effect, scores (N,) in the candidates' order.
+    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_scores(layer, scores)` what
+    each of the newest tokens (w, N) gives the prompt's blocks so far; `on_select(i, candidates, scores,
+    active)` each choice of stage i's blocks before it takes effect, scores (N,) in the candidates' order.
     """
 
     def __init__(self, config: Config, weights: Weights, kv: KVCache, rule: prune.Rule, unit_len, window, gamma, chunk):
         self.config, self.weights, self.kv, self.rule = config, weights, kv, rule
         self.unit_len, self.window, self.gamma, self.chunk = unit_len, window, gamma, chunk
-        self.inv_freq = torch.stack([inverse_frequencies(config, long) for long in (False, True)]).to(kv.device)
         self.on_chunk = lambda layer, rows, keys: None
-        self.on_look = lambda layer, worth: None
+        self.on_scores = lambda layer, scores: None
         self.on_select = lambda stage, candidates, scores, active: None
 
     @torch.inference_mode()
@@ -126,18 +120,19 @@ class Model:
         kv.grow_tail(end)
         x = self.embed(ids.to(kv.device))  # (T, C)
         blocks = [] if start else list(kv.stages[0].slots)  # prompt blocks with rows in x, ascending
-        worth = self.new_worth(len(ids))  # (w, N)
+        shape, wide = (min(self.window, len(ids)), kv.stages[0].n_slots), torch.promote_types(kv.dtype, torch.float32)
+        scores = torch.full(shape, -torch.inf, dtype=wide, device=kv.device)  # (w, N): what each newest token gives
         for i, stage in enumerate(kv.stages):
-            rows = self.locate(stage, blocks, max(start, kv.tail_start), end, len(worth))
+            rows = self.locate(stage, blocks, max(start, kv.tail_start), end, len(scores))
             above = kv.stages[i + 1] if i + 1 < len(kv.stages) else None
             for layer in stage.layers:
                 queries, weights = self.attention(layer, x, rows)
                 at_boundary = above is not None and layer == stage.layers[-1]
                 if above is not None and self.rule.sees == "weights" and (at_boundary or self.rule.every_layer):
-                    self.look(layer, stage, rows, rows.key_offset + len(x), queries, weights, worth)
-                    self.on_look(layer, worth)
+                    self.score_layer(layer, stage, rows, rows.key_offset + len(x), queries, weights, scores)
+                    self.on_scores(layer, scores)
                 if at_boundary:
-                    above.remember(worth if self.rule.sees == "weights" else queries, self.window)
+                    above.remember(scores if self.rule.sees == "weights" else queries, self.window)
                     x, blocks = self.boundary(i + 1, x, blocks)
                 self.ffn(layer, x)
                 kv.move()
@@ -146,10 +141,10 @@ class Model:
         logits = self.head(last)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def locate(self, stage: Stage, blocks: list[int], start: int, end: int, w: int) -> Rows:
-        """Say where the rows of prompt blocks and of tail positions start..end-1 belong in a stage."""
+    def locate(self, stage: Stage, blocks: list[int], first_tail: int, end: int, w: int) -> Rows:
+        """Say where the rows of prompt blocks and of tail positions first_tail..end-1 belong in a stage."""
         kv, b = self.kv, self.kv.block_len
-        tail = torch.arange(start, end, device=kv.device)
+        tail = torch.arange(first_tail, end, device=kv.device)
         n_rows, tail_row = len(blocks) * b, stage.n_slots * b  # tail_row: where the tail begins in the slab
         slot = {block: s for s, block in enumerate(stage.slots)}
         pos = torch.cat([kv.block_rows([block * b for block in blocks]), tail])
@@ -159,19 +154,16 @@ class Model:
         if n_revived:
             tail_pos = torch.arange(kv.tail_start, end, device=kv.device)
             key_pos = torch.cat([kv.block_rows([block * b for block in stage.slots]), tail_pos])
-        key_offset = tail_row + start - kv.tail_start - n_rows
-        newest = [i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot]
-        return Rows(
-            *self.rope(pos), slab_rows, key_offset, pos, n_revived, key_pos,
-            kv.upload(newest),
-        )
+        key_offset = tail_row + first_tail - kv.tail_start - n_rows
+        scoring = kv.upload([i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot])
+        return Rows(*self.rope(pos), slab_rows, key_offset, pos, n_revived, key_pos, scoring)
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
         kv, r = self.kv, self.config.rope_scaling
         wide = torch.promote_types(kv.dtype, torch.float32)
         long = int(kv.planned > r.get("original_max_position_embeddings", 0))
-        angle = pos[:, None, None] * self.inv_freq[long]  # (T, 1, R/2) in float64: exact at any position
+        angle = pos[:, None, None] * self.weights.inv_freq[long]  # (T, 1, R/2) in float64: exact at any position
         cos, sin = (y.mul(r.get("attention_factor", 1.0)).to(wide) for y in (angle.cos(), angle.sin()))
         if "llama_4_scaling_beta" not in r:
             return cos, sin, None
@@ -240,37 +232,32 @@ class Model:
 
     # ---- ranking ------------------------------------------------------------------------
 
-    def new_worth(self, n_tokens: int) -> Tensor:
-        """Return what the newest of n_tokens have found in each prompt block (w, N): nothing yet."""
-        wide = torch.promote_types(self.kv.dtype, torch.float32)
-        shape = min(self.window, n_tokens), self.kv.stages[0].n_slots
-        return torch.full(shape, -torch.inf, dtype=wide, device=self.kv.device)
-
-    def look(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, worth: Tensor):
-        """Show the rule what a layer's newest queries (w, H, D) attend to among n keys; raise worth (w, N) to it.
+    def score_layer(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, scores: Tensor):
+        """Show the rule what a layer's newest queries (w, H, D) attend to among n keys; raise scores (w, N) to it.
 
         weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep what lower layers
         gave them, unless the rule looks at the boundary's layer alone.
         Raises ValueError for a rule's result of another shape.
         """
-        n_slot_rows, t = stage.n_slots * self.kv.block_len, len(rows.newest)
+        n_slot_rows, t = stage.n_slots * self.kv.block_len, len(rows.scoring)
         keys, _ = self.kv.read(layer, n)  # (S, G, D)
         if not self.rule.every_layer:
-            worth.fill_(-torch.inf)
-        few = look_rows(self.config.n_heads, n)
+            scores.fill_(-torch.inf)
+        few = rows_at_once(self.config.n_heads, n)
         for a in range(0, t, few):
             q = queries[len(queries) - t :][a : a + few]
-            made = attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
-            made = F.pad(made, (0, max(0, n_slot_rows - made.shape[-1])))[..., :n_slot_rows]  # later keys got no weight
-            made = made.reshape(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
-            found = self.rule.score(made)
-            if not isinstance(found, Tensor) or found.shape != made.shape[::2] or not found.is_floating_point():
+            of_keys = attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
+            # a key behind the last of these rows got no weight
+            of_slots = F.pad(of_keys, (0, max(0, n_slot_rows - of_keys.shape[-1])))[..., :n_slot_rows]
+            of_blocks = of_slots.reshape(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
+            new, shape = self.rule.score(of_blocks), of_blocks.shape[::2]
+            if not isinstance(new, Tensor) or new.shape != shape or not new.is_floating_point():
                 raise ValueError(
-                    f"the scoring function returned {found!r:.60}; of weights {tuple(made.shape)} it must return "
-                    f"floating-point scores {tuple(made.shape[::2])}, one per query and block"
+                    f"the scoring function returned {new!r:.60}; of weights {tuple(of_blocks.shape)} it must return "
+                    f"floating-point scores {tuple(shape)}, one per query and block"
                 )
-            where = rows.newest[a : a + few, None], stage.blocks
-            worth[where] = torch.maximum(worth[where], found.to(worth.dtype))
+            where = rows.scoring[a : a + few, None], stage.blocks
+            scores[where] = torch.maximum(scores[where], new.to(scores.dtype))
 
     # ---- a boundary ---------------------------------------------------------------------
 
@@ -300,10 +287,10 @@ class Model:
         """Return the blocks to be active in stage i: the new choice, or those active now if the two overlap enough."""
         kv, below, stage = self.kv, self.kv.stages[i - 1], self.kv.stages[i]
         if self.rule.sees == "weights":
-            scores = stage.seen.amax(0)[below.blocks]  # (N,)
+            scores = stage.recent.amax(0)[below.blocks]  # (N,)
         else:
-            keys = kv.slots(below, below.layers[-1])[0].permute(1, 2, 0, 3)  # (N, B, G, D)
-            scores = self.rule.score(stage.seen, keys, below.blocks, self.unit_len)
+            keys = kv.slot_rows(below, below.layers[-1])[0].permute(1, 2, 0, 3)  # (N, B, G, D)
+            scores = self.rule.score(stage.recent, keys, below.blocks, self.unit_len)
         new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
         if kv.length and prune.overlap(new | last, set(stage.slots) | last) >= self.gamma:
@@ -313,32 +300,6 @@ class Model:
 
 
 # ---- rotary position embedding ----------------------------------------------------------
-
-
-def inverse_frequencies(c: Config, long: bool = True) -> Tensor:
-    """Return RoPE's inverse frequencies (R/2,) in float64, scaled as the checkpoint's rope type asks.
-
-    linear: all divided by factor. llama3: a frequency that turns seldom within the original context is
-    divided, one that turns often is kept, a ramp between; yarn (arXiv 2309.00071) makes the ramp over
-    the pairs' indices. longrope: each divided by its own factor, another one for a long prompt.
-    """
-    r, kind = c.rope_scaling, c.rope_scaling["rope_type"]
-    half = torch.arange(c.rotary_dim // 2, dtype=torch.float64)
-    inv, keep = c.rope_theta ** (-2 * half / c.rotary_dim), 0.0  # keep: 1 as it is, 0 divided by factor
-    if kind == "longrope":
-        return inv / torch.tensor(r["long_factor" if long else "short_factor"], dtype=torch.float64)
-    if kind == "llama3":
-        low, high = r["low_freq_factor"], r["high_freq_factor"]
-        turns = r["original_max_position_embeddings"] * inv / (2 * math.pi)  # within the original context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-    if kind == "yarn":
-        turned = [r["original_max_position_embeddings"] / (2 * math.pi * r[key]) for key in ("beta_fast", "beta_slow")]
-        low, high = (c.rotary_dim * math.log(n) / (2 * math.log(c.rope_theta)) for n in turned)  # pairs that turn so
-        if r["truncate"]:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, c.rotary_dim - 1)
-        keep = 1 - ((half - low) / (high - low or 0.001)).clamp(0, 1)
-    return inv * keep + inv / r.get("factor", 1.0) * (1 - keep)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -408,7 +369,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """Return the causal softmax weights (t, H, S) of q (t, H, D), the newest t of S positions, on k (S, G, D).
 
-    In at least float32. Only for few rows: `look_rows` says how many at a time.
+    In at least float32. Only for few rows: `rows_at_once` says how many at a time.
     """
     (t, h, d), (s, g, _) = q.shape, k.shape
     q = q.view(t, g, h // g, d).transpose(0, 1).reshape(g, -1, d)  # (G, t*H/G, D)
@@ -419,7 +380,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return logits.softmax(-1).transpose(0, 1).reshape(t, h, s)
 
 
-def look_rows(n_heads: int, n_keys: int) -> int:
+def rows_at_once(n_heads: int, n_keys: int) -> int:
     """Return how many rows' weights are made at a time, so that they take some 16 MiB, or what one row takes."""
     return max(1, 2**22 // (n_heads * n_keys))
 

@@ -26,36 +26,8 @@ from torch import Tensor
 
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
-# The paper's boundaries by depth, with shares of the prompt for its budgets; our measurements found nothing better.
-AUTO = ((9, Fraction(1, 4)), (19, Fraction(1, 8)), (28, Fraction(1, 16)))  # boundary of 30 layers, share of the prompt
-PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}  # tokens at 10, 20 and 30 of 32 layers
 SHARED_FROM = 1024  # tokens: of a shorter prompt every share is the whole, as there is nothing to gain
 LEAST_BLOCKS = 8  # blocks that a share keeps at least: with 4, prompts of 2,048 tokens lost chains of facts
-
-
-def at_depth(n_layers: int, layer: int, of: int) -> int:
-    """Return the layer that lies as deep in n_layers as `layer` in `of`, rounded half up."""
-    return int(n_layers * layer / of + 0.5)
-
-
-def auto_schedule(n_layers: int) -> dict[int, Budget]:
-    """Return the default, as shares of the prompt, for any depth."""
-    return first_of_each([(at_depth(n_layers, layer, 30), budget) for layer, budget in AUTO], n_layers)
-
-
-def paper_schedule(n_layers: int, model_type: str = "llama") -> dict[int, Budget]:
-    """Return the paper's token budgets: for 32 layers (Llama) and 28 (Qwen2), by depth for others."""
-    budgets = PAPER["qwen2" if model_type == "qwen2" else "llama"]
-    return first_of_each([(at_depth(n_layers, 10 * i, 32), n) for i, n in enumerate(budgets, 1)], n_layers)
-
-
-def first_of_each(pairs: list[tuple[int, Budget]], n_layers: int) -> dict[int, Budget]:
-    """Return {boundary: budget} of the boundaries within 1..n_layers-1; where rounding made two the same, the first."""
-    schedule: dict[int, Budget] = {}
-    for layer, budget in pairs:
-        if 1 <= layer < n_layers:
-            schedule.setdefault(layer, budget)
-    return schedule
 
 
 def share(budget: float | Fraction) -> Fraction:
@@ -163,20 +135,6 @@ def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tenso
 
 
 RULES = {"peak": Rule("peak", peak, heads="max"), "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9)}
-
-
-def find_rule(score) -> Rule:
-    """Return the rule of a name, a Rule as it is, or one without a name for a plain function of weights."""
-    if isinstance(score, Rule):
-        if score.name in RULES and score.score is not RULES[score.name].score:
-            raise ValueError(f"a rule of your own cannot have the name of a built-in one, {score.name!r}; rename it")
-        return score
-    if isinstance(score, str) and score in RULES:
-        return RULES[score]
-    if callable(score):
-        return Rule("", score)
-    known = ", ".join(RULES)
-    raise ValueError(f"--score {score!r:.60} is unknown; use {known}, or from Python a function or a prune.Rule")
 
 
 # ---- selection --------------------------------------------------------------------------

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends the program and nothing else
 
-import json
 import operator
 import os
 import time
@@ -22,15 +21,14 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenizer
-from kvcache import KVCache, stage_layout
+from kvcache import KVCache
 from loading.plan import Checkpoint, check_memory, format_bytes, free_bytes, step_bytes
-from loading.saved import SAVED, check_saved, checksum, read_saved, replace_file
+from loading.saved import check_contents, read_saved, write_saved
 from loading.schedule import resolve_schedule
-from loading.weights import load_weights
+from loading.weights import load_weights, weight_bytes
 from model import Model
 
 
@@ -50,8 +48,8 @@ def load(
 
 def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     """Load the weights of a checkpoint that was opened, and return the Engine; see `load`."""
-    if type(n_prompt) is not int or type(n_new) is not int or n_prompt < 1 or n_new < 0:
-        raise ValueError(f"n_prompt is {n_prompt!r} and n_new {n_new!r}; they must be whole numbers from 1 and 0 up")
+    check_count(n_prompt, "n_prompt", least=1)
+    check_count(n_new, "n_new")
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
@@ -79,8 +77,7 @@ class Engine:
         self.pending: list[int] = []  # generated, but not yet run through the model
         self.usable = False  # False before a prefill, while a step runs, and after one that was interrupted
         self.steps = 0  # of all conversations: tells a generator that it is no longer alone
-        self.prefill_s = self.extend_s = 0.0
-        self.extend_tokens = 0
+        self.prefill_s = 0.0
 
     @cached_property
     def tokenizer(self):
@@ -95,7 +92,7 @@ class Engine:
         Raises ValueError for ids outside the vocabulary, or too little memory.
         """
         ids, ckpt = self.check_ids(ids), self.ckpt
-        check_whole_tokens(tail, "tail")
+        check_count(tail, "tail")
         n_prompt = max(1, len(ids) - tail)
         if schedule is not None:
             ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len))
@@ -114,25 +111,23 @@ class Engine:
         for. Tokens that `generate` has yielded but not run are run first. Raises ValueError before any
         prefill, after an interrupted step, for wrong ids, or too little memory.
         """
-        check_whole_tokens(room)
+        check_count(room, "room")
         ids = self.check_ids([*self.pending, *ids] if self.pending else ids)
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
         need = self.kv.growth_bytes(end + room)
         if need or len(ids) > 1:
-            need += step_bytes(self.ckpt, len(ids), end)
+            revived = max((stage.n_slots for stage in self.kv.stages[1:]), default=0) * self.kv.block_len
+            need += step_bytes(self.ckpt, len(ids), end, len(ids), revived)
             if need > self.free_bytes():
                 raise ValueError(
                     f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device}, more than is free; "
                     "ask less, or start again with more room"
                 )
-        started = time.perf_counter()
         self.kv.grow_tail(end + room)
         logits = self.run(ids, len(ids) if all_logits else 1)
         self.pending = []
-        self.extend_s += time.perf_counter() - started
-        self.extend_tokens += len(ids)
         return logits if all_logits else logits[0]
 
     def free_bytes(self) -> int:
@@ -154,7 +149,7 @@ class Engine:
     def forget(self) -> None:
         """Give the conversation up; the next prompt starts a new one."""
         self.ids, self.pending, self.usable = [], [], False
-        self.prefill_s, self.extend_s, self.extend_tokens = 0.0, 0.0, 0
+        self.prefill_s = 0.0
 
     def rewind(self, n: int | None = None) -> None:
         """Forget all tokens but the first n, without reading those again; by default all that came after the prompt.
@@ -185,14 +180,13 @@ class Engine:
                 "the scoring function has no name, so nobody could tell later which one it was; "
                 "give it one: score=prune.Rule('name', function)"
             )
-        layout, tensors = self.kv.dump()
+        layout, tensors = self.kv.state()
         identity = replace(self.ckpt, schedule=self.kv.schedule).identity
-        header = json.dumps({
-            "format": SAVED, "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
+        header = {
+            "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
             "ids": self.ids, "pending": self.pending, "prefill_s": self.prefill_s, "extra": extra or {},
-        })  # fmt: skip
-        with replace_file(path) as part:
-            save_file(tensors, part, {"slim": header, "crc": checksum(header, sorted(tensors.items()))})
+        }  # fmt: skip
+        write_saved(path, header, tensors)
 
     def resume(self, path, room: int = 0) -> dict:
         """Continue a saved conversation, bit for bit as if it had never stopped; return its `extra`.
@@ -201,30 +195,26 @@ class Engine:
         does not fit into memory; the engine then keeps what it had before.
         """
         header, file = read_saved(path)
-        check_saved(path, header, self.ckpt.identity)
-        tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-        if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):
-            raise ValueError(f"{path} is damaged; read the document again")
+        check_contents(path, header, file, self.ckpt)
         layout, ids = header["kv"], self.check_ids(header["ids"])
-        stages = stage_layout(self.config.n_layers, layout["n_prompt"], self.ckpt.schedule, self.kv.block_len)
-        needed = {f"layer.{layer}" for layer in range(self.config.n_layers)}
-        if len(layout["stages"]) != len(stages) or not needed <= {*file.keys()}:
-            raise ValueError(f"{path} is incomplete; read the document again")
         self.check_room(self.ckpt, layout["n_prompt"], len(ids) - layout["n_prompt"], room)
         self.forget()
-        self.kv.undump(layout, file.get_tensor, self.ckpt.schedule, room)
+        self.kv.load_state(layout, file.get_tensor, self.ckpt.schedule, room)
         self.ids, self.pending, self.prefill_s = ids, header["pending"], header["prefill_s"]
         self.usable, self.steps = True, self.steps + 1
         return header["extra"]
 
     def check_room(self, ckpt: Checkpoint, n_prompt: int, n_after: int, room: int) -> None:
         """Raise ValueError unless a conversation and room after it fit in the place of the present one."""
-        check_whole_tokens(room)
-        check_memory(ckpt, n_prompt, n_after + room, loaded=self.model.weights.nbytes + self.kv.gpu_bytes())
+        check_count(room, "room")
+        check_memory(ckpt, n_prompt, n_after + room, loaded=weight_bytes(ckpt.config, ckpt.dtype) + self.kv.gpu_bytes())
 
     def check_ids(self, ids) -> list[int]:
         try:
-            ids = [as_int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            if any(isinstance(i, bool) for i in ids):
+                raise TypeError
+            ids = [operator.index(i) for i in ids]
         except TypeError:
             raise ValueError(f"token ids must be a flat list of whole numbers, not {ids!r:.60}") from None
         if not ids:
@@ -278,43 +268,13 @@ class Engine:
 
     @property
     def stats(self) -> dict:
-        """Counters of the conversation so far: `kept` in prompt tokens per stage, bytes, seconds.
-
-        kv_gpu_bytes is what the slabs take, room for new tokens included, and kv_dense_bytes
-        what they would take without pruning; CPU bytes are of blocks that are there, without
-        the memory that is kept for more.
-        """
-        kv, c = self.kv, self.config
-        tail = kv.n_prompt - kv.tail_start
-        kv_row = 2 * c.n_layers * c.n_kv_heads * c.head_dim * kv.dtype.itemsize
-        return {
-            "prompt_tokens": kv.n_prompt,
-            "tokens": kv.length,
-            "kept": [stage.n_slots * kv.block_len + tail for stage in kv.stages],
-            "swaps": kv.swaps,
-            "revived": kv.revived,
-            "kv_gpu_bytes": kv.gpu_bytes(),
-            "kv_cpu_bytes": kv.home_bytes(),
-            "aux_cpu_bytes": kv.aux_bytes(),
-            "kv_dense_bytes": (kv.tail_start + kv.tail_rows) * kv_row,
-            "to_cpu_bytes": kv.to_cpu_bytes,
-            "to_gpu_bytes": kv.to_gpu_bytes,
-            "prefill_s": self.prefill_s,
-            "extend_s": self.extend_s,
-            "extend_tokens": self.extend_tokens,
-        }
+        """Counters of the conversation so far: those of `KVCache.stats`, and the seconds of the prefill."""
+        return self.kv.stats() | {"prefill_s": self.prefill_s}
 
 
-def check_whole_tokens(n, name: str = "room") -> None:
-    if type(n) is not int or n < 0:
-        raise ValueError(f"{name} is {n!r}; it must be a whole number of tokens, 0 or more")
-
-
-def as_int(i) -> int:
-    """Return a whole number as an int; raise TypeError for anything else, a bool too."""
-    if isinstance(i, bool):
-        raise TypeError
-    return operator.index(i)
+def check_count(n, name: str, least: int = 0) -> None:
+    if type(n) is not int or n < least:
+        raise ValueError(f"{name} is {n!r}; it must be a whole number of tokens, {least} or more")
 
 
 def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:

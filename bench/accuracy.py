@@ -34,10 +34,12 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import prose
+
 import prune
 import slim
 from kvcache import KVCache
 from loading.plan import prefill_flops
+from loading.schedule import at_depth, auto_schedule
 from model import attention_weights
 
 MOST_QUERIES = 64  # kept of the dense run: the widest window of any rule, and the longest answer
@@ -60,12 +62,12 @@ class Entry(NamedTuple):
 
 def steps(*pairs):
     """Return a schedule of (boundary of 30 layers, one over the share), for a model of any depth."""
-    return lambda bench, n: {prune.at_depth(bench.n_layers, p, 30): Fraction(1) / Fraction(s) for p, s in pairs}
+    return lambda bench, n: {at_depth(bench.n_layers, p, 30): Fraction(1) / Fraction(s) for p, s in pairs}
 
 
 def AUTO(bench, n):
     """Return the engine's default: the paper's boundaries by depth, shares of the prompt for its budgets."""
-    return prune.auto_schedule(bench.n_layers)
+    return auto_schedule(bench.n_layers)
 
 
 def at_least(blocks: int):
@@ -77,7 +79,7 @@ def at_equal_flops(boundary: int):
     """Return a schedule with one boundary (of 30 layers) that costs what AUTO does."""
 
     def schedule(bench, n):
-        goal, layer = bench.flops(AUTO, n), prune.at_depth(bench.n_layers, boundary, 30)
+        goal, layer = bench.flops(AUTO, n), at_depth(bench.n_layers, boundary, 30)
         return {layer: bisect(range(n), goal, key=lambda kept: prefill_flops(bench.config, n, {layer: kept}, 1)) - 1}
 
     return schedule

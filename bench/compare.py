@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slim
 import tokenizer
 from loading.find import find_checkpoint
+from loading.weights import weight_bytes
 
 
 def run_slim(args, schedule: str, ids: list[int], n: int) -> dict:
@@ -38,7 +39,8 @@ def run_slim(args, schedule: str, ids: list[int], n: int) -> dict:
         engine.extend([token]).argmax().item()
         times.append(time.perf_counter())
     counts = {name: engine.stats[name] / args.new for name in ("swaps", "revived")}
-    return figures(times) | counts | {"weight_bytes": engine.model.weights.nbytes, "kv_bytes": engine.kv.gpu_bytes()}
+    sizes = {"weight_bytes": weight_bytes(engine.ckpt.config, engine.ckpt.dtype), "kv_bytes": engine.kv.gpu_bytes()}
+    return figures(times) | counts | sizes
 
 
 @torch.inference_mode()

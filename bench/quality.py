@@ -34,11 +34,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+import tasks
+
 import prune
 import slim
-from loading.find import find_checkpoint
-import tasks
 import tokenizer
+from loading.find import find_checkpoint
 
 # ---- methods: newest queries (W, H, D), keys (N, B, G, D), block numbers (N,) -> scores (N,) -------------
 

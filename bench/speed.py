@@ -40,7 +40,7 @@ from loading.config import parse_config
 from loading.plan import Checkpoint, Settings, format_bytes, pick_device, prefill_flops
 from loading.saved import check_path
 from loading.schedule import format_schedule, resolve_schedule
-from loading.weights import tensor_shapes
+from loading.weights import tensor_shapes, weight_bytes
 from model import Config
 
 LLAMA = dict(
@@ -153,7 +153,8 @@ def make_transformers(engine: slim.Engine, shape: dict):
 def decode_bytes(engine: slim.Engine) -> float:
     """Return the bytes one decode step must read: weights (of an untied embedding one row) and active KV."""
     w = engine.model.weights
-    return w.nbytes - (0 if w.head is w.embed else w.embed.nbytes) + engine.stats["kv_gpu_bytes"]
+    unread = 0 if w.head is w.embed else w.embed.nbytes
+    return weight_bytes(engine.ckpt.config, engine.ckpt.dtype) - unread + engine.stats["kv_gpu_bytes"]
 
 
 def sync(device):
@@ -468,7 +469,7 @@ def rank_table(args) -> None:
             seconds = clock(engine.kv.device, work)
             calls, size = expected_traffic(engine, n)
             cells += [f"{ranks.calls:,}, {calls:,}", f"{ranks.bytes:,}, {size:,}", f"{seconds:.4f}"]
-        cells.insert(2, format_bytes(engine.model.weights.nbytes + engine.kv.gpu_bytes()))
+        cells.insert(2, format_bytes(weight_bytes(engine.ckpt.config, engine.ckpt.dtype) + engine.kv.gpu_bytes()))
         lines.append("| " + " | ".join(cells) + " |")
     if ranks.rank == 0:
         print(table(head, lines), flush=True)

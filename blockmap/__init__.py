@@ -35,11 +35,11 @@ class Recorder:
 
     def __init__(self, engine, record: dict | None = None):
         self.engine, self.record = engine, record or {}
-        engine.model.on_select, engine.model.on_look = self.on_select, self.on_look
+        engine.model.on_select, engine.model.on_scores = self.on_select, self.on_scores
 
-    def on_look(self, layer: int, worth) -> None:
+    def on_scores(self, layer: int, scores) -> None:
         if self.engine.kv.length == 0:
-            best = worth.amax(0)  # (N,)
+            best = scores.amax(0)  # (N,)
             if layer == 0 or not self.engine.model.rule.every_layer:
                 self.best, self.seen = best, best.new_zeros(len(best)).long() + layer
             self.seen = self.seen.where(best <= self.best, layer)

@@ -6,11 +6,12 @@ import os
 import random
 import shutil
 import time
+
 import pytest
+
 import blockmap
 import slim
 from test_slim import checkpoints, draw, talking, tiny  # noqa: F401  fixtures among them
-
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='owned'\"><!-- --> '\"&lt;&amp; \u2028\u2029\ufeff\0 "

@@ -10,7 +10,7 @@ from dataclasses import fields
 import serve
 import slim
 import tokenizer
-from cli.options import adopt, build_ids, check_args, parse_args, read_prompt
+from cli.options import build_ids, check_args, parse_args, read_prompt, settings_of_saved
 from cli.show import Progress, status
 from cli.talk import Talk, chat
 from loading.plan import Checkpoint, Settings, dtype_name, format_bytes, free_bytes, plan
@@ -58,7 +58,7 @@ def program(argv=None) -> int:
         return 130
 
 
-def speak(tok, args) -> None:
+def set_template(tok, args) -> None:
     """Set how the chat template is used; raise ValueError where it cannot do what is wanted."""
     if args.raw:
         tok.template = None
@@ -77,7 +77,7 @@ def run(args, progress: Progress) -> int:
     if args.serve is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--serve works on one GPU only; start it without torchrun")
     server = serve.open_server(args) if args.serve is not None else None  # before the weights: the port may be taken
-    header = adopt(args) if args.resume is not None else None
+    header = settings_of_saved(args) if args.resume is not None else None
     settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     schedule = "dense" if args.dense else args.schedule
     settings["overlap"] = not args.no_overlap
@@ -90,12 +90,13 @@ def run(args, progress: Progress) -> int:
             f"{ckpt.folder}: the tokenizer has {tok.vocab_size:,} ids, the model {c.vocab_size:,}; "
             "they do not belong together"
         )
-    speak(tok, args)
+    set_template(tok, args)
     if header:
         check_saved(args.resume, header, ckpt.identity)
     ids = [] if header or server else build_ids(args, read_prompt(args), tok)
     n_prompt = max(1, len(header["ids"]) if header else len(ids))
     engine = slim.start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
+    engine.tokenizer = tok
     pruning = "dense" if not ckpt.schedule else f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
     say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens")
     if server:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import prune
 import slim
-from loading.saved import check_path, read_saved
 from loading.plan import Settings
+from loading.saved import check_path, read_saved
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = dict(
@@ -257,7 +257,12 @@ def build_ids(args, text: str, tokenizer) -> list[int]:
     if args.max_prompt_tokens is not None:
         if args.max_prompt_tokens < 1:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
-        text = first_tokens(text, args.max_prompt_tokens, tokenizer)
+        whole, text = text, first_tokens(text, args.max_prompt_tokens, tokenizer)
+        if whole and not text:
+            raise ValueError(
+                f"--max-prompt-tokens {args.max_prompt_tokens} leaves nothing of the text, whose first character takes "
+                "more; raise it"
+            )
     if text and (args.chat or args.save):
         return tokenizer.chat(text, end=False)
     parts = [part for part in (text, args.ask.pop(0) if args.ask else "") if part]
@@ -274,7 +279,7 @@ def first_tokens(text: str, n: int, tokenizer) -> str:
     return text
 
 
-def adopt(args) -> dict:
+def settings_of_saved(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
     header, _ = read_saved(args.resume)
     saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}

@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from pathlib import Path
+
 import pytest
 import torch
+
 import slim
 import tokenizer
 from cli import main as cli_main
@@ -19,9 +21,16 @@ from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
 from loading.template import Template
-from test_slim import HERE, LLAMA3_ROPE, edit_json, edit_tensors, make_checkpoint, set_free
-from test_slim import talking  # noqa: F401  a fixture
-
+from loading.test_vocabulary import of_bytes
+from test_slim import (
+    HERE,
+    LLAMA3_ROPE,
+    edit_json,
+    edit_tensors,
+    make_checkpoint,
+    set_free,
+    talking,  # noqa: F401  a fixture
+)
 
 K = "model.layers.1.self_attn.k_proj.weight"
 
@@ -215,6 +224,7 @@ WRONG = {  # arguments: what the one line must name
     "--top-p 0": "--top-p",
     "--max-new-tokens 0": "--max-new-tokens",
     "--max-prompt-tokens 0": "--max-prompt-tokens",
+    "--max-prompt-tokens 1 --prompt emoji.txt": "--max-prompt-tokens",
     "--device tpu": "tpu",
     "--device cuda:99": "cuda:99",
     "--dtype int8": "int8",
@@ -245,6 +255,7 @@ def cli(talking, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("ABBA CAB " * 100)
     (tmp_path / "short.txt").write_text("ABBA CAB")
+    (tmp_path / "emoji.txt").write_text("😀")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
 
@@ -514,12 +525,7 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     """
     make_checkpoint(tmp_path / "ckpt", vocab=300)
     engine = slim.load(tmp_path / "ckpt", "cpu")
-    tok = tokenizer.Tokenizer(
-        lambda data: list(data.encode()),
-        {i: bytes([i]) for i in range(256)},
-        {"<|im_start|>": 256, "<|im_end|>": 257},
-        None,
-    )
+    tok = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
     turn = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
     source = turn + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     tok.template, tok.system = Template(tmp_path, source, {}), "You are a helpful assistant."

@@ -23,11 +23,10 @@ import signal
 import time
 from dataclasses import asdict, dataclass
 
+import tasks
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import tasks
 
 
 @dataclass

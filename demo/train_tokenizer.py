@@ -13,7 +13,6 @@ import random
 import sys
 
 import sentencepiece as spm
-
 import tasks
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 import prune
-from kvcache import stage_layout, tail_rows
+from kvcache import last_block_len, stage_layout
 from loading.config import read_config, stop_tokens
 from loading.find import find_checkpoint
-from loading.schedule import format_schedule, resolve_schedule
+from loading.schedule import auto_schedule, format_schedule, resolve_schedule
 from loading.weights import check_tensors, fingerprint, open_shards, weight_bytes
-from model import DTYPES, Config, look_rows
+from model import DTYPES, Config, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Checkpoint:
     @staticmethod
     def open(ckpt, device="auto", dtype="auto", schedule="auto", score="peak", **settings) -> "Checkpoint":
         """Find a checkpoint and check it, its tensors and the settings; see `slim.load`."""
-        options, rule, place = Settings(**settings), prune.find_rule(score), pick_device(device)
+        options, rule, place = Settings(**settings), pick_rule(score), pick_device(device)
         folder = find_checkpoint(ckpt)
         config = read_config(folder / "config.json", options.rope_yarn)
         kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options.block_len)
@@ -136,6 +136,20 @@ def multiplies_bfloat16() -> bool:
     return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def pick_rule(score) -> prune.Rule:
+    """Return the rule of a name, a Rule as it is, or one without a name for a plain function of weights."""
+    if isinstance(score, prune.Rule):
+        if score.name in prune.RULES and score.score is not prune.RULES[score.name].score:
+            raise ValueError(f"a rule of your own cannot have the name of a built-in one, {score.name!r}; rename it")
+        return score
+    if isinstance(score, str) and score in prune.RULES:
+        return prune.RULES[score]
+    if callable(score):
+        return prune.Rule("", score)
+    known = ", ".join(prune.RULES)
+    raise ValueError(f"--score {score!r:.60} is unknown; use {known}, or from Python a function or a prune.Rule")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -187,7 +201,7 @@ def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0) -> Plan:
     """Return what a prompt of n_prompt tokens and n_new more will take."""
     c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
     stages = stage_layout(c.n_layers, n_prompt, ckpt.schedule, block_len)
-    row, tail = 2 * c.n_kv_heads * c.head_dim * item, tail_rows(n_prompt, block_len) + n_new
+    row, tail = 2 * c.n_kv_heads * c.head_dim * item, last_block_len(n_prompt, block_len) + n_new
     kv = sum(len(layers) * (slots * block_len + tail) for layers, slots in stages) * row
     host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row  # a home for every slot
     host += (stages[0][1] - stages[-1][1]) * block_len * ckpt.aux_dim * item
@@ -195,17 +209,20 @@ def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0) -> Plan:
     return Plan(weight_bytes(c, ckpt.dtype), kv, step_bytes(ckpt, n_prompt, n_prompt, above), host)
 
 
-def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0) -> int:
-    """Return the temporaries of a step of n_rows among n_keys, of which `above` rows are copied at the first
-    boundary.
+def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0, revived: int = 0) -> int:
+    """Return the temporaries of a step of n_rows among n_keys.
+
+    above: rows that the first boundary copies; revived: rows that may come back there, whose attention has a mask.
     """
     c, item, wide = ckpt.config, ckpt.dtype.itemsize, max(4, ckpt.dtype.itemsize)
-    chunk = min(ckpt.chunk, n_rows)
-    hidden = (n_rows + above) * c.dim * item + n_rows * c.head_dim * 16  # x, its survivors, cos and sin
+    chunk = min(ckpt.chunk, n_rows + revived)
+    hidden = (n_rows + above + 2 * revived) * c.dim * item  # x, its survivors
+    angles = (n_rows + revived) * c.head_dim * 16  # cos and sin
     attention = chunk * 3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4  # q, k, v, output
-    looks = min(ckpt.window, look_rows(c.n_heads, n_keys)) * c.n_heads * n_keys * 3  # products, softmax, a copy
-    looks = (looks + n_keys * c.n_kv_heads * c.head_dim) * wide  # and the keys, widened or laid out anew
-    return hidden + max(attention, looks, chunk * 4 * c.hidden_dim * item)
+    attention += min(chunk, revived) * n_keys * (1 + wide)  # the mask, as bool and as numbers
+    scores = min(ckpt.window, rows_at_once(c.n_heads, n_keys)) * c.n_heads * n_keys * 3  # products, softmax, a copy
+    scores = (scores + n_keys * c.n_kv_heads * c.head_dim) * wide  # and the keys, widened or laid out anew
+    return hidden + angles + max(attention, scores, chunk * 4 * c.hidden_dim * item)
 
 
 def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
@@ -215,7 +232,7 @@ def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -
     need = plan(ckpt, n_prompt, n_new)
     if fits(need, ckpt.device, loaded):
         return need
-    default = prune.auto_schedule(ckpt.config.n_layers)
+    default = auto_schedule(ckpt.config.n_layers)
     small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
     ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}

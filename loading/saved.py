@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kvcache import stage_layout
+from loading.plan import Checkpoint
 
 SAVED = "slim 4"  # the format
 
@@ -52,6 +56,13 @@ def replace_file(path) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def write_saved(path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a conversation to a file, completely or not at all; see `replace_file`."""
+    text = json.dumps({"format": SAVED, **header})
+    with replace_file(path) as part:
+        save_file(tensors, part, {"slim": text, "crc": checksum(text, sorted(tensors.items()))})
+
+
 def checksum(header: str, tensors) -> str:
     """Return the CRC of a header and of pairs (name, tensor), dtypes and shapes included."""
     crc = zlib.crc32(header.encode())
@@ -89,3 +100,15 @@ def check_saved(path, header: dict, identity: dict) -> None:
             for key in wrong
         )
         raise ValueError(f"{path} was saved with {shown}; use the same settings, or read the document again")
+
+
+def check_contents(path, header: dict, file, ckpt: Checkpoint) -> None:
+    """Raise ValueError unless a saved conversation is of this run, and whole."""
+    check_saved(path, header, ckpt.identity)
+    tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+    if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):
+        raise ValueError(f"{path} is damaged; read the document again")
+    layout, n_layers = header["kv"], ckpt.config.n_layers
+    stages = stage_layout(n_layers, layout["n_prompt"], ckpt.schedule, ckpt.settings.block_len)
+    if len(layout["stages"]) != len(stages) or not {f"layer.{i}" for i in range(n_layers)} <= {*file.keys()}:
+        raise ValueError(f"{path} is incomplete; read the document again")

@@ -1,9 +1,38 @@
-"""A schedule, {boundary: budget}, read from text or a dict and checked against the model."""
+"""A schedule, {boundary: budget}: one of the named ones, or read from text or a dict; checked against the model."""
 
 from fractions import Fraction
 
 import prune
 from model import Config
+
+# The paper's boundaries by depth, with shares of the prompt for its budgets; our measurements found nothing better.
+AUTO = ((9, Fraction(1, 4)), (19, Fraction(1, 8)), (28, Fraction(1, 16)))  # boundary of 30 layers, share of the prompt
+PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}  # tokens at 10, 20 and 30 of 32 layers
+
+
+def at_depth(n_layers: int, layer: int, of: int) -> int:
+    """Return the layer that lies as deep in n_layers as `layer` in `of`, rounded half up."""
+    return int(n_layers * layer / of + 0.5)
+
+
+def auto_schedule(n_layers: int) -> dict[int, prune.Budget]:
+    """Return the default, as shares of the prompt, for any depth."""
+    return first_of_each([(at_depth(n_layers, layer, 30), budget) for layer, budget in AUTO], n_layers)
+
+
+def paper_schedule(n_layers: int, model_type: str = "llama") -> dict[int, prune.Budget]:
+    """Return the paper's token budgets: for 32 layers (Llama) and 28 (Qwen2), by depth for others."""
+    budgets = PAPER["qwen2" if model_type == "qwen2" else "llama"]
+    return first_of_each([(at_depth(n_layers, 10 * i, 32), n) for i, n in enumerate(budgets, 1)], n_layers)
+
+
+def first_of_each(pairs: list[tuple[int, prune.Budget]], n_layers: int) -> dict[int, prune.Budget]:
+    """Return {boundary: budget} of the boundaries within 1..n_layers-1; where rounding made two the same, the first."""
+    schedule: dict[int, prune.Budget] = {}
+    for layer, budget in pairs:
+        if 1 <= layer < n_layers:
+            schedule.setdefault(layer, budget)
+    return schedule
 
 
 def parse_schedule(text: str) -> dict[int, prune.Budget] | str:
@@ -68,9 +97,9 @@ def resolve_schedule(schedule, config: Config, block_len: int) -> dict[int, prun
     if isinstance(schedule, str):
         schedule = parse_schedule(schedule)
     if schedule == "auto":
-        schedule = prune.auto_schedule(config.n_layers)
+        schedule = auto_schedule(config.n_layers)
     elif schedule == "paper":
-        schedule = prune.paper_schedule(config.n_layers, config.model_type)
+        schedule = paper_schedule(config.n_layers, config.model_type)
     schedule = {} if schedule == "dense" else schedule
     if not isinstance(schedule, dict):
         raise ValueError(f"schedule {schedule!r} must be 'auto', 'paper', 'dense' or a dict of boundary: budget")

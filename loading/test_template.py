@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import transformers
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import loading.template
 import tokenizer
+from loading.encoders import Encoder
 from loading.template import Template
-from test_slim import DATA, needs_data, trained, write
+from loading.test_vocabulary import trained, write
+from loading.vocabulary import Vocabulary
+from test_slim import DATA, needs_data
 
 U, V, S = "What's  new?", "And\nthen?", "Be brief."
 TALKS = {
@@ -299,16 +303,17 @@ def test_sentencepiece_puts_spaces_where_hugging_face_does(tmp_path, legacy):
     assert ids == theirs.encode("<s>[INST] DOC\n\nA?[/INST]", add_special_tokens=False).ids
 
 
-def test_white_space_after_some_special_tokens_belongs_to_them(tmp_path):
+@pytest.mark.parametrize("side", ["rstrip", "lstrip"])
+def test_white_space_beside_some_special_tokens_belongs_to_them(tmp_path, side):
     """`rstrip`, as of Phi-3's tokens."""
     make(tmp_path, TEMPLATES["qwen2.5"])
     data = json.loads((tmp_path / "tokenizer.json").read_text())
-    data["added_tokens"] = [dict(token, rstrip=token["special"]) for token in data["added_tokens"]]
+    data["added_tokens"] = [dict(token, **{side: token["special"]}) for token in data["added_tokens"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=TEMPLATES["qwen2.5"]
     )
-    talk = messages(TALKS["many"])
+    talk = messages([(role, f" {text} ") for role, text in TALKS["many"]])
     want = theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
     assert tokenizer.load(tmp_path).chat_messages(talk) == want
 
@@ -360,9 +365,13 @@ def test_without_a_template_there_are_no_messages(tmp_path):
         tok.chat_messages(messages(TALKS["one"]))
 
 
+def of_pieces(pieces):
+    return tokenizer.Tokenizer(Vocabulary({}, None), Encoder(None, None, pieces))
+
+
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
 def test_the_stop_that_is_complete_first_ends_the_text(text, stops):
-    tok = tokenizer.Tokenizer(None, {ord(c): c.encode() for c in "abc"}, {}, None)
+    tok = of_pieces({ord(c): c.encode() for c in "abc"})
     ends = [n for n in range(len(text) + 1) if text[:n].endswith(tuple(stops))]
     seen = text[: ends[0]] if ends else text
     said = seen[: min((seen.find(s) for s in stops if s in seen), default=None)]
@@ -372,7 +381,7 @@ def test_the_stop_that_is_complete_first_ends_the_text(text, stops):
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_an_answer_ends_before_a_stop_wherever_tokens_are_cut(n):
     text, stops = "One. Two!! User: three", ("User:", "!!!", "ser: threes")
-    tok = tokenizer.Tokenizer(None, {i: text[i : i + n].encode() for i in range(0, len(text), n)}, {}, None)
+    tok = of_pieces({i: text[i : i + n].encode() for i in range(0, len(text), n)})
     ids = range(0, len(text), n)
     assert "".join(tok.stream(ids, stops)) == "One. Two!! "
     assert "".join(tok.stream(ids, ("User;", "three!"))) == text  # begun, but never there

@@ -56,7 +56,8 @@ class Vocabulary:
     added: dict[str, int] = field(default_factory=dict)  # tokens that are not special: text gives them too
     proto: bytes = b""  # a sentencepiece model instead
     legacy: bool = False  # sentencepiece puts a space after special tokens too, as Llama 2's tokenizer did
-    swallows: set[str] = field(default_factory=set)  # special tokens that white space after them belongs to
+    lstrip: set[str] = field(default_factory=set)  # special tokens that white space before them belongs to
+    rstrip: set[str] = field(default_factory=set)  # and after them
 
 
 def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
@@ -136,12 +137,12 @@ def _from_sentencepiece(path, blob, settings):
     bos_id = model.bos_id() if settings.get("add_bos_token") is not False and model.bos_id() >= 0 else None
     tokens = settings.get("added_tokens_decoder") or {}  # what Hugging Face adds to the model's own
     try:
-        swallows = {token["content"] for token in tokens.values() if token.get("rstrip")}
+        lstrip, rstrip = ({t["content"] for t in tokens.values() if t.get(key)} for key in ("lstrip", "rstrip"))
         special |= {token["content"]: int(i) for i, token in tokens.items() if int(i) >= len(names)}
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise _bad(path.parent / "tokenizer_config.json", f"key 'added_tokens_decoder' ({error!r})") from None
     legacy = settings.get("legacy") is not False
-    return Vocabulary(special, bos_id, proto=blob, legacy=legacy, swallows=swallows)
+    return Vocabulary(special, bos_id, proto=blob, legacy=legacy, lstrip=lstrip, rstrip=rstrip)
 
 
 def _from_tiktoken(path, blob):
@@ -206,19 +207,18 @@ def _from_json(path, data):
             pass
         case other:
             raise _bad(path, f"pre_tokenizer {other}", ONLY)
-    swallows = set()
     for token in data.get("added_tokens") or []:
         flags = {key for key in ("lstrip", "rstrip", "single_word", "normalized") if token[key]}
         if not token["special"] and flags - (set() if normalizer else {"normalized"}):
             raise _bad(path, f"added token {token['content']!r} with {', '.join(flags)}", ONLY)
         (special if token["special"] else added)[token["content"]] = token["id"]
-        swallows |= {token["content"]} if token["rstrip"] else set()
+    lstrip, rstrip = ({t["content"] for t in data.get("added_tokens") or [] if t[key]} for key in ("lstrip", "rstrip"))
     ranks = _ranks(path, model, special.keys() | added)
     lost = lost_bytes(ranks)
     if lost and (model.get("unk_token") is not None or len(lost) == 256 or split in (TEKKEN_SPLIT, O200K_SPLIT)):
         raise _bad(path, f"lacks {len(lost)} of the 256 single bytes, unk_token {model.get('unk_token')!r}", ONLY)
     bos_id = _bos_id(data.get("post_processor"))
-    return Vocabulary(special, bos_id, ranks, split, normalizer is not None, added, swallows=swallows)
+    return Vocabulary(special, bos_id, ranks, split, normalizer is not None, added, lstrip=lstrip, rstrip=rstrip)
 
 
 def _ranks(path, model, added):

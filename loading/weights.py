@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loading.config import read_json
+from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
 SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
@@ -140,7 +141,8 @@ def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dt
 
     embed = fuse("model.embed_tokens.weight")
     head = embed if c.tied else fuse("lm_head.weight")
-    return Weights(embed, [layer(i) for i in range(c.n_layers)], fuse("model.norm.weight"), head)
+    inv_freq = torch.stack([inverse_frequencies(c, long) for long in (False, True)]).to(device)
+    return Weights(embed, [layer(i) for i in range(c.n_layers)], fuse("model.norm.weight"), head, inv_freq)
 
 
 def fingerprint(c: Config, tensors: dict) -> str:

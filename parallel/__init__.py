@@ -195,7 +195,7 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
 def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):
     """Return a rule's function, given this rank's heads: the scores of all ranks' heads, the same on every rank.
 
-    Scores of weights that a maximum joins are left to `Model.look`, which joins those of many layers at once.
+    Scores of weights that a maximum joins are left to `Model.score_layer`, which joins those of many layers at once.
     """
 
     def every(x: Tensor, dim: int, n: int) -> Tensor:
@@ -252,11 +252,11 @@ class Model(model.Model):
         logits = super().head(x)
         return self.ranks.whole(logits, 1, self.part.words, self.vocab_size) if self.cut else logits
 
-    def look(self, layer: int, stage, rows, n: int, queries: Tensor, weights, worth: Tensor) -> None:
+    def score_layer(self, layer: int, stage, rows, n: int, queries: Tensor, weights, scores: Tensor) -> None:
         """Join the maxima where they count: at the boundary, and in the prompt's step also where the map shows them."""
-        super().look(layer, stage, rows, n, queries, weights, worth)
+        super().score_layer(layer, stage, rows, n, queries, weights, scores)
         if self.rule.heads == "max" and (self.kv.length == 0 or layer == stage.layers[-1]):
-            self.ranks.max(worth)
+            self.ranks.max(scores)
 
 
 class KVCache(kvcache.KVCache):
@@ -281,11 +281,11 @@ class KVCache(kvcache.KVCache):
             return 2, *heads  # (layers, 2, G, B, D)
         if ".aux." in name:
             return 1, self.part.columns, self.c.dim  # (B, C)
-        return (1, self.part.q, self.c.n_heads) if n_dims == 3 else None  # seen: queries (w, H, D), or worth (w, N)
+        return (1, self.part.q, self.c.n_heads) if n_dims == 3 else None  # seen: queries (w, H, D), or scores (w, N)
 
-    def dump(self) -> tuple[dict, dict[str, Tensor]]:
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
         """As of one rank, with all heads and columns; on the others than rank 0 without the tensors."""
-        layout, tensors = super().dump()
+        layout, tensors = super().state()
         for name, tensor in tensors.items():
             if place := self.place(name, tensor.ndim):
                 dim, where, n = place
@@ -295,13 +295,13 @@ class KVCache(kvcache.KVCache):
             tensors[name] = tensor if self.ranks.rank == 0 else None
         return layout, tensors
 
-    def undump(self, layout: dict, tensor, schedule, room: int = 0) -> None:
+    def load_state(self, layout: dict, tensor, schedule, room: int = 0) -> None:
         def own(name: str) -> Tensor:
             saved = tensor(name)
             place = self.place(name, saved.ndim)
             return saved if place is None else saved.narrow(place[0], place[1].start, place[1].stop - place[1].start)
 
-        super().undump(layout, own, schedule, room)
+        super().load_state(layout, own, schedule, room)
 
 
 def told(method):
@@ -334,7 +334,7 @@ class Engine(slim.Engine):
         """Write one file of all ranks' parts, by rank 0."""
         ready = self.usable and self.model.rule.name
         write = super().save
-        self.ranks.together(lambda: write(path, extra) if self.ranks.rank == 0 or not ready else self.kv.dump())
+        self.ranks.together(lambda: write(path, extra) if self.ranks.rank == 0 or not ready else self.kv.state())
 
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))
@@ -357,6 +357,4 @@ class Engine(slim.Engine):
     @property
     def stats(self) -> dict:
         """As of one rank; bytes are this rank's own, of `ranks`."""
-        stats, kv = super().stats, self.kv
-        dense = stats["kv_dense_bytes"] * kv.n_kv_heads // self.config.n_kv_heads
-        return stats | {"ranks": self.ranks.n, "kv_dense_bytes": dense}
+        return super().stats | {"ranks": self.ranks.n}

@@ -122,7 +122,7 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
         finish = "length" if n == r.max_tokens else "stop"  # not reached where a stop text ends the answer
 
     check()
-    cached, tail = texts.bring(r.ids, r.max_tokens)
+    cached, tail = texts.reuse(r.ids, r.max_tokens)
     if not cached:
         engine.model.on_chunk = check  # a new reading may be broken off anywhere: nothing is lost
     try:

@@ -20,12 +20,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import slim
 import tokenizer
 from cli import main as cli_main
 from loading.template import Template
+from loading.test_vocabulary import of_bytes
 from serve import check_place
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
@@ -49,7 +51,7 @@ def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_p
     for i in range(6):
         old = rng.choice(asked)
         ids = old[: rng.randint(1, len(old))] + draw(rng.randint(1, 200), seed + i)
-        cached, tail = texts.bring(ids, 3)
+        cached, tail = texts.reuse(ids, 3)
         assert 0 <= cached < len(ids) and cached == 0 or ids[:cached] == (engine.ids + engine.pending)[:cached]
         answer = list(engine.generate(ids[cached:], 3, follow_up=cached > 0, tail=tail))
         assert engine.ids[: len(ids)] == ids
@@ -64,7 +66,7 @@ def test_another_question_on_the_same_text_reads_itself_alone(tiny):
     ask = [text + draw(40, seed) for seed in (1, 2)] + [text + draw(700, 3), text + draw(700, 4), text + draw(700, 5)]
     kept = []
     for ids in ask:
-        cached, tail = texts.bring(ids)
+        cached, tail = texts.reuse(ids)
         engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
         kept.append(cached // 10)
     # the first is read; the second goes on; so does a long question, up to where it parts from the second; a
@@ -78,7 +80,7 @@ def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
     texts, text, kept = Texts(engine), draw(2000), []
     for seed in (1, 2, 3):
         ids = text + draw(900, seed)
-        cached, tail = texts.bring(ids)
+        cached, tail = texts.reuse(ids)
         engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
         kept.append(cached)
     assert kept[:2] == [0, 0] and kept[2] >= 2000
@@ -88,8 +90,8 @@ def test_much_that_is_new_is_read_afresh_and_pruned(tiny):
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, talk = Texts(engine), draw(300)
     engine.prefill(talk)
-    assert texts.bring(talk + draw(100, 1))[0] >= 290
-    assert texts.bring(talk + draw(2000, 1)) == (0, 512)
+    assert texts.reuse(talk + draw(100, 1))[0] >= 290
+    assert texts.reuse(talk + draw(2000, 1)) == (0, 512)
 
 
 def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
@@ -99,7 +101,7 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
 
     def read(i, question):
         ids = docs[i] + draw(20, question)
-        cached, tail = texts.bring(ids)
+        cached, tail = texts.reuse(ids)
         engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
         return cached
 
@@ -107,9 +109,9 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
     assert read(0, 8) >= 1600 and len(texts.files()) == 3
     texts.put_away()
     again = Texts(slim.load(tiny, "cpu", **PRUNED), tmp_path)  # the next day
-    assert again.bring(docs[1] + draw(20, 9))[0] >= 1600 and again.engine.ids == docs[1]
+    assert again.reuse(docs[1] + draw(20, 9))[0] >= 1600 and again.engine.ids == docs[1]
     other = Texts(slim.load(tiny, "cpu", schedule="dense", block_len=32), tmp_path)  # other settings: not for them
-    assert other.bring(docs[1] + draw(20, 9))[0] == 0
+    assert other.reuse(docs[1] + draw(20, 9))[0] == 0
     for path in texts.files():
         path.write_bytes(path.read_bytes()[:-9])
     assert read(1, 8) == 0 and "damaged" in said[0] or "truncated" in said[0]
@@ -215,12 +217,7 @@ def test_what_is_left_open_comes_from_the_command_line(tok):
 
 
 def test_messages_spell_the_conversation_of_the_chat_format(tok):
-    chat = tokenizer.Tokenizer(
-        lambda data: list(data.encode()),
-        {i: bytes([i]) for i in range(256)},
-        {"<|im_start|>": 256, "<|im_end|>": 257},
-        None,
-    )
+    chat = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
     chat.template = Template(
         Path("x"),
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -12,7 +12,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from kvcache import tail_rows
+from kvcache import last_block_len
 from loading.saved import check_saved, read_saved
 
 TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter of it at most
@@ -50,7 +50,7 @@ class Texts:
                 header, _ = read_saved(path)
                 check_saved(path, header, engine.ckpt.identity)
                 n = header["kv"]["n_prompt"]
-                first = n - tail_rows(n, engine.ckpt.settings.block_len)
+                first = n - last_block_len(n, engine.ckpt.settings.block_len)
                 self.saved[path] = header["ids"] + header["pending"], first
 
     def files(self) -> list[Path]:
@@ -73,7 +73,7 @@ class Texts:
                 found = path, kept
         return *found, longest
 
-    def bring(self, ids: list[int], room: int = 0) -> tuple[int, int]:
+    def reuse(self, ids: list[int], room: int = 0) -> tuple[int, int]:
         """Make ready to run ids: return the tokens that need not be read again, and the tail for a new reading.
 
         room: new tokens to make room for.
@@ -88,7 +88,7 @@ class Texts:
             except (ValueError, OSError) as error:  # damaged, or removed by somebody else: read the text again
                 self.say(f"slim: {error}")
                 self.drop(path)
-                return self.bring(ids, room)
+                return self.reuse(ids, room)
         if not kept:
             if 2 * shared < len(ids):
                 self.put_away()

@@ -1,0 +1,392 @@
+"""Tokenizers: ids against the `tokenizers` library, sentencepiece and goldens; text back; bad files refused."""
+
+import base64
+import functools
+import json
+import os
+import random
+import re
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import tokenizer
+from loading import encoders, vocabulary
+from test_slim import DATA, needs_data
+
+HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "naïve e\u0301 \u212b ﬁ", "日本語テキスト",
+        "😀👨\u200d👩\u200d👧 🇫🇷",
+        "<|eot_id|><s></s>", "def f(x):\n    return x\r\n\r\n", "\0\x7f\u00a0\ufeff", "a\u3000b  \n c",
+        "x 1  2\t\n3 '4's don'5t 66²Ⅷ  ½ ", "=\x04(\x06\" \x06 a\x13b\x1d\x141 \U000412340'\x04s ( \x16 \x04",
+        "тест\x04 т(т)", "\U00012658\x13     \U00012658\x13"]  # fmt: skip
+SOME = " \n\r\t'sStTab1290.!é😀\u0301\u3000日²½\x04\x1d\U00041234"
+TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(SOME), max_size=40))
+KINDS = ["gpt2", "llama3", "qwen", "smollm2", "tekken", "o200k"]  # SmolLM3, Phi-4: llama3; Qwen3: qwen
+relaxed = hypothesis_settings(max_examples=150, deadline=None)
+
+
+@functools.cache
+def trained(kind):
+    """A small byte-level BPE trained here by the `tokenizers` library: the reference for tokenizer.json."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    splits = dict(zip(("llama3", "qwen", "tekken", "o200k"), vocabulary.SPLITS))
+    if split := splits.get(kind):
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
+    if kind == "qwen":
+        tok.normalizer = normalizers.NFC()
+    chatml = kind in ("qwen", "smollm2")
+    llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<SPECIAL_5>"] if kind == "tekken" else special
+    corpus = [
+        Path(__file__).read_text(),
+        *HARD * 3,
+        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n" * 20,
+    ]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "smollm2":  # knows the bytes it was trained on and no others
+        corpus, alphabet = [re.sub(r"[^\n -~é日本語]", "", corpus[0]), corpus[-1], "\r\n\t"], []
+    tok.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=1200,
+            special_tokens=[] if kind == "qwen" else special,
+            show_progress=False,
+            initial_alphabet=alphabet,
+        ),
+    )
+    if kind == "qwen":  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
+        tok.add_special_tokens(special)
+        tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<tool>", "<tool><tool>", "</tool>")])
+    elif kind == "tekken":
+        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    elif not chatml:
+        bos = ("<|begin_of_text|>", tok.token_to_id("<|begin_of_text|>"))
+        template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
+        tok.post_processor = (
+            processors.Sequence([processors.ByteLevel(trim_offsets=False), template]) if kind == "llama3" else template
+        )
+    if kind == "smollm2":  # only now, so that there are merges of digits that must not be used
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), tok.pre_tokenizer])
+    tok.encode_special_tokens = True  # specials in text are text, as here
+    return tok
+
+
+@functools.cache
+def ours(kind):
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenizer.load(write(Path(folder), trained(kind).to_str().encode()))
+
+
+@functools.cache
+def real(name):
+    return tokenizer.load(DATA / name)
+
+
+def of_bytes(special):
+    def ids(text):
+        return list(text.encode())
+
+    encoder = encoders.Encoder(ids, ids, {i: bytes([i]) for i in range(256)})
+    return tokenizer.Tokenizer(vocabulary.Vocabulary(special, None), encoder)
+
+
+def write(folder, data, config=None, name="tokenizer.json"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def without_lost(text):
+    """The bytes of text that the kind trained without some keeps."""
+    lost = bytes(b for char, b in vocabulary.BYTE_OF.items() if char not in trained("smollm2").get_vocab())
+    assert 21 < len(lost) < 200 and 4 in lost and "т".encode()[0] in lost
+    return text.encode(errors="replace").translate(None, lost)
+
+
+def by_reference(kind, text):
+    return trained(kind).encode(text, add_special_tokens=False).ids
+
+
+def all_kinds():
+    return [ours(kind) for kind in KINDS] + ([real(name) for name in ("llama3", "llama2")] if DATA.is_dir() else [])
+
+
+@needs_data
+@pytest.mark.parametrize("name, golden", [("llama3", "llama3-bpe"), ("llama2", "llama2-spm")])
+def test_ids_are_the_goldens(name, golden):
+    texts = (DATA / f"goldens/{golden}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    want = [list(map(int, line.split())) for line in (DATA / f"goldens/{golden}.out").read_text().splitlines()]
+    assert len(want) == 46 and [real(name).encode(text) for text in texts[:46]] == want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@relaxed
+@given(text=TEXTS)
+def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, text):
+    for text in (text, *HARD, "x <tool>y<tool><tool><tool>\u0338 </tool>"):
+        assert ours(kind).encode(text) == by_reference(kind, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
+    tok, reference = ours(kind), trained(kind)
+    bos = {"qwen": None, "smollm2": None, "tekken": "<s>"}.get(kind, "<|begin_of_text|>")
+    assert tok.bos_id == (bos and reference.token_to_id(bos))
+    assert tok.special == {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.special}
+    assert tok.vocab_size == reference.get_vocab_size() and tok.bytes(tok.vocab_size + 5) == b""
+
+
+def random_text(rng):
+    """Some 30 characters: words, white space and punctuation as in text, and anything in Unicode."""
+    words = "don't It'LL McDonald iPHONE's naïve e\u0301 語。 тест x_y <|im_end|> [INST] </s>".split()
+    draws = (
+        lambda: rng.choice(SOME),
+        lambda: rng.choice(" \n") * rng.randrange(1, 4),
+        lambda: rng.choice(words),
+        lambda: str(rng.randrange(10 ** rng.randrange(1, 9))),
+        lambda: chr(rng.choice((rng.randrange(1, 0x250), rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)))),
+    )
+    return "".join(rng.choice(draws)() for _ in range(rng.randrange(1, 16)))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tekken.json", "sentencepiece"])
+def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
+    """$SLIM_STRINGS says how many."""
+    rng = random.Random(kind)
+    if kind == "sentencepiece":
+        tok, reference = sentencepieces(tmp_path)
+    else:
+        name = kind.removesuffix(".json")
+        tok, reference = ours(name), trained(name)
+        tok = tokenizer.load(write(tmp_path, as_tekken(reference), name="tekken.json")) if kind != name else tok
+    for _ in range(int(os.environ.get("SLIM_STRINGS", "500"))):
+        text = random_text(rng)
+        if kind == "sentencepiece":  # adds a space, where Hugging Face lets one that leads be it
+            text = text.lstrip(" ")
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, text
+
+
+def as_tekken(reference):
+    """A trained tokenizer in the layout of Mistral's tekken.json; the last special token has no name there."""
+    special = {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.content != "<SPECIAL_5>"}
+    vocab = sorted((i, token) for token, i in reference.get_vocab().items() if i >= 6)
+    tokens = [base64.b64encode(bytes(vocabulary.BYTE_OF[c] for c in token)).decode() for _, token in vocab]
+    config = {"pattern": vocabulary.TEKKEN_SPLIT, "default_vocab_size": 6 + len(vocab), "default_num_special_tokens": 6}
+    return {
+        "config": config,
+        "vocab": [{"rank": i, "token_bytes": t, "token_str": None} for i, t in enumerate([*tokens, "YQ=="])],
+        "special_tokens": [{"rank": i, "token_str": token, "is_control": True} for token, i in special.items()],
+    }
+
+
+def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
+    tok, same = tokenizer.load(write(tmp_path, as_tekken(trained("tekken")), name="tekken.json")), ours("tekken")
+    assert (tok.special, tok.bos_id, tok.vocab_size) == (same.special, same.bos_id, same.vocab_size)
+    for word, spoil in {
+        "names no special tokens": lambda d: d.pop("special_tokens"),
+        "pattern": lambda d: d["config"].update(pattern="x"),
+        "in order": lambda d: d["vocab"].reverse(),
+        "laid out": lambda d: d["config"].pop("default_vocab_size"),
+        "every byte": lambda d: d["config"].update(default_vocab_size=100),
+    }.items():
+        data = as_tekken(trained("tekken"))
+        spoil(data)
+        refused(write(tmp_path, data, name="tekken.json"), word)
+
+
+def sentencepieces(folder, **config):
+    """A small sentencepiece model with control tokens, as Mistral 7B's, and the same as Hugging Face converts it."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    corpus = [line for line in (*Path(__file__).read_text().splitlines(), *HARD * 3) if "\0" not in line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=900,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True, control_symbols=["[INST]", "[/INST]"], minloglevel=2,
+    )  # fmt: skip
+    blob = (folder / "tokenizer.model").read_bytes()
+    model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    pairs = sorted(
+        (-model.get_score(vocab[piece]), vocab[left], vocab[right], left, right)
+        for piece in vocab
+        for n in range(1, len(piece))
+        if (left := piece[:n]) in vocab and (right := piece[n:]) in vocab
+    )
+    bpe = models.BPE(vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    reference = Tokenizer(bpe)
+    special = [name for name, i in vocab.items() if model.is_control(i) or model.is_unknown(i)]
+    reference.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    reference.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    reference.encode_special_tokens = True
+    return tokenizer.load(write(folder, blob, {"legacy": False} | config, "tokenizer.model")), reference
+
+
+@needs_data
+@pytest.mark.parametrize("as_list", [False, True])
+def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_list):
+    """Hugging Face's Llama-3 file lists all splits of a token as merges; the book is cut into pieces on the way."""
+    char = {b: c for c, b in vocabulary.BYTE_OF.items()}
+    lines = (line.split() for line in (DATA / "llama3/tokenizer.model").read_bytes().splitlines())
+    vocab = {"".join(char[b] for b in base64.b64decode(t)): int(i) for t, i in lines}
+    pairs = [(t[:k], t[k:]) for t in vocab for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab]
+    data = json.loads(trained("llama3").to_str())
+    data["model"] |= {
+        "vocab": vocab,
+        "ignore_merges": True,
+        "merges": pairs if as_list else [" ".join(p) for p in pairs],
+    }
+    for token in data["added_tokens"]:
+        token["id"] = real("llama3").special[token["content"]]
+    data["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"]["ids"] = [128000]
+    tok = tokenizer.load(write(tmp_path, data))
+    text = (DATA / "texts/war_and_peace.txt").read_text()[:900_000] + "".join(HARD)
+    assert tok.bos_id == 128000 and tok.encode(text) == real("llama3").encode(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuts_of_a_long_text_do_not_show_in_the_ids(kind, monkeypatch):
+    """Pieces of some 60 characters end at every kind of safe boundary."""
+    rng = random.Random(0)
+    some = [
+        "don't  stop\n\n\n  it's 1234",
+        "x\r\n\r\n y_ z",
+        "日本，語。",
+        ' ("a")\n',
+        "naïve e\u0301 \u212b",
+        "  a",
+        "😀 1\n\n",
+        "!\n b",
+    ]
+    text = "".join(rng.choice(some) + rng.choice(["", "a ", " 7\n", "語、"]) for _ in range(3000))
+    monkeypatch.setattr(tokenizer, "PIECE", 70)
+    pieces = list(encoders._pieces(text))
+    assert len(pieces) > 400 and all(len(piece) < 70 for piece in pieces)  # 70 would be a cut by force
+    assert ours(kind).encode(text) == by_reference(kind, text)
+
+
+def test_only_runs_beyond_the_limit_are_cut():
+    for text in ("a" * 25_000 + " b", " " * 25_000 + "b"):
+        assert list(encoders._pieces(text)) == [text] and ours("llama3").encode(text) == by_reference("llama3", text)
+    for char in "a \n":
+        assert list(map(len, encoders._pieces(char * 60_000 + "b 1"))) == [25_000, 25_000, 10_003]
+
+
+@pytest.mark.parametrize("text", [part * (10**6 // len(part)) for part in ("a", " ", "\n", "\r\n \t", "日", "a\x04")])
+def test_a_megabyte_of_anything_goes_there_and_back(text):
+    """Uncut, a megabyte of spaces crashes the regex engine."""
+    for tok in all_kinds():
+        assert tok.decode(tok.encode(text)) == (without_lost(text).decode() if tok is ours("smollm2") else text)
+
+
+@relaxed
+@given(text=TEXTS)
+def test_text_comes_back_and_streams_in_whole_characters(text):
+    for tok in all_kinds():
+        ids = tok.encode(text)
+        want = unicodedata.normalize("NFC", text) if tok is ours("qwen") else text
+        if tok is ours("smollm2"):
+            assert b"".join(map(tok.bytes, ids)) == without_lost(text)
+            want = without_lost(text).decode(errors="replace")
+        assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.dummy_prefix else want)
+        assert not set(ids) & set(tok.special.values())
+        assert "".join(tok.stream(iter(ids))) == " " * (tok.dummy_prefix and bool(ids)) + tok.decode(ids)
+        if tok is ours("smollm2") and want.encode() != without_lost(text):
+            continue  # half a character is left, so pieces are not whole
+        for n in range(len(ids)):  # what is out after n ids is all they hold in whole characters
+            held = b"".join(map(tok.bytes, ids[:n]))
+            out = "".join(tok.stream(iter(ids[:n]))).rstrip("\ufffd").encode()
+            assert held.startswith(out) and len(held) - len(out) < 4
+
+
+def test_a_stream_waits_for_the_rest_of_a_character_and_flushes():
+    tok = ours("gpt2")
+    ids = [i for b in "é😀".encode() for i, piece in tok.encoder.pieces.items() if piece == bytes([b])]
+    assert list(tok.stream(iter(ids))) == ["é", "😀"]
+    assert list(tok.stream(iter(ids[:-1]))) == ["é", "\ufffd"] and tok.decode(ids[:-1]) == "é\ufffd"
+    assert next(tok.stream(i for i in [*ids[:2], None])) == "é"  # out before the next id is asked for
+
+
+def refused(folder, *words):
+    with pytest.raises(ValueError) as error:
+        tokenizer.load(folder)
+    message = str(error.value)
+    assert type(error.value) is ValueError and "\n" not in message and str(folder) in message, message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("blob", [b"", b"\n", b"{", b"[]", b"{}", b"null", b"\xff\xfe\0", b"version https://git-lfs",
+                                  b"YQ== 0\n", b"YQ== x\n", b"YQ 0\n",
+                                  b'{"a":' * 100_000, b'{"model": 3}',
+                                  b"\n\x0e\n\x05<unk>", b'{"model": {"vocab": [], "merges": {}}}'])  # fmt: skip
+def test_a_garbage_tokenizer_is_refused(tmp_path, name, blob):
+    refused(write(tmp_path, blob, name=name), name)
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["llama3", "llama2", "stories260K"])
+def test_a_truncated_tokenizer_is_refused(tmp_path, name):
+    """Also when cut where a line or a piece ends, which parses: too few ranks, or no sentencepiece settings."""
+    blob = (DATA / name / "tokenizer.model").read_bytes()
+    ends = [i for i in range(40, len(blob) - 400) if blob[i : i + 1] == b"\n"]
+    rng = random.Random(0)
+    for size in [*rng.sample(range(len(blob) - 30), 5), *rng.sample(ends, 10), ends[-1]]:
+        refused(write(tmp_path, blob[: size + (name == "llama3")], name="tokenizer.model"))
+
+
+def digits_first(individual_digits=True, use_regex=True):
+    digits = {"type": "Digits", "individual_digits": individual_digits}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+
+
+SPOILED = {  # what the line must name: what is done to a good tokenizer.json
+    "WordPiece": lambda d: d["model"].update(type="WordPiece"),
+    "sentencepiece": lambda d: d["model"].update(byte_fallback=True),
+    "Metaspace": lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"}),
+    "NFKC": lambda d: d.update(normalizer={"type": "NFKC"}),
+    "add_prefix_space": lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+    "another split": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "another split"}),
+    "individual_digits": lambda d: d.update(pre_tokenizer=digits_first(individual_digits=False)),
+    "use_regex": lambda d: d.update(pre_tokenizer=digits_first(use_regex=False)),
+    "dropout": lambda d: d["model"].update(dropout=0.1),
+    "merge order": lambda d: d["model"]["merges"].reverse(),
+    "no merge": lambda d: d["model"]["merges"].pop(),
+    "256 single bytes": lambda d: d["model"]["vocab"].pop("\u0100") and d["model"].update(unk_token="!"),
+    "twice": lambda d: d["model"]["vocab"].update({"\u0100": d["model"]["vocab"]["!"]}),
+    "not a pair": lambda d: d["model"]["merges"].append(["a"]),
+    "lstrip": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], special=False, lstrip=True)),
+    "laid out": lambda d: d.update(added_tokens=[3]),
+    "without a name": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], content="")),
+    "that is none of them": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
+        "<|begin_of_text|>"
+    ].update(ids=[-1]),
+    "IndexError": lambda d: d["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"].update(ids=[]),
+}
+
+
+@pytest.mark.parametrize("word", SPOILED)
+def test_a_tokenizer_json_that_asks_for_something_else_is_refused(tmp_path, word):
+    data = json.loads(trained("llama3").to_str())
+    SPOILED[word](data)
+    refused(write(tmp_path, data), word)
+
+
+def test_text_that_is_no_text_is_refused():
+    for wrong in (ours("gpt2").encode, ours("gpt2").chat, ours("gpt2").rest):
+        with pytest.raises(ValueError, match="str"):
+            wrong(5)
