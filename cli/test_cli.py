@@ -224,7 +224,7 @@ WRONG = {  # arguments: what the one line must name
     "--top-p 0": "--top-p",
     "--max-new-tokens 0": "--max-new-tokens",
     "--max-prompt-tokens 0": "--max-prompt-tokens",
-    "--max-prompt-tokens 1 --prompt emoji.txt": "--max-prompt-tokens",
+    "--max-prompt-tokens 1 --prompt rare.txt": "--max-prompt-tokens",
     "--device tpu": "tpu",
     "--device cuda:99": "cuda:99",
     "--dtype int8": "int8",
@@ -255,7 +255,7 @@ def cli(talking, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("ABBA CAB " * 100)
     (tmp_path / "short.txt").write_text("ABBA CAB")
-    (tmp_path / "emoji.txt").write_text("😀")
+    (tmp_path / "rare.txt").write_text("\U00013000")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
 

@@ -272,7 +272,7 @@ def test_cuts_of_a_long_text_do_not_show_in_the_ids(kind, monkeypatch):
         "!\n b",
     ]
     text = "".join(rng.choice(some) + rng.choice(["", "a ", " 7\n", "語、"]) for _ in range(3000))
-    monkeypatch.setattr(tokenizer, "PIECE", 70)
+    monkeypatch.setattr(encoders, "PIECE", 70)
     pieces = list(encoders._pieces(text))
     assert len(pieces) > 400 and all(len(piece) < 70 for piece in pieces)  # 70 would be a cut by force
     assert ours(kind).encode(text) == by_reference(kind, text)
