@@ -40,8 +40,9 @@ def parse_schedule(text: str) -> dict[int, prune.Budget] | str:
     if text in ("auto", "paper", "dense"):
         return text
     try:
+        share = lambda text: Fraction(text) if "/" in text else float(text)  # of 1e999999999 a fraction would not end
         pairs = [part.split(":") for part in text.split(",")]
-        pairs = [(int(layer), int(budget) if budget.isdecimal() else Fraction(budget)) for layer, budget in pairs]
+        pairs = [(int(layer), int(budget) if budget.isdecimal() else share(budget)) for layer, budget in pairs]
     except (ValueError, ZeroDivisionError):
         raise ValueError(
             f"--schedule {text!r} is not of the form LAYER:BUDGET,LAYER:BUDGET; a budget is a number of tokens "
@@ -81,9 +82,9 @@ def check_schedule(schedule: dict[int, prune.Budget], n_layers: int, block_len: 
                 f"schedule budget {budget} at layer {layer} is below 2 blocks = {2 * block_len} tokens; "
                 "raise it or lower --block-len"
             )
-        if not prune.is_tokens(budget) and not (budget == budget and 1e-6 <= prune.share(min(budget, 2)) < 1):
+        if not prune.is_tokens(budget) and not (budget == budget and 1e-6 <= prune.share(min(max(budget, 0), 2)) < 1):
             raise ValueError(
-                f"schedule budget {float(budget):g} at layer {layer} is not a share within 0..1; give one such as 1/4"
+                f"schedule budget {budget!s:.20} at layer {layer} is not a share within 0..1; give one such as 1/4"
             )
     for kind in (True, False):
         budgets = [n for n in schedule.values() if prune.is_tokens(n) is kind]
