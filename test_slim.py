@@ -35,7 +35,7 @@ import loading.plan
 import model
 import prune
 import slim
-from bench import smollm2
+from bench import accuracy, smollm2
 from cli.options import DEMO
 from kvcache import HostMemory, KVCache
 from loading import saved
@@ -1523,3 +1523,16 @@ def test_a_real_model_is_made_whole_or_not_at_all(when, tmp_path, monkeypatch, c
     made = tmp_path / "checkpoints" / smollm2.NAME
     made.mkdir(parents=True)
     assert smollm2.main() == 0 and capfd.readouterr().out == f"{made}\n"
+
+
+def test_results_go_on_after_a_line_that_was_cut(tmp_path, monkeypatch):
+    line = json.dumps({"task": "fact", "n": 2048, "part": 1, "seed": 0, "entry": "dense"})
+    out, args = tmp_path / "out.jsonl", mock.Mock(text=__file__, samples=0, lengths=[], first=0)
+    out.write_text(f"{line}\n{line[:30]}")
+    monkeypatch.setattr(accuracy, "Bench", mock.Mock())
+    monkeypatch.setattr(accuracy.prose, "Book", mock.Mock())
+    args.out = str(out)
+    accuracy.run(args, {})
+    with out.open("a") as file:
+        file.write(line.replace("fact", "chain") + "\n")
+    assert [key[0] for key in accuracy.read_results(out)] == ["fact", "chain"]

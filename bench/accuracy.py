@@ -391,7 +391,7 @@ def read_results(path: Path) -> dict:
     """Return {(task, n, part, seed, entry): result} of a file that may not be there yet."""
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be cut
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # one may be cut
     return {(r["task"], r["n"], r["part"], r["seed"], r["entry"]): r for r in rows}
 
 
@@ -479,6 +479,8 @@ def run(args, entries: dict) -> dict:
     bench = Bench(args.ckpt, args.device, args.dtype, entries)
     book = prose.Book(Path(args.text).read_text(encoding="utf-8"), bench.engine.tokenizer, args.part)
     with out.open("a") as file, torch.inference_mode():
+        if not (out.read_bytes() or b"\n").endswith(b"\n"):
+            file.write("\n")  # the last line was cut: nothing may be written into it
         for seed, n in ((s, n) for s in range(args.first, args.first + args.samples) for n in args.lengths):
             missing = [
                 (task, name)
