@@ -119,6 +119,27 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
     assert read(2, 3) == 0 and read(0, 3) == 0 and len(texts.files()) <= 2
 
 
+def started(tiny, folder):
+    """Return texts of a pruned engine, and a function that reads ids and says how many need not be read again."""
+    engine, said = slim.load(tiny, "cpu", **PRUNED), []
+    texts = Texts(engine, folder, say=said.append)
+
+    def read(ids):
+        cached, tail = texts.bring(ids)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        return cached
+
+    return texts, read
+
+
+def test_a_text_at_hand_is_saved_before_another_that_lies_in_a_file_is_read_anew(tiny, tmp_path):
+    _, read = started(tiny, tmp_path)
+    a, b = draw(2000, 1), draw(2000, 2)
+    read(a + draw(900, 7)), read(b)
+    assert read(a + draw(900, 8)) == 0  # parts from the file before its tail
+    assert read(b + draw(9, 8)) == 2000
+
+
 def test_a_rewind_stays_within_the_tail(tiny):
     engine = slim.load(tiny, "cpu", **PRUNED)
     engine.prefill(draw(600), tail=100)

@@ -90,8 +90,9 @@ class Texts:
                 self.drop(path)
                 return self.reuse(ids, room)
         if not kept:
-            if 2 * shared < len(ids):
+            if 2 * common(engine.ids, ids) < len(ids):  # at hand is another text
                 self.put_away()
+            if 2 * shared < len(ids):
                 shared = len(ids)
             # else the same text parted before its tail began: this time the tail begins there
             return 0, max(min(TAIL, len(ids) // 4), len(ids) - shared)
