@@ -140,6 +140,14 @@ def test_a_text_at_hand_is_saved_before_another_that_lies_in_a_file_is_read_anew
     assert read(b + draw(9, 8)) == 2000
 
 
+def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
+    texts, read = started(tiny, tmp_path)
+    docs = [draw(2000, seed) for seed in (1, 2, 3)]
+    assert [read(doc) for doc in docs] == [0, 0, 0]
+    texts.most = int(2.5 * texts.files()[0].stat().st_size)
+    assert read(docs[0] + draw(9, 8)) == 2000 and len(texts.files()) == 2
+
+
 def test_a_rewind_stays_within_the_tail(tiny):
     engine = slim.load(tiny, "cpu", **PRUNED)
     engine.prefill(draw(600), tail=100)

@@ -81,7 +81,7 @@ class Texts:
         engine = self.engine
         path, kept, shared = self.find(ids)
         if path is not None:
-            self.put_away()
+            self.put_away(wanted=path)
             try:
                 engine.resume(path, len(ids) - kept + room)
                 os.utime(path)
@@ -100,8 +100,11 @@ class Texts:
             engine.rewind(min(kept, len(engine.ids)))
         return kept, 0
 
-    def put_away(self) -> None:
-        """Save the conversation at hand, if there is a folder and it is worth it; what goes wrong is said, no more."""
+    def put_away(self, wanted: Path | None = None) -> None:
+        """Save the conversation at hand, if there is a folder and it is worth it; what goes wrong is said, no more.
+
+        wanted: the file that is used next, and so the last to leave.
+        """
         engine = self.engine
         if self.folder is None or not engine.usable or engine.kv.tail_start < WORTH_A_FILE:
             return
@@ -116,6 +119,9 @@ class Texts:
                 self.say(f"slim: {error}")
                 return
             self.saved[path] = ids, first
+        if wanted:
+            with contextlib.suppress(OSError):
+                os.utime(wanted)
         size = 0
         for path in self.files():
             size += path.stat().st_size
