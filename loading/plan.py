@@ -225,8 +225,12 @@ def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0, reviv
     return hidden + angles + max(attention, scores, chunk * 4 * c.hidden_dim * item)
 
 
+class NoRoom(ValueError):
+    """Memory is too small for what is asked."""
+
+
 def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
-    """Return the plan; raise ValueError naming the flag that would make it fit if it does not. loaded: bytes in
+    """Return the plan; raise NoRoom naming the flag that would make it fit if it does not. loaded: bytes in
     place.
     """
     need = plan(ckpt, n_prompt, n_new)
@@ -243,7 +247,7 @@ def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -
     if found:
         advice = f"it would fit with {found[0]}"
     free = format_bytes(free_bytes(ckpt.device))
-    raise ValueError(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
+    raise NoRoom(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
 
 
 def fits(need: Plan, device: torch.device, loaded: int) -> bool:

@@ -31,7 +31,7 @@ from loading.test_vocabulary import of_bytes
 from serve import check_place
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
-from test_slim import HERE, checkpoints, draw, talking, tiny  # noqa: F401  fixtures
+from test_slim import HERE, checkpoints, draw, set_free, talking, tiny  # noqa: F401  fixtures
 
 PRUNED = {"schedule": {2: 256, 3: 128}, "block_len": 32}
 TEXT = "ABBA CAB " * 200
@@ -146,6 +146,16 @@ def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
     assert [read(doc) for doc in docs] == [0, 0, 0]
     texts.most = int(2.5 * texts.files()[0].stat().st_size)
     assert read(docs[0] + draw(9, 8)) == 2000 and len(texts.files()) == 2
+
+
+def test_a_request_that_memory_has_no_room_for_costs_no_file(tiny, tmp_path, monkeypatch):
+    texts, read = started(tiny, tmp_path)
+    a, b = draw(2000, 1), draw(2000, 2)
+    read(a), read(b)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not enough memory"):
+        set_free(patch, 0)
+        read(a + draw(9, 8))
+    assert read(a + draw(9, 8)) == 2000
 
 
 def test_a_rewind_stays_within_the_tail(tiny):

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from kvcache import last_block_len
+from loading.plan import NoRoom
 from loading.saved import check_saved, read_saved
 
 TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter of it at most
@@ -85,6 +86,8 @@ class Texts:
             try:
                 engine.resume(path, len(ids) - kept + room)
                 os.utime(path)
+            except NoRoom:  # the file is good
+                raise
             except (ValueError, OSError) as error:  # damaged, or removed by somebody else: read the text again
                 self.say(f"slim: {error}")
                 self.drop(path)
