@@ -191,7 +191,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.counts, self.engine_stats = dict.fromkeys(names, 0), {}
 
     def ready(self, engine, tok, args) -> None:
-        self.model, self.max_len, self.tok, self.args = engine.ckpt.folder.name, engine.config.max_len, tok, args
+        self.model = os.path.basename(os.path.abspath(args.ckpt))  # of --ckpt .; no hash where it lies in a cache
+        self.max_len, self.tok, self.args = engine.config.max_len, tok, args
         self.created = int(time.time())
 
     def leave(self) -> None:

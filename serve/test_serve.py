@@ -28,7 +28,7 @@ import tokenizer
 from cli import main as cli_main
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
-from serve import check_place
+from serve import Server, check_place
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
 from test_slim import HERE, checkpoints, draw, set_free, talking, tiny  # noqa: F401  fixtures
@@ -125,7 +125,7 @@ def started(tiny, folder):
     texts = Texts(engine, folder, say=said.append)
 
     def read(ids):
-        cached, tail = texts.bring(ids)
+        cached, tail = texts.reuse(ids)
         engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
         return cached
 
@@ -472,6 +472,16 @@ def test_a_key_is_asked_for(talking):
     assert server.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
     assert server.ask("/v1/models", Authorization="Bearer schlüssel")[0] == 200 and server.ask("/health")[0] == 200
     assert server.close(signal.SIGTERM) == 0
+
+
+def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
+    monkeypatch.chdir(HERE)
+    engine = SimpleNamespace(config=SimpleNamespace(max_len=9))
+    names = (".", HERE.name), ("llama3.1-8b", "llama3.1-8b"), ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B"), ("/a/b/", "b")
+    for ckpt, name in names:
+        with Server("127.0.0.1", 0, None) as door:
+            door.ready(engine, None, SimpleNamespace(ckpt=ckpt))
+            assert door.model == name
 
 
 def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tmp_path):
