@@ -148,6 +148,8 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
 def open_server(args) -> "Server":
     """Return a server that is bound and does not answer yet; raise ValueError for a place, key or folder of no use."""
     key = args.api_key or os.environ.get("SLIM_API_KEY") or None
+    if key and (not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise ValueError("the key must be printable ASCII without spaces around it, as a header carries no other")
     host, port = check_place(args.serve, key)
     if args.cache_dir is not None:
         check_folder(args.cache_dir)
