@@ -165,6 +165,8 @@ def run(args) -> str:
     for column in args.columns:
         schedule, rule = COLUMNS.get(column) or (*column.split("@"), "peak")[:2]
         ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, schedule, rule)
+        if not 0 <= args.max_len <= ckpt.config.max_len:
+            raise ValueError(f"--max-len {args.max_len} must be within 1..{ckpt.config.max_len}, the model's context")
         ways[column] = SlimLM(ckpt, False, args.out, args.max_len)
         if args.question_later and ckpt.schedule:
             ways[f"{column}, question later"] = SlimLM(ckpt, True, args.out, args.max_len)
@@ -172,6 +174,9 @@ def run(args) -> str:
     tasks = []
     for name in names.split(","):
         if name in RULER:
+            if max(args.lengths) > ways[column].max_len:
+                most = ways[column].max_len
+                raise ValueError(f"--lengths {max(args.lengths)} is above the context of {most} tokens; give less")
             tasks.append((ruler_task(name, ckpt.folder, args.lengths, args.limit, args.essays), not args.raw))
         elif name.startswith("longbench_") and name.removeprefix("longbench_"):
             few_shot = name.removeprefix("longbench_").removesuffix("_e") in NO_CHAT

@@ -91,6 +91,11 @@ class SlimLM(LM):
         if (excess := len(ids) + room - self.max_len) > 0:
             inner = self.tok.encode(text)
             half = (len(inner) - excess - 8) // 2  # the seam may take a few tokens more
+            if half < 1:
+                raise ValueError(
+                    f"a prompt of {len(ids):,} tokens and {room:,} to answer cannot be cut to {self.max_len:,} tokens "
+                    "in its longest message; leave more room with --max-len, or the task out"
+                )
             text = self.tok.decode(inner[:half]) + self.tok.decode(inner[-half:])
             ids = ids_with(text)
         at = next((at for mark in MARKS if (at := text.rfind(mark)) > len(text) // 2), -1)
@@ -102,11 +107,12 @@ class SlimLM(LM):
     def pair(self, context: str, answer: str) -> tuple[tuple[list[int], int], list[int]]:
         """Return what to read and the ids to score; a space at the end of the context belongs to the answer."""
         if context.startswith(MESSAGES):
-            return self.read(context, 0), self.tok.encode(answer)
+            wanted = self.tok.encode(answer)
+            return self.read(context, len(wanted)), wanted
         if not context:
             return ([self.start_id], 0), self.tok.encode(answer)
         n = len(context) - len(context.rstrip())
-        ids = self.read(context.rstrip(), 0)
+        ids = self.read(context.rstrip(), len(self.tok.encode(context[len(context) - n :] + answer)))
         whole = self.plain(context + answer)
         if len(ids[0]) >= len(whole) or self.plain(context[: len(context) - n]) != ids[0]:  # cut, or nothing to score
             return ids, self.tok.encode(context[len(context) - n :] + answer)

@@ -75,7 +75,10 @@ def test_answers_are_written_once_and_end_at_a_stop(talking, tmp_path, monkeypat
     with open(lm.out, "a") as file:
         file.write('{"key": "kil')  # a run that was killed
     again = lm_of(talking, {2: 256}, out=tmp_path / "out.jsonl")
+    added = again.generate_until([request(text(60, 7), options)])
+    again = lm_of(talking, {2: 256}, out=tmp_path / "out.jsonl")
     monkeypatch.setattr(slim, "start", lambda *_: pytest.fail("an answer was computed again"))
+    assert again.generate_until([request(text(60, 7), options)]) == added
     assert again.generate_until([request(text(60, i), options) for i in range(3)]) == first
     with pytest.raises(pytest.fail.Exception):
         again.generate_until([request(text(60, 9), options)])
@@ -91,6 +94,16 @@ def test_what_is_too_long_is_cut_in_the_middle(talking):
     chat = [{"role": "user", "content": "BEGIN " + text(200, 1) + " END"}, {"role": "assistant", "content": "It is"}]
     ids, _ = lm.read(MESSAGES + json.dumps(chat), 30)
     assert 350 < len(ids) <= 370 and lm.tok.decode(ids).rstrip().endswith("It is")
+
+
+def test_what_cannot_be_cut_to_the_context_is_refused(talking):
+    lm = lm_of(talking, max_len=400)
+    chat = [{"role": "user", "content": text(40, i)} for i in range(9)]
+    for prompt, room in ((text(200, 1), 400), (MESSAGES + json.dumps(chat), 30)):
+        with pytest.raises(ValueError, match="400 tokens"):
+            lm.read(prompt, room)
+    ids, answer = lm.pair(text(200, 1), " The sun is blue.")
+    assert len(ids[0]) + len(answer) <= 400
 
 
 def test_messages_go_through_the_models_template_and_a_question_can_come_later(talking):
@@ -137,15 +150,28 @@ def test_longbench_reads_its_file(talking, tmp_path, capsys):
     assert "| longbench_qasper | qa_f1_score | 1 |" in capsys.readouterr().out
 
 
+def test_a_task_without_a_score_a_sample_is_refused(talking):
+    data = {"test": [{"page": text(20, 1)}]}
+    with pytest.raises(ValueError, match="wikitext has no score of single samples"):
+        harness.evaluate(lm_of(talking), {"task": "wikitext", "custom_dataset": lambda **_: data}, False, 1)
+
+
 @pytest.mark.parametrize(
     ("args", "names"),
     [
         (["--tasks", "niah_single_2"], "--essays"), (["--tasks", "longbench_qasper"], "--longbench"),
         (["--tasks", "no_such_task"], "no_such_task"), (["--tasks", "ruler_vt", "--columns", "9:x"], "9:x"),
+        (["--tasks", "longbench_no_such", "--longbench", "."], "longbench_no_such"),
+        (["--tasks", "ruler_vt", "--max-len", "-5"], "--max-len -5"),
+        (["--tasks", "ruler_vt", "--max-len", "99999999"], "--max-len 99999999"),
+        (["--tasks", "ruler_vt", "--max-len", "2048", "--lengths", "2049"], "2049"),
+        (["--tasks", "ruler_vt", "--out", "no/such/folder.jsonl"], "--out no/such"),
         (["--tasks", "ruler_vt", "--limit", "0"], "--limit"), (["--tasks", "ruler_vt", "--ckpt", "nowhere"], "nowhere"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(talking, capsys, args, names):
+def test_bad_input_is_one_line(talking, tmp_path, capsys, monkeypatch, args, names):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_such.jsonl").write_text("{}")
     assert harness.main(["--ckpt", str(talking), *args]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evals: error")]
     assert len(err) == 1 and names in err[0]
