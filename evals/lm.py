@@ -32,9 +32,11 @@ class SlimLM(LM):
         self.ckpt, self.later, self.out = ckpt, later, out
         self.max_len = max_len or ckpt.config.max_len
         self.tok, self.engine, self.used = tokenizer.load(ckpt.folder), None, []
-        self.known = {}
+        self.known, self.torn = {}, False
         if out and out.exists():
-            for line in out.read_text().splitlines():
+            old = out.read_text()
+            self.torn = bool(old) and not old.endswith("\n")
+            for line in old.splitlines():
                 with contextlib.suppress(ValueError):  # the last line of a run that was killed
                     record = json.loads(line)
                     self.known[record["key"]] = record["value"]
@@ -133,7 +135,8 @@ class SlimLM(LM):
             self.known[key] = value
             if self.out:
                 with self.out.open("a") as file:
-                    file.write(json.dumps({"key": key, "tokens": len(ids), "value": value}) + "\n")
+                    file.write("\n" * self.torn + json.dumps({"key": key, "tokens": len(ids), "value": value}) + "\n")
+                self.torn = False
         return self.known[key]
 
     def write(self, ids: list[int], split: int, options: dict) -> str:
