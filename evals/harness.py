@@ -113,6 +113,8 @@ def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
             if scores:
                 error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
                 rows.append({"task": name, "metric": metric, "n": len(scores), "mean": mean(scores), "error": error})
+    if not rows:
+        raise ValueError(f"{task['task']} has no score of single samples, which the table is made of; leave it out")
     return rows
 
 
@@ -161,6 +163,8 @@ def run(args) -> str:
     """Check everything, make the tasks once, answer them in every column, and return the table."""
     if args.limit < 1 or min(args.lengths) < 512:
         raise ValueError(f"--limit {args.limit} and --lengths {args.lengths} must be at least 1 and 512")
+    if args.out and not args.out.resolve().parent.is_dir():
+        raise ValueError(f"--out {args.out} lies in a folder that does not exist; make it first")
     ways = {}
     for column in args.columns:
         schedule, rule = COLUMNS.get(column) or (*column.split("@"), "peak")[:2]
@@ -178,7 +182,7 @@ def run(args) -> str:
                 most = ways[column].max_len
                 raise ValueError(f"--lengths {max(args.lengths)} is above the context of {most} tokens; give less")
             tasks.append((ruler_task(name, ckpt.folder, args.lengths, args.limit, args.essays), not args.raw))
-        elif name.startswith("longbench_") and name.removeprefix("longbench_"):
+        elif name.startswith("longbench_") and name in all_tasks().task_index:
             few_shot = name.removeprefix("longbench_").removesuffix("_e") in NO_CHAT
             tasks.append((longbench_task(name, args.longbench), not args.raw and not few_shot))
         elif name in all_tasks().task_index:
