@@ -165,7 +165,7 @@ class SlimLM(LM):
             logits += engine.extend(answer[:-1], all_logits=True)
         elif len(answer) > 1:
             logits += [engine.extend([i]) for i in answer[:-1]]
-        found = torch.stack([*logits]).double().log_softmax(-1)
+        found = torch.stack([*logits]).cpu().double().log_softmax(-1)
         picked = found[torch.arange(len(answer)), torch.tensor(answer)]
         return float(picked.sum()), bool((found.argmax(-1) == torch.tensor(answer)).all())
 
