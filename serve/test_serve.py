@@ -477,7 +477,7 @@ def test_a_key_is_asked_for(talking):
 def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
     monkeypatch.chdir(HERE)
     engine = SimpleNamespace(config=SimpleNamespace(max_len=9))
-    names = (".", HERE.name), ("llama3.1-8b", "llama3.1-8b"), ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B"), ("/a/b/", "b")
+    names = (".", HERE.name), ("llama3.1-8b", "llama3.1-8b"), ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B")
     for ckpt, name in names:
         with Server("127.0.0.1", 0, None) as door:
             door.ready(engine, None, SimpleNamespace(ckpt=ckpt))
