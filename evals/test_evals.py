@@ -151,7 +151,8 @@ def test_longbench_reads_its_file(talking, tmp_path, capsys):
 
 
 def test_a_task_without_a_score_a_sample_is_refused(talking):
-    data = {split: [{"page": text(20, 1)}] for split in ("train", "validation", "test")}
+    datasets = pytest.importorskip("datasets", reason="it comes with lm-eval")
+    data = {split: datasets.Dataset.from_list([{"page": text(20, 1)}]) for split in ("train", "validation", "test")}
     with pytest.raises(ValueError, match="wikitext has no score of single samples"):
         harness.evaluate(lm_of(talking), {"task": "wikitext", "custom_dataset": lambda **_: data}, False, 1)
 
