@@ -201,7 +201,7 @@ def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):
     def every(x: Tensor, dim: int, n: int) -> Tensor:
         """Return the heads of all ranks (n), each once."""
         parts = [torch.empty_like(x) for _ in range(ranks.n)]
-        ranks.meet(lambda x: dist.all_gather(parts, x), x)
+        ranks.meet(lambda x, group: dist.all_gather(parts, x, group), x)
         return torch.cat(parts[:: max(1, ranks.n // n)], dim)
 
     def score(*seen) -> Tensor:

@@ -41,10 +41,11 @@ class Ranks:
 
     def __init__(self):
         try:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             if not dist.is_initialized():
-                cuda = torch.cuda.is_available()
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEP)
+                dist.init_process_group(backend, timeout=STEP)
             self.rank, self.n = dist.get_rank(), dist.get_world_size()
+            self.tensors = dist.new_group(backend=backend, timeout=STEP)  # a script's own group may lack CPU or GPU
             self.words = dist.new_group(backend="gloo", timeout=STEP)  # for objects, on the CPU
             self.lines = dist.new_group(backend="gloo", timeout=IDLE)  # from rank 0; and they break with a rank
         except (ValueError, RuntimeError) as error:
@@ -57,12 +58,12 @@ class Ranks:
 
     # ---- tensors ----------------------------------------------------------------------
 
-    def meet(self, collective, x: Tensor, *args, **options) -> None:
+    def meet(self, collective, x: Tensor, *args) -> None:
         """Run a collective of torch's on a tensor in place."""
         self.calls += 1
         self.bytes += x.nbytes
         with self.losses():
-            collective(x, *args, **options)
+            collective(x, *args, group=self.tensors)
 
     def sum(self, x: Tensor) -> Tensor:
         self.meet(dist.all_reduce, x)

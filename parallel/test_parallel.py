@@ -297,6 +297,22 @@ def test_a_scorer_that_fails_fails_alike_on_all_ranks(folders, tmp_path):
     assert Group(tmp_path, 2, work).results() == [True, True]
 
 
+def test_a_script_may_have_met_the_ranks_on_a_backend_of_its_own(folders, tmp_path):
+    """As with NCCL alone, which has no tensors on the CPU: here gloo, for GPUs only."""
+
+    def work():
+        torch.distributed.init_process_group("cuda:gloo")
+        engine = slim.load(
+            folders["llama3-gqa"], "cpu", schedule={2: 96}, block_len=16, unit_len=4, score=RULES["all"]
+        )
+        engine.prefill(draw(300))
+        engine.save(tmp_path / "a.slim")
+        return engine.extend(draw(3)).tolist()
+
+    first, second = Group(tmp_path, 2, work).results()
+    assert first == second
+
+
 # ---- the command line ---------------------------------------------------------------------
 
 
