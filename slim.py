@@ -120,7 +120,7 @@ class Engine:
         if need or len(ids) > 1:
             revived = max((stage.n_slots for stage in self.kv.stages[1:]), default=0) * self.kv.block_len
             need += step_bytes(self.ckpt, len(ids), end, len(ids), revived)
-            if need > self.free_bytes():
+            if self.lacks(need):
                 raise ValueError(
                     f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device}, more than is free; "
                     "ask less, or start again with more room"
@@ -130,8 +130,8 @@ class Engine:
         self.pending = []
         return logits if all_logits else logits[0]
 
-    def free_bytes(self) -> int:
-        return free_bytes(self.kv.device)
+    def lacks(self, n_bytes: int) -> bool:
+        return n_bytes > free_bytes(self.kv.device)
 
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         self.usable = False

@@ -339,10 +339,9 @@ class Engine(slim.Engine):
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))
 
-    def free_bytes(self) -> int:
-        """Return what the rank has that has least."""
-        n = torch.tensor(super().free_bytes(), dtype=torch.float64)
-        return -int(self.ranks.max(-n))
+    def lacks(self, n_bytes: int) -> bool:
+        """Say whether any rank lacks what it needs: with an uneven FFN not all need the same."""
+        return bool(self.ranks.max(torch.tensor(float(super().lacks(n_bytes)))))
 
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         """Run a step; return rank 0's logits on every rank that may sample from them."""

@@ -462,6 +462,23 @@ def test_a_question_that_one_rank_cannot_take_is_refused_and_the_next_answered(t
     assert len(group.text("out", 0)) > 1
 
 
+def test_a_question_that_one_rank_needs_more_memory_for_is_refused_by_all(folders, tmp_path, monkeypatch):
+    """As where the FFN's columns are not cut evenly."""
+
+    def work():
+        engine = slim.load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
+        engine.prefill(draw(300))
+        with monkeypatch.context() as patch:
+            if engine.ranks.rank == 1:
+                patch.setattr(slim, "step_bytes", lambda *args: 2**60)
+            with pytest.raises(ValueError, match="more than is free"):
+                engine.extend(draw(20, seed=2))
+        return engine.extend(draw(20, seed=2)).tolist()
+
+    first, second = Group(tmp_path, 2, work).results()
+    assert first == second
+
+
 def test_a_prompt_that_one_rank_has_no_memory_for_is_refused_by_all(folders, tmp_path, monkeypatch):
     def work():
         engine = slim.load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
