@@ -175,9 +175,9 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     cut = c.vocab_size * c.dim * ckpt.dtype.itemsize >= VOCABULARY_BYTES
     words = span(c.vocab_size, r, n) if cut else slice(0, c.vocab_size)
     edges = [(by(c.head_dim, q), c.tile), (by(c.head_dim, kv), c.tile[:1]), (hidden, c.tile)] if c.tile else []
-    if wrong := [s for s, tile in edges if any(s.start % size or s.stop % size for size in tile)]:
+    if wrong := [e for s, tile in edges for e in (s.start, s.stop) if any(e % size for size in tile)]:
         raise ValueError(
-            f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0].start}; "
+            f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0]}; "
             "start fewer"
         )
     local = replace(
