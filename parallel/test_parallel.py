@@ -363,6 +363,13 @@ def test_without_torchrun_nothing_of_it_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_half_of_torchruns_variables_are_refused_in_one_line():
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run([sys.executable, "slim.py"], env=env | {"WORLD_SIZE": "2"}, cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"slim: error: the ranks do not reach each other: ")
+    assert done.stderr.count(b"\n") == 1
+
+
 # ---- how all end --------------------------------------------------------------------------
 
 
