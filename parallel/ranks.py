@@ -10,6 +10,7 @@ thread that watches the connection (`watch`), which also sees a rank that was ki
 line about it is printed once (`speaks`).
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -44,6 +45,7 @@ class Ranks:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             if not dist.is_initialized():
                 dist.init_process_group(backend, timeout=STEP)
+                atexit.register(leave)
             self.rank, self.n = dist.get_rank(), dist.get_world_size()
             self.tensors = dist.new_group(backend=backend, timeout=STEP)  # a script's own group may lack CPU or GPU
             self.words = dist.new_group(backend="gloo", timeout=STEP)  # for objects, on the CPU
@@ -257,6 +259,12 @@ class Ranks:
         """Say that this rank ends as it should."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"done {self.rank}", "1")
+
+
+def leave() -> None:
+    """End torch's threads before Python ends, which now and then aborts a finished script otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def first_line(error: BaseException) -> str:
