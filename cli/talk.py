@@ -201,7 +201,8 @@ def chat(talk: Talk) -> None:
     """Read questions and commands, a line each, until /quit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its history and editing
-    talk.say("slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C stops an answer")
+    ends = "ends all ranks" if "ranks" in talk.engine.stats else "stops an answer"
+    talk.say(f"slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C {ends}")
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while talk.engine.usable or not talk.engine.ids:
         try:

@@ -314,6 +314,19 @@ def test_a_script_may_have_met_the_ranks_on_a_backend_of_its_own(folders, tmp_pa
     assert first == second
 
 
+def test_a_script_that_ends_leaves_the_others_first(folders, tmp_path, monkeypatch):
+    def work():
+        at_exit = []
+        with monkeypatch.context() as patch:
+            patch.setattr("atexit.register", at_exit.append)
+            slim.load(folders["llama3-gqa"], "cpu").prefill(draw(30))
+        for end in at_exit:
+            end()
+        return torch.distributed.is_initialized()
+
+    assert Group(tmp_path, 2, work).results() == [False, False]
+
+
 # ---- the command line ---------------------------------------------------------------------
 
 
@@ -424,6 +437,7 @@ def test_a_rank_killed_while_rank_0_waits_for_a_question_ends_all(tmp_path):
     group = Group(tmp_path, 2, command(*QUIET[1:], "--chat", stdin=tmp_path / "typed"))
     with open(tmp_path / "typed", "w"):
         group.wait_for("ask away")
+        assert "Ctrl-C ends all ranks" in group.text("err", 0)
         group.ranks[1].kill()
         assert group.codes() == [2, -signal.SIGKILL]
     assert group.text("err").count("slim: error: rank 1 was lost; all ranks end\n") == 1
