@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import tokenizer
 from loading import encoders, vocabulary
-from test_slim import DATA, needs_data
+from test_slim import DATA, HERE, needs_data
 
 HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "naïve e\u0301 \u212b ﬁ", "日本語テキスト",
         "😀👨\u200d👩\u200d👧 🇫🇷",
@@ -48,7 +48,7 @@ def trained(kind):
     special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<SPECIAL_5>"] if kind == "tekken" else special
     corpus = [
-        Path(__file__).read_text(),
+        (HERE / "test_slim.py").read_text(),
         *HARD * 3,
         "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n" * 20,
     ]
@@ -211,7 +211,7 @@ def sentencepieces(folder, **config):
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-    corpus = [line for line in (*Path(__file__).read_text().splitlines(), *HARD * 3) if "\0" not in line]
+    corpus = [line for line in (*(HERE / "test_slim.py").read_text().splitlines(), *HARD * 3) if "\0" not in line]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=900,
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
