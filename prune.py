@@ -96,6 +96,8 @@ class Rule:
                 f"rule {self.name!r:.60} needs a name, a function, and sees='weights' or 'keys'; "
                 f"it has {self.score!r:.60} and sees={self.sees!r:.60}"
             )
+        if type(self.every_layer) is not bool:
+            raise ValueError(f"rule {self.name!r}: every_layer is {self.every_layer!r:.60}; it must be a bool")
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
             raise ValueError(f"rule {self.name!r}: window is {self.window!r}; it must be a whole number of at least 1")
         if self.heads not in ("all", "max", "mean"):

@@ -8,6 +8,7 @@ repository: $SLIM_TEST_DATA names their folder, and without it those tests say s
 So does the test of SmolLM2 where that is neither at hand nor, with SLIM_REAL=1, can be made.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvcache
 import loading.plan
@@ -820,6 +822,8 @@ def test_the_default_schedule_prunes_at_any_depth_and_length():
         assert len(schedule) >= 2
         for n in (2048, 100_000):
             assert prune.stage_blocks(n, schedule, 64)[-1] < n // 64 // 2
+    assert schedules.auto_schedule(30) == {9: Fraction(1, 4), 19: Fraction(1, 8), 28: Fraction(1, 16)}  # as measured
+    assert list(schedules.auto_schedule(32)) == [10, 20, 30]  # as in the paper
 
 
 # ---- generation -------------------------------------------------------------------------
@@ -1009,13 +1013,17 @@ def test_a_spoiled_save_is_refused_and_the_engine_goes_on(tiny, tmp_path, what):
         dict(dtype="bfloat16"),
         dict(score="paper"),
         dict(score=prune.Rule("mine", newest_of_weights)),
+        dict(every_layer=False),
     ],
 )
 def test_a_save_of_other_settings_is_refused(tiny, tmp_path, change):
     engine = slim.load(tiny, **SLIM)
     engine.prefill(draw(150))
     engine.save(tmp_path / "talk.slim")
-    with pytest.raises(ValueError, match=next(iter(change))):
+    key = next(iter(change))
+    if key == "every_layer":
+        change = dict(score=dataclasses.replace(prune.RULES["peak"], **change))
+    with pytest.raises(ValueError, match=key):
         slim.load(tiny, **SLIM | change).resume(tmp_path / "talk.slim")
 
 
@@ -1336,6 +1344,30 @@ def test_the_plan_is_what_a_prompt_takes(schedule):
     run = subprocess.run([sys.executable, "-c", PEAK, schedule], cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert 0.7 < float(run.stdout) < 1.15
+
+
+def test_the_memory_of_scoring_is_in_the_plan(tiny):
+    """What a layer's scoring allocates, for a rule of many queries on many keys."""
+    engine = slim.load(tiny, "cpu", schedule={1: 64, 3: 32}, block_len=8, unit_len=4, window=64, chunk=64)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            sizes.append(out.untyped_storage().nbytes() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    score = engine.model.score_layer
+
+    def measured(*args):
+        with Sizes():
+            score(*args)
+
+    engine.model.score_layer = measured
+    ids = draw(4096)
+    engine.prefill(ids)
+    assert max(sizes) > 10 * 64 * 4 * engine.config.hidden_dim * 4  # far above what the FFN takes
+    assert loading.plan.step_bytes(engine.ckpt, len(ids), len(ids)) > 2 * max(sizes)  # two are there at a time
 
 
 def test_a_conversation_survives_a_tail_that_could_not_grow(tiny, monkeypatch):

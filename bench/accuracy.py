@@ -39,9 +39,10 @@ import prune
 import slim
 from kvcache import KVCache
 from loading.plan import prefill_flops
-from loading.schedule import at_depth, auto_schedule
+from loading.schedule import at_depth, auto_schedule, format_schedule
 from model import attention_weights
 
+SHORTEST = 1024  # tokens that the questions and a text between them take
 MOST_QUERIES = 64  # kept of the dense run: the widest window of any rule, and the longest answer
 
 
@@ -212,7 +213,7 @@ SETS = {
     "schedules": {
         "dense": Entry(),
         **{
-            " ".join(f"{layer}:1/{share}" for layer, share in pairs): anew(steps(*pairs))
+            " ".join(f"{layer}:{Fraction(1) / Fraction(share)}" for layer, share in pairs): anew(steps(*pairs))
             for pairs in (
                 ((9, 4), (19, 8), (28, 16)),
                 ((9, 4), (15, 8), (21, 16)),
@@ -222,14 +223,14 @@ SETS = {
                 ((7, 2), (9, 4), (19, 8), (28, 16)),
                 ((5, 2), (9, 4), (19, 8), (28, 16)),
                 ((3, 2), (9, 4), (19, 8), (28, 16)),
-                ((5, "1.33"), (9, 4), (19, 8), (28, 16)),
+                ((5, "4/3"), (9, 4), (19, 8), (28, 16)),
             )
         },
     },
     "ablations": {
         "dense": Entry(),
         "peak": anew(AUTO),
-        **{f"window {w}": anew(AUTO, window=w) for w in (1, 4, 16, 32)},
+        **{f"window {w}": anew(AUTO, window=w) for w in (1, 4, 8, 16)},
         **{f"blocks of {b}": anew(AUTO, block_len=b) for b in (32, 16)},
         "the boundary's layer alone": anew(AUTO, rule=of_weights(prune.peak, every_layer=False)),
         "mean over heads": anew(AUTO, rule=of_weights(mean_of_heads)),
@@ -409,6 +410,10 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
     lines = []
     for n in sorted({key[1] for key in results if key[2] == part}):
         tasks = [t for t in prose.TASKS if any(key[:3] == (t, n, part) for key in results)]
+        rows: dict = {}  # (entry, task) -> [(result, dense's)]
+        for key, r in results.items():
+            if key[1:3] == (n, part) and (dense := results.get((*key[:4], "dense"))):
+                rows.setdefault((key[4], key[0]), []).append((r, dense))
         lines += [
             f"\n{n:,} tokens: answer tokens right, % ± standard error of the difference to dense (whole answers "
             "right, %); continuation: perplexity over dense's\n",
@@ -416,14 +421,7 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
             "|---" * (len(tasks) + 3) + "|",
         ]
         for name in entries:
-            pairs = {
-                t: [
-                    (r, results[*key[:4], "dense"])
-                    for key, r in results.items()
-                    if key[:3] + key[4:] == (t, n, part, name)
-                ]
-                for t in tasks
-            }
+            pairs = {t: rows.get((name, t), []) for t in tasks}
             if not any(pairs.values()):
                 continue
             cells = []
@@ -502,6 +500,7 @@ def run(args, entries: dict) -> dict:
                     logits = dense_logits if name == "dense" else bench.run(entries[name], prompt, answer, oracle)
                     row = {"task": task, "n": n, "part": args.part, "seed": seed, "entry": name}
                     row |= {**measure(logits, answer), "flops": bench.saving(entries[name], len(prompt))}
+                    row["schedule"] = format_schedule(entries[name].schedule(bench, len(prompt)))
                     results[task, n, args.part, seed, name] = row
                     file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -517,7 +516,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--ckpt", default="smollm2-135m-instruct")
     p.add_argument("--text", default=data and f"{data}/texts/war_and_peace.txt", help="a long text, UTF-8")
     p.add_argument("--set", choices=SETS, default="rivals")
-    p.add_argument("--only", help="entries of the set, by the start of their names, with semicolons between")
+    p.add_argument("--only", help="entries of the set, with semicolons between: names, or how names begin")
     p.add_argument("--tasks", type=lambda s: s.split(","), default=",".join(prose.TASKS))
     p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096")
     p.add_argument("--samples", type=int, default=60, help="documents; each has a question of every task")
@@ -541,6 +540,14 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if unknown := set(args.tasks) - set(prose.TASKS):
         p.error(f"--tasks {min(unknown)!r} is unknown; there are {', '.join(prose.TASKS)}")
+    if args.samples < 1 or args.first < 0 or args.threads < 0 or min(args.lengths) < SHORTEST:
+        p.error(f"--samples must be at least 1, --first and --threads 0, and each of --lengths {SHORTEST} tokens")
+    names = SETS[args.set]
+    for word in args.only.split(";") if args.only else ():
+        if not any(name.startswith(word) for name in names):
+            p.error(f"--only {word!r} is none of the set's entries: {'; '.join(names)}")
+    if missing := [path for path in args.out.split(",") if args.table and not Path(path).is_file()]:
+        p.error(f"--out {missing[0]} does not exist, so there is nothing for a table")
     if not args.table and not args.text:
         p.error("--text is needed: a long text to make questions of, such as War and Peace from Project Gutenberg")
     return args
@@ -552,11 +559,14 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.only:
-        entries = {k: e for k, e in entries.items() if k == "dense" or k.startswith(tuple(args.only.split(";")))}
+        words = args.only.split(";")
+        begun = tuple(word for word in words if word not in entries)  # a whole name means itself alone
+        entries = {k: e for k, e in entries.items() if k in ("dense", *words) or begun and k.startswith(begun)}
     try:
         results = read_all(args.out) if args.table else run(args, entries)
     except (ValueError, OSError) as err:
-        sys.exit(f"accuracy: error: {err}")
+        print(f"accuracy: error: {err}", file=sys.stderr)
+        sys.exit(2)
     print("\n".join(tables(results, entries, args.part)))
     if args.plot:
         plot(args.plot, results, args.lengths[0])

@@ -39,9 +39,12 @@ def folder(make: bool = True) -> Path:
     home = ROOT / "checkpoints"
     for name in (NAME, home / NAME):
         try:
-            return find_checkpoint(name).resolve()
+            found = find_checkpoint(name).resolve()
         except FileNotFoundError:
-            pass
+            continue
+        if (found / "model.safetensors").is_file():
+            return found
+        raise FileNotFoundError(f"{found} is there, but has no model.safetensors; remove it, and it is made again")
     if not make:
         raise FileNotFoundError(f"no {NAME} in checkpoints/ or $SLIM_CHECKPOINTS; python bench/smollm2.py makes one")
     if not importlib.util.find_spec("gguf"):
@@ -87,6 +90,7 @@ def convert(path: Path, out: Path) -> None:
         layer = f"model.layers.{tensor.name.split('.')[1]}." if tensor.name.startswith("blk.") else ""
         weights[f"{layer}{TENSORS[kind]}.weight"] = weight.bfloat16().contiguous()
     save_file(weights, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # the library makes it 0600
     for name, content in {**settings(llama), **tokenizer_files(facts)}.items():
         (out / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

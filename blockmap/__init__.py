@@ -25,16 +25,17 @@ HERE = Path(__file__).parent
 
 
 class Recorder:
-    """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes the model's on_select hook.
+    """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes two of the model's hooks.
 
-    record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"candidates", "scores",
-    "seen", "active"} of the prompt step, "seen" being the layer whose look gave the score. A step: {"at":
-    tokens before it,
+    record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"candidates", "scores", "seen", "active"}
+    of the prompt's step, "seen" being the layer that gave the score. A step: {"at": tokens before it,
     "pending": how many of its own tokens the model wrote, "moves": [[stage, in, out, revived]]}.
     """
 
     def __init__(self, engine, record: dict | None = None):
         self.engine, self.record = engine, record or {}
+        self.best = self.seen = None  # of each block in the prompt's step (N,): its best score, the layer that gave it
+        self.riding: set[int] = set()  # blocks whose rows come up from the stage below
         engine.model.on_select, engine.model.on_scores = self.on_select, self.on_scores
 
     def on_scores(self, layer: int, scores) -> None:
@@ -63,7 +64,7 @@ class Recorder:
         elif self.record:
             if i == 1:
                 self.record["steps"].append({"at": kv.length, "pending": len(self.engine.pending), "moves": []})
-                self.riding = set()  # blocks whose rows come up from the stage below
+                self.riding = set()
             old, new = set(stage.slots), active - stage.held
             if active != old:
                 moved = active - old, old - active, new - self.riding

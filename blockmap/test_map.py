@@ -8,6 +8,7 @@ import shutil
 import time
 
 import pytest
+import torch
 
 import blockmap
 import slim
@@ -37,6 +38,19 @@ def mapped(folder, text, schedule={1: 64, 2: 40, 3: 24}, n=12, follow="What then
 
 def map_data(html):
     return json.loads(html.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def test_each_score_names_the_layer_that_gave_it(tiny):
+    """The layer where a block's running maximum rose last, of all layers below the boundary."""
+    engine = slim.load(tiny, "cpu", schedule={2: 64, 4: 32}, block_len=8, unit_len=4)
+    recorder, layers = blockmap.Recorder(engine), []
+    record = engine.model.on_scores
+    engine.model.on_scores = lambda layer, scores: (layers.append(scores.amax(0)), record(layer, scores))
+    engine.prefill(draw(300))
+    rises = torch.stack(layers).diff(dim=0, prepend=torch.full((1, len(layers[0])), -torch.inf)) > 0  # (layers, N)
+    for stage, boundary in zip(recorder.record["stages"], (2, 4)):
+        last = [max(i for i in range(boundary) if rises[i, block]) for block in stage["candidates"]]
+        assert stage["seen"] == last and len(set(last)) > 1
 
 
 def big_map(n=2000, steps=256, budgets=(128, 64, 32)):

@@ -144,7 +144,7 @@ def pick_rule(score) -> prune.Rule:
         return score
     if isinstance(score, str) and score in prune.RULES:
         return prune.RULES[score]
-    if callable(score):
+    if callable(score) and not isinstance(score, type):
         return prune.Rule("", score)
     known = ", ".join(prune.RULES)
     raise ValueError(f"--score {score!r:.60} is unknown; use {known}, or from Python a function or a prune.Rule")
