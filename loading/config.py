@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loading.vocabulary import added_tokens
 from model import DTYPES, Config
 
 
@@ -322,16 +323,11 @@ def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
 
 
 def named_end(folder: Path) -> set[int]:
-    """Return the id of the token that tokenizer_config.json names as the end, if it or tokenizer.json has its id."""
-    path, data = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    """Return the id of the token that tokenizer_config.json names as the end, if it is among the added ones."""
+    path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     end = settings.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     if not isinstance(end, str):
         return set()
-    decoder = settings.get("added_tokens_decoder")
-    listed = decoder.items() if isinstance(decoder, dict) else []
-    if not listed and data.is_file():
-        added = read_json(data).get("added_tokens")
-        listed = [(t.get("id"), t) for t in added if isinstance(t, dict)] if isinstance(added, list) else []
-    return {int(i) for i, t in listed if isinstance(t, dict) and t.get("content") == end and str(i).isdecimal()}
+    return {i for i, token in added_tokens(folder, settings).items() if token["content"] == end}

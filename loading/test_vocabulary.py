@@ -235,6 +235,30 @@ def sentencepieces(folder, **config):
     return tokenizer.load(write(folder, blob, {"legacy": False} | config, "tokenizer.model")), reference
 
 
+ADDED = {"<|user|>": 900, "<|end|>": 901}
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "added_tokens.json"])
+def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, name):
+    """transformers 5 writes no added_tokens_decoder; without its tokens a template's marks would be spelled out."""
+    from loading.config import named_end
+
+    tokens = [{"content": content, "rstrip": content == "<|end|>", "id": i} for content, i in ADDED.items()]
+    decoder = {str(token["id"]): token for token in tokens}
+    config = {"eos_token": "<|end|>"} | ({"added_tokens_decoder": decoder} if name == "tokenizer_config.json" else {})
+    sentencepieces(tmp_path, **config)
+    if name != "tokenizer_config.json":
+        write(tmp_path, {"added_tokens": tokens} if name == "tokenizer.json" else ADDED, name=name)
+    tok = tokenizer.load(tmp_path)
+    assert ADDED.items() <= tok.special.items() and tok.vocab_size == 902 and named_end(tmp_path) == {901}
+    assert tok.v.rstrip == (set() if name == "added_tokens.json" else {"<|end|>"})
+    for id in (-1, None, "x"):
+        wrong = [{"content": "<|user|>", "id": id}]
+        wrong = {"tokenizer.json": {"added_tokens": wrong}, "added_tokens.json": {"<|user|>": id}}.get(name)
+        wrong = wrong or config | {"added_tokens_decoder": {str(id): tokens[0]}}
+        refused(write(tmp_path, wrong, name=name), "added tokens", name)
+
+
 @needs_data
 @pytest.mark.parametrize("as_list", [False, True])
 def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_list):

@@ -68,7 +68,7 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there")
-    v = _parse(path, path.read_bytes(), settings)
+    v = _parse(folder, path, path.read_bytes(), settings)
     names = v.special | v.added
     if not all(isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()) or v.bos_id not in (
         None,
@@ -89,6 +89,35 @@ def read_settings(folder: Path) -> dict:
     if not isinstance(settings.get("add_bos_token"), bool | None):
         raise _bad(path, f"key 'add_bos_token' is {settings['add_bos_token']!r}", "make it true or false")
     return settings
+
+
+def added_tokens(folder: Path, settings: dict) -> dict[int, dict]:
+    """Return what a folder adds to its tokenizer's own vocabulary, {id: {"content": str, ...}}.
+
+    settings: its tokenizer_config.json, which lists them; without that list, added_tokens.json and tokenizer.json do.
+    Raises ValueError for a token without a name or an id.
+    """
+    if listed := settings.get("added_tokens_decoder"):
+        sources = {"tokenizer_config.json": {"added_tokens_decoder": listed}}
+    else:
+        paths = [folder / name for name in ("added_tokens.json", "tokenizer.json")]
+        sources = {path.name: _json(path, path.read_bytes()) for path in paths if path.is_file()}
+    found = {}
+    for name, data in sources.items():
+        try:
+            if name == "added_tokens.json":
+                tokens = [(i, {"content": content}) for content, i in data.items()]
+            elif name == "tokenizer.json":
+                tokens = [(token["id"], token) for token in data.get("added_tokens") or []]
+            else:
+                tokens = data["added_tokens_decoder"].items()
+            for i, token in tokens:
+                if not token["content"] or not isinstance(token["content"], str) or not str(i).isdecimal():
+                    raise TypeError(f"{token['content']!r} with the id {i!r}")
+                found[int(i)] = token
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise _bad(folder / name, f"does not list added tokens as Hugging Face does ({error!r:.100})") from None
+    return found
 
 
 def lost_bytes(ranks: dict[bytes, int]) -> bytes:
@@ -113,7 +142,7 @@ def _json(path, blob):
     return value
 
 
-def _parse(path, blob, settings):
+def _parse(folder, path, blob, settings):
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", blob):
         return _from_tiktoken(path, blob)
     if blob.lstrip()[:1] == b"{":
@@ -123,11 +152,11 @@ def _parse(path, blob, settings):
         except (LookupError, TypeError, AttributeError, OverflowError) as error:
             raise _bad(path, f"not laid out like a tokenizer.json or tekken.json ({error!r})") from None
     if blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
-        return _from_sentencepiece(path, blob, settings)
+        return _from_sentencepiece(folder, path, blob, settings)
     raise _bad(path, f"starts with {blob[:20]!r}, no known tokenizer format")
 
 
-def _from_sentencepiece(path, blob, settings):
+def _from_sentencepiece(folder, path, blob, settings):
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=blob)
         names = [model.id_to_piece(i) for i in range(model.vocab_size())]
@@ -135,12 +164,9 @@ def _from_sentencepiece(path, blob, settings):
         raise _bad(path, "sentencepiece cannot parse it") from None
     special = {name: i for i, name in enumerate(names) if model.is_control(i) or model.is_unknown(i)}
     bos_id = model.bos_id() if settings.get("add_bos_token") is not False and model.bos_id() >= 0 else None
-    tokens = settings.get("added_tokens_decoder") or {}  # what Hugging Face adds to the model's own
-    try:
-        lstrip, rstrip = ({t["content"] for t in tokens.values() if t.get(key)} for key in ("lstrip", "rstrip"))
-        special |= {token["content"]: int(i) for i, token in tokens.items() if int(i) >= len(names)}
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _bad(path.parent / "tokenizer_config.json", f"key 'added_tokens_decoder' ({error!r})") from None
+    tokens = added_tokens(folder, settings)
+    special |= {token["content"]: i for i, token in tokens.items() if i >= len(names)}
+    lstrip, rstrip = ({t["content"] for t in tokens.values() if t.get(key)} for key in ("lstrip", "rstrip"))
     legacy = settings.get("legacy") is not False
     return Vocabulary(special, bos_id, proto=blob, legacy=legacy, lstrip=lstrip, rstrip=rstrip)
 
