@@ -272,6 +272,21 @@ def test_rope_by_position_and_scaled_like_transformers(checkpoints):
     assert torch.equal(rotate(x, angle.cos(), angle.sin()), x)
 
 
+def test_ministral3_that_says_nothing_of_rope_has_the_yarn_of_transformers(checkpoints, tmp_path):
+    folder, _ = checkpoints["ministral3"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", rope_parameters="remove")
+    theirs = transformers.Ministral3Config.from_pretrained(tmp_path)
+    silent = read_config(tmp_path / "config.json")
+    assert silent.rope_theta == 1e6 and silent.rope_scaling["rope_type"] == "yarn"
+    edit_json(tmp_path / "config.json", rope_parameters=theirs.rope_parameters | {"type": None})
+    assert silent == read_config(tmp_path / "config.json")
+    edit_json(tmp_path / "config.json", rope_parameters=None)
+    assert silent == read_config(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="scales RoPE itself"):
+        read_config(tmp_path / "config.json", 4.0)
+
+
 def test_yarn_on_request_is_what_the_config_would_say(checkpoints, tmp_path):
     """Qwen3's 40,960 are 32,768 and room for an answer: its authors stretch the 32,768."""
     folder, _ = checkpoints["qwen3"]

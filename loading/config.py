@@ -19,6 +19,7 @@ class Family:
     defaults: dict = field(default_factory=dict)  # what transformers takes where a config.json leaves a key out
     reads: tuple[str, ...] = ()  # keys of NEUTRAL that mean something here
     theta: float = 10000.0  # rope_theta where none is given
+    rope: dict = field(default_factory=dict)  # rope_parameters where nothing is said of RoPE
 
 
 ORIGINAL = "original_max_position_embeddings"
@@ -29,7 +30,13 @@ FAMILIES = {
         "qwen3", adds={"qk_norm": True}, defaults={"head_dim": 128, "use_sliding_window": False}
     ),
     "MistralForCausalLM": Family("mistral", defaults={"sliding_window": 4096}),
-    "Ministral3ForCausalLM": Family("ministral3", defaults={"head_dim": 128}, reads=("llama_4_scaling_beta",)),
+    "Ministral3ForCausalLM": Family(
+        "ministral3",
+        defaults={"head_dim": 128},
+        reads=("llama_4_scaling_beta",),
+        rope={"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, ORIGINAL: 16384, "mscale": 1.0,
+              "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         theta=2e6,
@@ -80,8 +87,7 @@ def read_config(path: Path, rope_yarn: float = 0.0) -> Config:
 
     Raises FileNotFoundError, or a ValueError that names the key.
     """
-    c = read_json(path)
-    return parse_config(stretch(c, rope_yarn, path) if rope_yarn else c, path)
+    return parse_config(read_json(path), path, rope_yarn)
 
 
 def stretch(c: dict, factor: float, path) -> dict:
@@ -98,10 +104,14 @@ def stretch(c: dict, factor: float, path) -> dict:
     return {**c, key: theta | yarn, "max_position_embeddings": int(trained * factor)}
 
 
-def parse_config(c: dict, path) -> Config:
+def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
     """Return the Config of a config.json's keys; raise ValueError for what is not understood."""
     family = check_architecture(c, path)
     c = {**family.defaults, **c}
+    if family.rope and not c.get("rope_scaling") and c.get("rope_parameters") is None:
+        c["rope_parameters"] = family.rope
+    if rope_yarn:
+        c = stretch(c, rope_yarn, path)
 
     def number(key: str, default=None, kind=int, most=2**20):
         return positive(default if c.get(key) is None else c[key], f"{path}: key {key!r}", kind, most)
