@@ -300,6 +300,23 @@ def test_yarn_on_request_is_what_the_config_would_say(checkpoints, tmp_path):
     assert asked == read_config(tmp_path / "config.json")
     with pytest.raises(ValueError, match="scales RoPE itself"):
         read_config(tmp_path / "config.json", 4.0)
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    edit_json(tmp_path / "config.json", rope_parameters=plain, rope_scaling=plain, max_position_embeddings=40960)
+    edit_json(tmp_path / "config.json", original_max_position_embeddings=4096)  # of an older stretch
+    assert asked == read_config(tmp_path / "config.json", 4.0)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("rope, said", [
+    ({"rope_type": "dynamic"}, "type 'dynamic'"), ({"rope_type": "linear", "factor": "x"}, "key 'factor'"),
+    ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "key 'truncate'"),
+])  # fmt: skip
+def test_what_is_wrong_with_rope_names_the_file_and_its_key(tiny, tmp_path, key, rope, said):
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", rope_parameters="remove")
+    edit_json(tmp_path / "config.json", **{key: rope})
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'config.json'}: {key} {said}")):
+        read_config(tmp_path / "config.json")
 
 
 # ---- pruned: the oracle -----------------------------------------------------------------

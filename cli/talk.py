@@ -104,7 +104,7 @@ class Talk:
         trained = rope.get("original_max_position_embeddings", 0)
         stretched = rope["rope_type"] == "yarn" and "llama_4_scaling_beta" not in rope  # with it, it was trained so
         if stretched and n + new <= trained and not self.engine.ids:
-            remedy = "leave --rope-yarn out" if self.args.rope_yarn else "take rope_scaling out of config.json"
+            remedy = "leave --rope-yarn out" if self.args.rope_yarn else "take YaRN out of config.json"
             self.say(
                 f"slim: warning: {n:,} prompt + {new:,} new tokens fit in the {trained:,.0f} of the context before "
                 f"YaRN stretched it, which costs quality there; {remedy}"

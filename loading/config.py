@@ -92,16 +92,16 @@ def read_config(path: Path, rope_yarn: float = 0.0) -> Config:
 
 def stretch(c: dict, factor: float, path) -> dict:
     """Return the config with YaRN by a factor, as if it said so itself; raise ValueError if RoPE is scaled already."""
-    kind = rope_keys(c, path).get("rope_type", "default")
+    rope = rope_keys(c, path)
+    kind = rope.get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"--rope-yarn {factor:g}: {path} scales RoPE itself, by {kind!r}; leave --rope-yarn out")
     trained = positive(c.get("max_position_embeddings"), f"{path}: key 'max_position_embeddings'", int, 2**40)
     if (c.get("model_type"), trained) == ("qwen3", 40960):
         trained = 32768  # the rest was meant for answers, and Qwen3's authors stretch from here
-    yarn = {"rope_type": "yarn", "factor": factor, ORIGINAL: trained}
-    key = "rope_parameters" if isinstance(c.get("rope_parameters"), dict) else "rope_scaling"
-    theta = {k: v for k, v in (c.get(key) or {}).items() if k not in ("type", "rope_type")}
-    return {**c, key: theta | yarn, "max_position_embeddings": int(trained * factor)}
+    rope = {**rope, "rope_type": "yarn", "factor": factor, ORIGINAL: trained}
+    rest = {k: v for k, v in c.items() if k not in ("rope_scaling", ORIGINAL)}  # no older word contradicts it
+    return {**rest, "rope_parameters": rope, "max_position_embeddings": int(trained * factor)}
 
 
 def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
@@ -142,12 +142,13 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
         )
     theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
     bias = read_flag(c, "attention_bias", path)
+    where = f"{path}: " + ("rope_scaling" if c.get("rope_parameters") is None else "rope_parameters")
     adds = {"qkv_bias": bias, "o_bias": bias, "no_rope": layers_without_rope(c, n_layers, path), **family.adds}
     return Config(
         model_type=family.model_type, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=head_dim, rotary_dim=rotary_dim, hidden_dim=number("intermediate_size"),
         vocab_size=number("vocab_size", most=2**24), norm_eps=number("rms_norm_eps", kind=float, most=1),
-        max_len=max_len, rope_theta=theta, rope_scaling=check_rope(rope, family, max_len, rotary_dim, theta),
+        max_len=max_len, rope_theta=theta, rope_scaling=check_rope(rope, family, max_len, rotary_dim, theta, where),
         tied=read_flag(c, "tie_word_embeddings", path), dtype=read_dtype(c, path), tile=fp8_tile(c, path), **adds,
     )  # fmt: skip
 
@@ -233,10 +234,11 @@ def rope_keys(c: dict, path) -> dict:
     return rope
 
 
-def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta: float) -> dict:
+def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta: float, where: str) -> dict:
     """Return RoPE's scaling: {"rope_type": ..., every number that `inverse_frequencies` needs, "attention_factor"}.
 
-    Raises ValueError for a type or a key that is not understood, and for numbers that make no sense.
+    where: the file and its key, for errors. Raises ValueError for a type or a key that is not understood, and for
+    numbers that make no sense.
     """
     rope = {k: v for k, v in rope.items() if k not in NEUTRAL or k in family.reads}
     if rope.get("max_position_embeddings") == max_len:
@@ -245,22 +247,22 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
     if family.model_type == "phi3" and kind in ("su", "yarn") and "long_factor" in rope:
         kind = "longrope"  # its older names
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise ValueError(f"rope_scaling type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+        raise ValueError(f"{where} type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
     needed, optional = ROPE_KEYS[kind]
     if unknown := rope.keys() - {ORIGINAL, *needed, *optional}:
-        raise ValueError(f"rope_scaling key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
+        raise ValueError(f"{where} key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
     if kind in ("yarn", "longrope"):
-        old = rope_value(ORIGINAL, rope.get(ORIGINAL, max_len), rotary_dim)
+        old = rope_value(ORIGINAL, rope.get(ORIGINAL, max_len), rotary_dim, where)
         rope = {"factor": max_len / old, **optional, **rope, ORIGINAL: old}
     found = {"rope_type": kind}
     for key in (*needed, *(key for key in optional if rope.get(key) is not None)):
-        found[key] = rope_value(key, rope.get(key), rotary_dim)
+        found[key] = rope_value(key, rope.get(key), rotary_dim, where)
     if kind == "llama3" and found["high_freq_factor"] <= found["low_freq_factor"]:
         high, low = found["high_freq_factor"], found["low_freq_factor"]
-        raise ValueError(f"rope_scaling key 'high_freq_factor' is {high}; it must be above low_freq_factor, {low}")
+        raise ValueError(f"{where} key 'high_freq_factor' is {high}; it must be above low_freq_factor, {low}")
     if kind in ("yarn", "longrope") and (found["factor"] < 1 or found[ORIGINAL] < 2 or theta <= 1):
         raise ValueError(
-            f"rope_scaling of type {kind!r} stretches {found[ORIGINAL]:g} tokens by the factor {found['factor']:g} "
+            f"{where} of type {kind!r} stretches {found[ORIGINAL]:g} tokens by the factor {found['factor']:g} "
             f"at rope_theta {theta:g}; the factor must be at least 1, and the others above 1"
         )
     if kind in ("yarn", "longrope"):
@@ -268,17 +270,17 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
     return found
 
 
-def rope_value(key: str, value, rotary_dim: int):
+def rope_value(key: str, value, rotary_dim: int, where: str):
     """Return one value of RoPE's scaling, checked: a number, but for a flag and two lists."""
     if key == "truncate":
         if not isinstance(value, bool):
-            raise ValueError(f"rope_scaling key 'truncate' is {value!r}; it must be true or false")
+            raise ValueError(f"{where} key 'truncate' is {value!r}; it must be true or false")
         return value
     if key in ("short_factor", "long_factor"):
         if not isinstance(value, list) or len(value) != rotary_dim // 2:
-            raise ValueError(f"rope_scaling key {key!r} is {value!r:.60}; it must list {rotary_dim // 2} numbers")
-        return tuple(positive(number, f"rope_scaling key {key!r}: one number", float, 2**40) for number in value)
-    return positive(value, f"rope_scaling key {key!r}", float, 2**40)
+            raise ValueError(f"{where} key {key!r} is {value!r:.60}; it must list {rotary_dim // 2} numbers")
+        return tuple(positive(number, f"{where} key {key!r}: one number", float, 2**40) for number in value)
+    return positive(value, f"{where} key {key!r}", float, 2**40)
 
 
 def attention_factor(rope: dict) -> float:
