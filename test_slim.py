@@ -319,6 +319,25 @@ def test_what_is_wrong_with_rope_names_the_file_and_its_key(tiny, tmp_path, key,
         read_config(tmp_path / "config.json")
 
 
+LONG = ["x" * 10_000]
+
+
+@pytest.mark.parametrize("keys", [
+    {"hidden_size": LONG}, {"attention_bias": LONG}, {"dtype": LONG}, {"model_type": LONG}, {"rope_scaling": LONG},
+    {"layer_types": LONG}, {"hidden_act": LONG}, {"rope_theta": LONG}, {"rope_scaling": {"type": LONG}},
+    {"rope_scaling": {"type": "linear", LONG[0]: 1}}, {"rope_parameters": {"type": "linear", "factor": LONG}},
+    {"rope_parameters": {"type": "yarn", "factor": 2.0, "truncate": LONG}}, {"architectures": LONG},
+    {"quantization_config": LONG}, {"sliding_window": LONG}, {"no_rope_layers": LONG},
+])  # fmt: skip
+def test_a_long_value_is_cut_in_the_line_about_it(tiny, tmp_path, keys):
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", rope_parameters="remove")
+    edit_json(tmp_path / "config.json", **keys)
+    with pytest.raises(ValueError) as error:
+        read_config(tmp_path / "config.json")
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
 # ---- pruned: the oracle -----------------------------------------------------------------
 
 

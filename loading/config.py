@@ -95,7 +95,7 @@ def stretch(c: dict, factor: float, path) -> dict:
     rope = rope_keys(c, path)
     kind = rope.get("rope_type", "default")
     if kind != "default":
-        raise ValueError(f"--rope-yarn {factor:g}: {path} scales RoPE itself, by {kind!r}; leave --rope-yarn out")
+        raise ValueError(f"--rope-yarn {factor:g}: {path} scales RoPE itself, by {kind!r:.60}; leave --rope-yarn out")
     trained = positive(c.get("max_position_embeddings"), f"{path}: key 'max_position_embeddings'", int, 2**40)
     if (c.get("model_type"), trained) == ("qwen3", 40960):
         trained = 32768  # the rest was meant for answers, and Qwen3's authors stretch from here
@@ -119,7 +119,7 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
     rope = rope_keys(c, path)
     for key, value in {**c, **rope}.items():
         if key in NEUTRAL and key not in family.reads and value not in (NEUTRAL[key], None):
-            raise ValueError(f"{path}: key {key!r} is {value!r:.200}; only {NEUTRAL[key]!r} is supported")
+            raise ValueError(f"{path}: key {key!r} is {value!r:.60}; only {NEUTRAL[key]!r} is supported")
     dim, n_heads = number("hidden_size"), number("num_attention_heads")
     n_layers = number("num_hidden_layers", most=1000)
     n_kv_heads, head_dim = number("num_key_value_heads", n_heads), number("head_dim", max(1, dim // n_heads))
@@ -138,7 +138,7 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
         )
     if c.get("layer_types") not in (None, ["full_attention"] * n_layers):
         raise ValueError(
-            f"{path}: key 'layer_types' is {c['layer_types']!r:.200}; only full attention in every layer is supported"
+            f"{path}: key 'layer_types' is {c['layer_types']!r:.60}; only full attention in every layer is supported"
         )
     theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
     bias = read_flag(c, "attention_bias", path)
@@ -168,7 +168,7 @@ def check_architecture(c: dict, path) -> Family:
     family = FAMILIES[architecture]
     if c.get("model_type") not in (family.model_type, None):
         raise ValueError(
-            f"{path}: key 'model_type' is {c['model_type']!r}, but {architecture} is {family.model_type!r}"
+            f"{path}: key 'model_type' is {c['model_type']!r:.60}, but {architecture} is {family.model_type!r}"
         )
     return family
 
@@ -205,7 +205,7 @@ def layers_without_rope(c: dict, n_layers: int, path) -> tuple[int, ...]:
 
 def read_flag(c: dict, key: str, path) -> bool:
     if not isinstance(c.get(key), bool | None):
-        raise ValueError(f"{path}: key {key!r} is {c[key]!r}; it must be true or false")
+        raise ValueError(f"{path}: key {key!r} is {c[key]!r:.60}; it must be true or false")
     return bool(c.get(key))
 
 
@@ -213,7 +213,7 @@ def read_dtype(c: dict, path):
     given = [c[key] for key in ("torch_dtype", "dtype") if c.get(key) is not None]
     name = str(given[0]).removeprefix("torch.") if given else "float32"
     if name not in DTYPES:
-        raise ValueError(f"{path}: key 'torch_dtype' is {name!r}; supported are {', '.join(DTYPES)}")
+        raise ValueError(f"{path}: key 'torch_dtype' is {name!r:.60}; supported are {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -226,11 +226,13 @@ def rope_keys(c: dict, path) -> dict:
     for key in ("rope_scaling", "rope_parameters"):
         part = {} if c.get(key) is None else c[key]
         if not isinstance(part, dict):
-            raise ValueError(f"{path}: key {key!r} is {part!r}, not an object")
+            raise ValueError(f"{path}: key {key!r} is {part!r:.60}, not an object")
         for name, value in part.items():
             name = "rope_type" if name == "type" else name
             if value is not None and rope.setdefault(name, value) != value:
-                raise ValueError(f"{path}: {name!r} is given twice, as {rope[name]!r} and as {value!r}; leave one")
+                raise ValueError(
+                    f"{path}: {name!r:.60} is given twice, as {rope[name]!r:.60} and as {value!r:.60}; leave one"
+                )
     return rope
 
 
@@ -247,10 +249,10 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
     if family.model_type == "phi3" and kind in ("su", "yarn") and "long_factor" in rope:
         kind = "longrope"  # its older names
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise ValueError(f"{where} type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+        raise ValueError(f"{where} type {kind!r:.60} is not supported; supported are {', '.join(ROPE_KEYS)}")
     needed, optional = ROPE_KEYS[kind]
     if unknown := rope.keys() - {ORIGINAL, *needed, *optional}:
-        raise ValueError(f"{where} key {min(unknown)!r} is not known for type {kind!r}; it may change the numbers")
+        raise ValueError(f"{where} key {min(unknown)!r:.60} is not known for type {kind!r}; it may change the numbers")
     if kind in ("yarn", "longrope"):
         old = rope_value(ORIGINAL, rope.get(ORIGINAL, max_len), rotary_dim, where)
         rope = {"factor": max_len / old, **optional, **rope, ORIGINAL: old}
@@ -274,7 +276,7 @@ def rope_value(key: str, value, rotary_dim: int, where: str):
     """Return one value of RoPE's scaling, checked: a number, but for a flag and two lists."""
     if key == "truncate":
         if not isinstance(value, bool):
-            raise ValueError(f"{where} key 'truncate' is {value!r}; it must be true or false")
+            raise ValueError(f"{where} key 'truncate' is {value!r:.60}; it must be true or false")
         return value
     if key in ("short_factor", "long_factor"):
         if not isinstance(value, list) or len(value) != rotary_dim // 2:
@@ -297,7 +299,7 @@ def positive(value, what: str, kind: type, most: float):
     """Return value as `kind`, int or float; raise ValueError unless it is a number above 0 and up to `most`."""
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value <= most:  # so also for NaN
-        raise ValueError(f"{what} is {value!r}; it must be a positive {kind.__name__} up to {most:g}")
+        raise ValueError(f"{what} is {value!r:.60}; it must be a positive {kind.__name__} up to {most:g}")
     return kind(value)
 
 
@@ -325,8 +327,8 @@ def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ValueError(
-                f"{folder / name}: key 'eos_token_id' is {ids!r}; it must be a token id below {vocab_size} or a list "
-                "of them"
+                f"{folder / name}: key 'eos_token_id' is {ids!r:.60}; it must be a token id below {vocab_size} or a "
+                "list of them"
             )
         found |= set(ids)
         if found and name == "generation_config.json":

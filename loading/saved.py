@@ -81,7 +81,7 @@ def read_saved(path) -> tuple[dict, object]:
         file = safe_open(path, framework="pt", device="cpu")
         header = json.loads((file.metadata() or {})["slim"])
         if header["format"] != SAVED:
-            raise OSError(f"its format is {header['format']!r}, not {SAVED!r}")
+            raise OSError(f"its format is {header['format']!r:.60}, not {SAVED!r}")
         complete = all(isinstance(header.get(name), kind) for name, kind in parts.items())
         if complete and header["kv"].keys() >= {"n_prompt", "length", "planned", "stages"}:
             return header, file
@@ -96,7 +96,9 @@ def check_saved(path, header: dict, identity: dict) -> None:
     theirs = header["identity"]
     if wrong := [key for key in identity if theirs.get(key) != identity[key]]:
         shown = ", ".join(
-            "other weights" if key == "weights" else f"{key} {theirs.get(key)!r} where this run has {identity[key]!r}"
+            "other weights"
+            if key == "weights"
+            else f"{key} {theirs.get(key)!r:.60} where this run has {identity[key]!r}"
             for key in wrong
         )
         raise ValueError(f"{path} was saved with {shown}; use the same settings, or read the document again")

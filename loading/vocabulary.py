@@ -87,7 +87,7 @@ def read_settings(folder: Path) -> dict:
     path = folder / "tokenizer_config.json"
     settings = _json(path, path.read_bytes()) if path.is_file() else {}
     if not isinstance(settings.get("add_bos_token"), bool | None):
-        raise _bad(path, f"key 'add_bos_token' is {settings['add_bos_token']!r}", "make it true or false")
+        raise _bad(path, f"key 'add_bos_token' is {settings['add_bos_token']!r:.60}", "make it true or false")
     return settings
 
 
@@ -150,7 +150,7 @@ def _parse(folder, path, blob, settings):
             data = _json(path, blob)
             return _from_tekken(path, data) if "vocab" in data else _from_json(path, data)
         except (LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise _bad(path, f"not laid out like a tokenizer.json or tekken.json ({error!r})") from None
+            raise _bad(path, f"not laid out like a tokenizer.json or tekken.json ({error!r:.100})") from None
     if blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
         return _from_sentencepiece(folder, path, blob, settings)
     raise _bad(path, f"starts with {blob[:20]!r}, no known tokenizer format")
@@ -191,7 +191,7 @@ def _from_tekken(path, data):
     """Mistral's own file: ids are ranks after the special tokens, as many as the config says."""
     config, n = data["config"], data["config"]["default_num_special_tokens"]
     if config["pattern"] not in SPLITS:
-        raise _bad(path, f"pattern {config['pattern']!r}", ONLY)
+        raise _bad(path, f"pattern {config['pattern']!r:.60}", ONLY)
     if not data.get("special_tokens"):
         raise _bad(path, "names no special tokens", "use the tokenizer.json beside it")
     special = {f"<SPECIAL_{i}>": i for i in range(n)}
@@ -211,7 +211,7 @@ def _from_json(path, data):
     if model.get("byte_fallback") or "Metaspace" in str(data.get("pre_tokenizer")):
         raise _bad(path, "byte_fallback or Metaspace, so sentencepiece in disguise", "put its tokenizer.model there")
     if model.get("type", "BPE") != "BPE" or odd or normalizer not in (None, {"type": "NFC"}):
-        raise _bad(path, f"model {model.get('type')} {odd or ''} with normalizer {normalizer}", ONLY)
+        raise _bad(path, f"model {model.get('type')!s:.60} {odd or ''!s:.60} with normalizer {normalizer!s:.200}", ONLY)
     match data.get("pre_tokenizer"):
         case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
             split = GPT2_SPLIT
@@ -232,17 +232,17 @@ def _from_json(path, data):
         } if split in SPLITS:
             pass
         case other:
-            raise _bad(path, f"pre_tokenizer {other}", ONLY)
+            raise _bad(path, f"pre_tokenizer {other!s:.300}", ONLY)
     for token in data.get("added_tokens") or []:
         flags = {key for key in ("lstrip", "rstrip", "single_word", "normalized") if token[key]}
         if not token["special"] and flags - (set() if normalizer else {"normalized"}):
-            raise _bad(path, f"added token {token['content']!r} with {', '.join(flags)}", ONLY)
+            raise _bad(path, f"added token {token['content']!r:.60} with {', '.join(flags)}", ONLY)
         (special if token["special"] else added)[token["content"]] = token["id"]
     lstrip, rstrip = ({t["content"] for t in data.get("added_tokens") or [] if t[key]} for key in ("lstrip", "rstrip"))
     ranks = _ranks(path, model, special.keys() | added)
     lost = lost_bytes(ranks)
     if lost and (model.get("unk_token") is not None or len(lost) == 256 or split in (TEKKEN_SPLIT, O200K_SPLIT)):
-        raise _bad(path, f"lacks {len(lost)} of the 256 single bytes, unk_token {model.get('unk_token')!r}", ONLY)
+        raise _bad(path, f"lacks {len(lost)} of the 256 single bytes, unk_token {model.get('unk_token')!r:.60}", ONLY)
     bos_id = _bos_id(data.get("post_processor"))
     return Vocabulary(special, bos_id, ranks, split, normalizer is not None, added, lstrip=lstrip, rstrip=rstrip)
 
@@ -258,7 +258,7 @@ def _ranks(path, model, added):
         raise _bad(path, "ids do not rise in merge order, so they cannot serve as ranks", ONLY)
     names = vocab.keys() & BYTE_OF | {left + right for left, right in pairs}
     if alone := {*vocab, *(part for pair in pairs for part in pair)} - names - added:
-        raise _bad(path, f"{len(alone)} vocabulary entries come from no merge, such as {min(alone)!r}", ONLY)
+        raise _bad(path, f"{len(alone)} vocabulary entries come from no merge, such as {min(alone)!r:.60}", ONLY)
     return {bytes(BYTE_OF[char] for char in name): vocab[name] for name in names}
 
 

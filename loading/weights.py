@@ -76,7 +76,7 @@ def shard_names(index: Path) -> list[str]:
     for name in names:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name:
-            raise ValueError(f"{index} names {name!r}, outside its folder; only files in that folder are read")
+            raise ValueError(f"{index} names {name!r:.60}, outside its folder; only files in that folder are read")
     return names
 
 
