@@ -99,6 +99,10 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
         "sliding_window",
     ),
     "part of a head": (lambda d: edit_json(d / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor"),
+    **{
+        f"Granite's {key}": (lambda d, key=key: edit_json(d / "config.json", **{key: 0.5}), key)
+        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+    },
     "architecture of another type": (lambda d: edit_json(d / "config.json", architectures=[[1]]), "architecture"),
     "negative": (lambda d: edit_json(d / "config.json", hidden_size=-32), "hidden_size"),
     "boundless": (lambda d: edit_json(d / "config.json", num_hidden_layers=10**30), "num_hidden_layers"),

@@ -53,6 +53,8 @@ NEUTRAL = {  # keys that would change the numbers, with the value that does not
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "logit_scale": 1.0,
     "use_qk_norm": False, "pretraining_tp": 1, "no_rope_layers": None, "no_rope_layer_interval": None,
     "llama_4_scaling_beta": None,
+    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,  # Granite's
+    "attention_multiplier": None,  # instead of 1 / sqrt(head_dim)
 }  # fmt: skip
 CANNOT = {  # why a model does not run here: what its architecture, or a kind of its layers, is called; or keys it has
     "its recurrent layers (linear attention, state space) keep one state of all tokens, which pruning would break": (
