@@ -8,7 +8,7 @@ from pathlib import Path
 
 import prune
 import slim
-from loading.plan import Settings
+from loading.plan import Settings, one_line
 from loading.saved import check_path, read_saved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ DEMO = dict(
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse prints its usage first; one line is enough
-        self.exit(2, f"slim: error: {message}; see python slim.py --help\n")
+        self.exit(2, f"slim: error: {one_line(message)}; see python slim.py --help\n")
 
 
 EXAMPLES = """examples:

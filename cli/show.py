@@ -5,7 +5,7 @@ import sys
 import time
 
 import slim
-from loading.plan import format_bytes, layer_flops
+from loading.plan import format_bytes, layer_flops, one_line
 
 
 class Progress:
@@ -53,7 +53,7 @@ class Progress:
     def complain(self, error: Exception) -> None:
         """Say in one line what is wrong, with --quiet too."""
         self.clear()
-        print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"slim: error: {one_line(error)}", file=sys.stderr, flush=True)
 
     def done(self, engine: slim.Engine) -> None:
         engine.model.on_chunk = lambda *_: None

@@ -395,6 +395,20 @@ def test_the_chat_template_the_system_text_and_stops(cli):
     assert cli(*few, "--raw")[1] == raw
 
 
+def test_what_a_terminal_would_obey_is_shown_instead(cli):
+    """A template, a config and an argument may hold Escape; other languages stay as they are."""
+    template = "{{ raise_exception('\x1b[2J\x9b語\u202e') }}"
+    edit_json_file(cli.folder / "tokenizer_config.json", chat_template=template)
+    is_one_line(cli("--ask", "CAB?")[2], r"\x1b[2J\x9b語\u202e; give")
+    is_one_line(cli("--no-such\x1b")[2], r"--no-such\x1b")
+    edit_json(cli.folder / "config.json", **{"architectures": ["\x1b"], "model_type": "\x1b"})
+    is_one_line(cli()[2], r"\x1b")
+    rank = subprocess.run(
+        [sys.executable, "-c", "from parallel.ranks import complain; complain('\x1b')"], cwd=HERE, capture_output=True
+    )
+    assert rank.stderr == b"slim: error: \\x1b\n"
+
+
 def edit_json_file(path, **keys):
     path.write_text(json.dumps(keys))
 

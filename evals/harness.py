@@ -31,7 +31,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from evals.lm import SlimLM
-from loading.plan import Checkpoint
+from loading.plan import Checkpoint, one_line
 
 RULER = {  # task: its module, the function that makes its data
     **{name: ("niah_utils", name) for name in (
@@ -154,7 +154,7 @@ def main(argv=None) -> int:
     try:
         print(run(args))
     except (ValueError, OSError, MemoryError, KeyError) as error:
-        print(f"evals: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"evals: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

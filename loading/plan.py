@@ -302,6 +302,12 @@ def file_cache(stat: Path) -> int:
     return int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
 
 
+def one_line(error) -> str:
+    """Write an error as one line; what a terminal would obey instead of showing it, such as Escape, is escaped."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def format_bytes(n: float) -> str:
     """Write a byte count as B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):

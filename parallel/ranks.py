@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loading.plan import one_line
+
 IDLE = timedelta(days=30)  # ranks that obey wait for rank 0, and that for a person
 STEP = timedelta(minutes=10)  # while they load or compute, ranks wait for each other no longer than this
 GRACE = 2.0  # seconds that a rank has to say itself why it ends
@@ -272,4 +274,4 @@ def first_line(error: BaseException) -> str:
 
 
 def complain(error) -> None:
-    print(f"slim: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"slim: error: {one_line(error)}", file=sys.stderr, flush=True)
