@@ -76,9 +76,9 @@ class Tokenizer:
         if self.template is None:
             ids = self.encode(_str(user_text) if begin else "\n" + _str(user_text))
             return [self.bos_id, *ids] if begin and self.bos_id is not None else ids
-        earlier = [] if begin else [_message("user", "?"), _message("assistant", CUT)]
+        earlier = [] if begin else [_message("user", CUT), _message("assistant", CUT)]
         turn = _message("user", self._hide(user_text) + ("" if end else CUT))
-        return self._render([*earlier, turn], cuts=(not begin) + (not end), part=int(not begin))
+        return self._render([*earlier, turn], cuts=len(earlier) + (not end), part=len(earlier))
 
     def rest(self, user_text: str) -> list[int]:
         """Return the ids that go on with a turn left open, and close it."""

@@ -68,6 +68,8 @@ def set_template(tok, args) -> None:
         raise ValueError(f"--no-think: the chat template of {args.ckpt} knows no enable_thinking; leave --no-think out")
     tok.system = args.system
     tok.variables = {"enable_thinking": False} if args.no_think else {}
+    if args.chat or len(args.ask) > 1:
+        tok.chat("a second question", begin=False)  # before anything is read, in case the template cannot go on
 
 
 def run(args, progress: Progress) -> int:

@@ -409,6 +409,20 @@ def test_what_a_terminal_would_obey_is_shown_instead(cli):
     assert rank.stderr == b"slim: error: \\x1b\n"
 
 
+@pytest.mark.parametrize("source", [
+    "{{ messages[-1].content }}", "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[0].content }}",
+    "{% if messages[2:] %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}",
+])  # fmt: skip
+def test_a_template_of_one_turn_is_refused_before_the_first_of_several_answers(cli, source, monkeypatch):
+    edit_json_file(cli.folder / "tokenizer_config.json", chat_template=source)
+    assert cli("--ask", "CAB?", "--max-new-tokens", "1")[0] == 0
+    monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
+    for more in (["--ask", "CAB?", "--ask", "ABBA?"], ["--chat"]):
+        code, out, err = cli(*more, "--max-new-tokens", "1")
+        assert (code, out) == (2, "")
+        is_one_line(err, "--raw")
+
+
 def edit_json_file(path, **keys):
     path.write_text(json.dumps(keys))
 
