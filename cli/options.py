@@ -65,7 +65,12 @@ def add_answering(g, d: dict) -> None:
         metavar="P",
         help="sample from the likeliest tokens of this total probability (%(default)s)",
     )
-    g.add_argument("--stop", metavar="TEXT", action="append", help="end before this text; again for each further one")
+    g.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        help="end before this text, taken as it is (bash writes a newline as $'\\n'); again for each further one",
+    )
     g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
 
 
