@@ -93,7 +93,7 @@ class Talk:
         self.say(timing(r) if r["follow_up"] else timing(r) + "\n" + summary(r, self.engine.kv.device))
 
     def warn(self, n_new: int) -> None:
-        """Say so if what comes goes beyond the context that the model was trained for."""
+        """Say so if what comes does not suit the context that the model, or this conversation's RoPE, is made for."""
         n, new, most = len(self.engine.ids) + n_new, self.args.max_new_tokens, self.engine.config.max_len
         if n + new > most:
             self.say(
@@ -108,6 +108,13 @@ class Talk:
             self.say(
                 f"slim: warning: {n:,} prompt + {new:,} new tokens fit in the {trained:,.0f} of the context before "
                 f"YaRN stretched it, which costs quality there; {remedy}"
+            )
+        short = rope["rope_type"] == "longrope" and self.engine.ids and self.engine.kv.planned <= trained
+        if short and len(self.engine.ids) <= trained < n + new:
+            self.say(
+                f"slim: warning: {n:,} tokens + {new:,} new ones are beyond the {trained:,.0f} of LongRoPE's short "
+                "factors, with which this conversation began; expect a poor answer, or start again with a larger "
+                "--max-new-tokens"
             )
 
     def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:

@@ -587,6 +587,24 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     assert said() == [head]
 
 
+def test_a_conversation_that_outgrows_longropes_short_factors_is_a_warning(tmp_path):
+    """One that was long from the start has the long ones."""
+    make_checkpoint(tmp_path / "ckpt", "phi3-longrope", vocab=300)
+    engine, tok = slim.load(tmp_path / "ckpt", "cpu"), of_bytes({})
+    trained = int(engine.config.rope_scaling["original_max_position_embeddings"])
+    for n, warnings in ((trained // 2, [0, 1, 0]), (trained + 1, [0, 0, 0])):
+        said = []
+        args = parse_args(["--ckpt", "x", "--prompt", "x", "--chat", "--max-new-tokens", "1"])
+        talk = Talk(engine, tok, args, Progress(True), said.append)
+        talk.begin(tok.chat("a" * n))
+        counts = [sum("LongRoPE" in line for line in said)]
+        for question in ("b" * (trained // 2), "c"):
+            said.clear()
+            talk.ask(question)
+            counts.append(sum("LongRoPE" in line for line in said))
+        assert counts == warnings
+
+
 def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, monkeypatch):
     cli("--save", "text.slim")
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
