@@ -49,17 +49,24 @@ def read_template(folder: Path, settings: dict) -> Template | None:
     chat_template.jinja comes before the config's, and of named templates the one called default counts.
     """
     path, source = folder / "chat_template.jinja", settings.get("chat_template")
+    wrong = ""
     if path.is_file():
-        source = path.read_text("utf-8", "replace")
+        try:
+            source = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            wrong = f"it is not UTF-8 at byte {error.start}"
     else:
         path = folder / "tokenizer_config.json"
     if isinstance(source, list):
         named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default") or f"{{{{ raise_exception('of {len(named)} templates, none is the default') }}}}"
-    if not source:
+        source = named.get("default")
+        wrong = "" if source else f"of {len(named)} templates, none is the default"
+    if not wrong and not source:
         return None
-    if not isinstance(source, str):
-        raise ValueError(f"{path}: the chat template is {source!r:.60}; it must be text, so mend it or use --raw")
+    if not wrong and not isinstance(source, str):
+        wrong = f"it is of type {type(source).__name__}, not text"
+    if wrong:  # said when it is used: --raw does without
+        source = f"{{{{ raise_exception('{wrong}') }}}}"
     tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()
               if key.endswith("_token")}  # fmt: skip
     return Template(path, source, {key: value for key, value in tokens.items() if isinstance(value, str)})

@@ -4,6 +4,9 @@ The templates here are our own, shorter ones that say what the published ones sa
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,9 @@ import loading.template
 import tokenizer
 from loading.encoders import Encoder
 from loading.template import Template
-from loading.test_vocabulary import trained, write
+from loading.test_vocabulary import ours, trained, write
 from loading.vocabulary import Vocabulary
-from test_slim import DATA, needs_data
+from test_slim import DATA, HERE, needs_data
 
 U, V, S = "What's  new?", "And\nthen?", "Be brief."
 TALKS = {
@@ -333,6 +336,8 @@ BAD = {  # what the line must name: a template
     "loader": "{% include 'passwd' %}",
     "nowhere": "{{ 1 | nowhere }}",
     "ZeroDivision": "{{ 1 / 0 }}",
+    "type int, not text": 5,
+    "type dict, not text": [{"name": "default", "template": {"a": 1}}],
     "none is the default": [{"name": "tools", "template": "x"}],
     "once and as it is": "{{ messages[0].content }}{{ messages[0].content }}",
 }
@@ -348,6 +353,33 @@ def test_a_template_that_cannot_be_used_is_one_line(tmp_path, words, monkeypatch
         tok.chat("hi", end=words != "once and as it is")
     message = str(error.value)
     assert words in message and "\n" not in message and "--raw" in message and str(tmp_path) in message, message
+
+
+def test_a_template_in_a_file_is_utf8_whatever_the_locale(tmp_path):
+    write(tmp_path, trained("llama3").to_str().encode())
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes("naïve 語 {{ messages[0].content }}".encode())
+    code = f"import tokenizer as t, pathlib as p; print(ascii(t.load(p.Path({str(tmp_path)!r})).template.source))"
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True)
+    assert run.stdout.strip() == ascii(path.read_bytes().decode()), run.stderr
+    assert tokenizer.load(tmp_path).chat("A") == ours("llama3").encode("naïve 語 A")
+    path.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8 at byte 2; give the prompt as it is with --raw"):
+        tokenizer.load(tmp_path).chat("A")
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ m.content }}"
+    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
+    "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': '<é>', 'a': [1]} | tojson(sort_keys=true) }}"
+    "{{ {'b': '<é>', 'a': [1]} | tojson(ensure_ascii=true, separators=(',', ':')) }}",
+])  # fmt: skip
+def test_what_templates_may_call_gives_what_it_gives_in_transformers(tmp_path, template):
+    """{% break %} and {% continue %}; the arguments of tojson, which escapes no HTML."""
+    tok, theirs = make(tmp_path, template)
+    talk = messages([("user", "<b>é"), ("assistant", "B"), ("user", "C"), ("user", "D")])
+    assert tok.template.render(talk) == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
 
 
 def test_nested_too_deep_is_one_line_too(tmp_path):
