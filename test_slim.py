@@ -319,6 +319,19 @@ def test_what_is_wrong_with_rope_names_the_file_and_its_key(tiny, tmp_path, key,
         read_config(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_older_names_of_longrope_are_longrope(checkpoints, tmp_path, name):
+    """As in Phi-3's first files, and as transformers reads them."""
+    folder, _ = checkpoints["phi3-longrope"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    shared = "short_factor", "long_factor", "original_max_position_embeddings"
+    old = {"type": name, **{key: rope[key] for key in shared}}
+    edit_json(tmp_path / "config.json", rope_parameters="remove", rope_scaling=old, rope_theta=10000.0)
+    assert transformers.Phi3Config.from_pretrained(tmp_path).rope_parameters["rope_type"] == "longrope"
+    assert read_config(tmp_path / "config.json") == read_config(folder / "config.json")
+
+
 LONG = ["x" * 10_000]
 
 
