@@ -161,9 +161,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def choose_demo(args) -> None:
-    """Without --ckpt: the demo checkpoint, and what is not given of its document, its question and a comparison
-    with dense.
-    """
+    """Without --ckpt, take the demo's; what is not given of document, question and comparison with dense, too."""
     args.ckpt = DEMO["ckpt"]
     if args.schedule == "auto" and not args.dense:
         args.schedule = DEMO["schedule"]
@@ -209,9 +207,7 @@ def check_args(args) -> None:
 
 
 def check_output(args, name: str, path: str) -> None:
-    """Raise ValueError if a file cannot be written, better now than after an hour of reading, or is another one of
-    this run.
-    """
+    """Raise ValueError, before an hour of reading, if a file cannot be written or is another one of this run."""
     try:
         target = check_path(path)
     except ValueError as error:
@@ -222,9 +218,7 @@ def check_output(args, name: str, path: str) -> None:
 
 
 def read_prompt(args) -> str:
-    """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked
-    either.
-    """
+    """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked."""
     name = args.prompt
     if name is None and not args.ask and not args.chat:
         raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
@@ -256,9 +250,7 @@ def read_prompt(args) -> str:
 
 
 def build_ids(args, text: str, tokenizer) -> list[int]:
-    """Return the ids to begin with: the text and the first question, or the text alone if it is read before
-    anything is asked.
-    """
+    """Return the ids to begin with: the text and the first question, or the text alone if it is read first."""
     if args.max_prompt_tokens is not None:
         if args.max_prompt_tokens < 1:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
@@ -305,8 +297,7 @@ def settings_of_saved(args) -> dict:
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
         raise ValueError(
-            f"{args.resume} was read with the checkpoint {args.ckpt}, which is not there any more; give its place "
-            "with --ckpt"
+            f"{args.resume} was read with the checkpoint {args.ckpt}, which is gone; give its place with --ckpt"
         )
     if args.raw != saved["raw"]:
         raise ValueError(f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; go on like that")

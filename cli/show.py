@@ -139,9 +139,7 @@ def public(r: dict) -> dict:
 
 
 def status(args, progress: Progress):
-    """Return what prints a line of ours to standard error: dim on a terminal that has colours, so that the answer
-    stands out.
-    """
+    """Return what prints a line of ours to standard error: dim on a terminal with colours; the answer stands out."""
     plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 
     def say(text: str) -> None:

@@ -183,9 +183,7 @@ class Talk:
 
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
-    """Let Ctrl-C set a mark instead of breaking off a step, which would lose the conversation; a second one does
-    break off.
-    """
+    """Let Ctrl-C set a mark, because a step broken off loses the conversation; a second one does break off."""
     marks = []
 
     def mark(*_):

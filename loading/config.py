@@ -34,8 +34,15 @@ FAMILIES = {
         "ministral3",
         defaults={"head_dim": 128},
         reads=("llama_4_scaling_beta",),
-        rope={"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, ORIGINAL: 16384, "mscale": 1.0,
-              "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        rope={
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            ORIGINAL: 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
@@ -220,9 +227,7 @@ def read_dtype(c: dict, path):
 
 
 def rope_keys(c: dict, path) -> dict:
-    """Gather what a config says of RoPE under its older and newer names; raise ValueError where it contradicts
-    itself.
-    """
+    """Gather what a config says of RoPE under its older and newer names; raise ValueError for a contradiction."""
     shared = "rope_theta", "partial_rotary_factor", ORIGINAL
     rope = {key: c[key] for key in shared if c.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):

@@ -178,9 +178,7 @@ def prefill_flops(c: Config, n_prompt: int, schedule: dict, block_len: int = 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a run needs: weights, KV slabs and the biggest temporaries of the device; pruned rows and blocks on the
-    host.
-    """
+    """Bytes a run needs: weights, KV slabs and the biggest temporaries on the device; what is pruned on the host."""
 
     weights: int
     kv: int
@@ -230,9 +228,7 @@ class NoRoom(ValueError):
 
 
 def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
-    """Return the plan; raise NoRoom naming the flag that would make it fit if it does not. loaded: bytes in
-    place.
-    """
+    """Return the plan; raise NoRoom if it does not fit, naming a flag that helps. loaded: bytes in place."""
     need = plan(ckpt, n_prompt, n_new)
     if fits(need, ckpt.device, loaded):
         return need

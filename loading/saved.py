@@ -92,7 +92,7 @@ def read_saved(path) -> tuple[dict, object]:
 
 
 def check_saved(path, header: dict, identity: dict) -> None:
-    """Raise ValueError that lists all in which a saved conversation differs from the engine that is to continue it."""
+    """Raise ValueError that lists how a saved conversation differs from the engine that is to continue it."""
     theirs = header["identity"]
     if wrong := [key for key in identity if theirs.get(key) != identity[key]]:
         shown = ", ".join(
