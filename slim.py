@@ -14,7 +14,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends the program and nothing else
 
 import operator
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +24,7 @@ from torch import Tensor
 
 import tokenizer
 from kvcache import KVCache
-from loading.plan import Checkpoint, check_memory, format_bytes, free_bytes, step_bytes
+from loading.plan import Checkpoint, check_memory, env_number, format_bytes, free_bytes, step_bytes
 from loading.saved import check_contents, read_saved, write_saved
 from loading.schedule import resolve_schedule
 from loading.weights import load_weights, weight_bytes
@@ -52,7 +51,7 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     check_count(n_new, "n_new")
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+    if env_number("WORLD_SIZE") > 1:  # started by torchrun
         import parallel
 
         return parallel.start(ckpt, n_prompt, n_new, progress)

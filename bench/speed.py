@@ -18,7 +18,6 @@ timed from outside with a wait for the device around each part, so copies are no
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -37,7 +36,7 @@ import prune
 import slim
 from kvcache import CopyStream
 from loading.config import parse_config
-from loading.plan import Checkpoint, Settings, format_bytes, pick_device, prefill_flops
+from loading.plan import Checkpoint, Settings, env_number, format_bytes, pick_device, prefill_flops
 from loading.saved import check_path
 from loading.schedule import format_schedule, resolve_schedule
 from loading.weights import tensor_shapes, weight_bytes
@@ -519,7 +518,7 @@ def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.rss:
         return rss_table(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+    if env_number("WORLD_SIZE") > 1:  # started by torchrun
         return rank_table(args)
     device = pick_device(args.device)
     if args.memory_gib and device.type != "cuda":

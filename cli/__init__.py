@@ -13,14 +13,19 @@ import tokenizer
 from cli.options import build_ids, check_args, parse_args, read_prompt, settings_of_saved
 from cli.show import Progress, status
 from cli.talk import Talk, chat
-from loading.plan import Checkpoint, Settings, dtype_name, format_bytes, free_bytes, plan
+from loading.plan import Checkpoint, Settings, dtype_name, env_number, format_bytes, free_bytes, plan
 from loading.saved import check_saved
 from loading.schedule import format_schedule
 
 
 def main(argv=None) -> int:
     """Run the command line; return the exit code: 0, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+    try:
+        n_ranks = env_number("WORLD_SIZE")
+    except ValueError as error:
+        Progress(quiet=True).complain(error)
+        return 2
+    if n_ranks > 1:  # started by torchrun
         import parallel
 
         return parallel.main(lambda: program(argv))
@@ -76,7 +81,7 @@ def run(args, progress: Progress) -> int:
     """Check everything, then load, then read, then answer."""
     say = status(args, progress)
     check_args(args)
-    if args.serve is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.serve is not None and env_number("WORLD_SIZE") > 1:
         raise ValueError("--serve works on one GPU only; start it without torchrun")
     server = serve.open_server(args) if args.serve is not None else None  # before the weights: the port may be taken
     header = settings_of_saved(args) if args.resume is not None else None

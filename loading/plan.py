@@ -154,6 +154,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def env_number(name: str, default: int = 1, least: int = 1) -> int:
+    """Return a variable that torchrun sets, such as WORLD_SIZE, or the default; raise ValueError if it is no number."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise ValueError(
+            f"the environment variable {name} is {text!r}; it must be a whole number of at least {least}, as torchrun "
+            "sets it; unset it to run one process"
+        )
+    return int(text)
+
+
 # ---- operations -------------------------------------------------------------------------
 
 
@@ -263,7 +274,7 @@ def free_bytes(device: torch.device) -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: all there is
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(free, free_in_cgroup()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun: all share it
+    return min(free, free_in_cgroup()) // env_number("LOCAL_WORLD_SIZE")  # of torchrun: all share it
 
 
 def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

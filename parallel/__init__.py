@@ -35,7 +35,7 @@ import kvcache
 import model
 import prune
 import slim
-from loading.plan import Checkpoint, check_memory, dtype_name
+from loading.plan import Checkpoint, check_memory, dtype_name, env_number
 from loading.weights import SCALE
 from model import Config
 from parallel.ranks import Ranks, complain
@@ -166,7 +166,7 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
             f"{n} ranks cannot share {c.n_heads} heads and {c.n_kv_heads} KV heads; --nproc-per-node can be {known}"
         )
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", r))
+        local = env_number("LOCAL_RANK", r, least=0)
         if local >= torch.cuda.device_count():
             raise ValueError(f"there are {torch.cuda.device_count()} GPUs here; start one rank for each, not more")
         device = torch.device("cuda", local)

@@ -376,6 +376,27 @@ def test_without_torchrun_nothing_of_it_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "1.5")])
+def test_a_number_of_ranks_that_is_none_is_refused_in_one_line(monkeypatch, capsys, name, value):
+    monkeypatch.setenv(name, value)
+    want = f"error: the environment variable {name} is {value!r}; it must be a whole number of at least 1"
+    assert cli.main(["--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"slim: {want}") and said.count("\n") == 1
+    with pytest.raises(ValueError, match=want[7:].replace(".", "[.]")):
+        slim.load(ROOT / "demo", "cpu")
+    monkeypatch.setattr(sys, "argv", ["speed.py", *"--shape tiny --lengths 64 --device cpu".split()])
+    with pytest.raises(SystemExit, match="2"):
+        speed.main()
+    assert want in capsys.readouterr().err
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    assert slim.load(ROOT / "demo", "cpu").stats.get("ranks", 1) == 1
+
+
 def test_half_of_torchruns_variables_are_refused_in_one_line():
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
     done = subprocess.run([sys.executable, "slim.py"], env=env | {"WORLD_SIZE": "2"}, cwd=ROOT, capture_output=True)
