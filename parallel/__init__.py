@@ -56,7 +56,7 @@ def main(program) -> int:
         code = ranks.obey(obedient_start) if ranks.rank else ranks.lead(program)
     except ValueError as error:
         code = 2
-        if os.environ.get("RANK", "0") == "0":  # without a RANK, nobody else would say it
+        if os.environ.get("RANK", "0") == "0" or not dist.is_torchelastic_launched():  # nobody else would say it
             complain(error)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -28,6 +28,7 @@ from loading.plan import one_line
 
 IDLE = timedelta(days=30)  # ranks that obey wait for rank 0, and that for a person
 STEP = timedelta(minutes=10)  # while they load or compute, ranks wait for each other no longer than this
+MEET = timedelta(minutes=1)  # until all have started
 GRACE = 2.0  # seconds that a rank has to say itself why it ends
 
 
@@ -45,17 +46,22 @@ class Ranks:
     def __init__(self):
         try:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            store, rank, n = next(dist.rendezvous("env://", timeout=MEET))
+            store.set_timeout(STEP)
             if not dist.is_initialized():
-                dist.init_process_group(backend, timeout=STEP)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=STEP)
                 atexit.register(leave)
             self.rank, self.n = dist.get_rank(), dist.get_world_size()
             self.tensors = dist.new_group(backend=backend, timeout=STEP)  # a script's own group may lack CPU or GPU
             self.words = dist.new_group(backend="gloo", timeout=STEP)  # for objects, on the CPU
             self.lines = dist.new_group(backend="gloo", timeout=IDLE)  # from rank 0; and they break with a rank
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"the ranks do not reach each other: {first_line(error)}; see torchrun --help") from None
+            raise ValueError(
+                f"the ranks do not reach each other: {first_line(error)}; start them with torchrun, or unset WORLD_SIZE, "
+                "RANK, MASTER_ADDR and MASTER_PORT to run one process"
+            ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"slim/{attempt}", dist.distributed_c10d._get_default_store())
+        self.store = dist.PrefixStore(f"slim/{attempt}", store)
         self.role = ""  # "leads" or "obeys"; in a user's own script neither
         self.inside = self.broken = False  # a command is under way; one was broken off
         self.calls = self.bytes = 0  # of tensors that met so far

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -402,6 +403,16 @@ def test_half_of_torchruns_variables_are_refused_in_one_line():
     done = subprocess.run([sys.executable, "slim.py"], env=env | {"WORLD_SIZE": "2"}, cwd=ROOT, capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith(b"slim: error: the ranks do not reach each other: ")
     assert done.stderr.count(b"\n") == 1
+
+
+def test_variables_left_over_from_elsewhere_are_refused_soon_and_in_one_line(tmp_path):
+    def work():
+        os.environ |= dict(WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT="0")
+        parallel.ranks.MEET = timedelta(seconds=1)
+        return cli.main([])
+
+    text = "start them with torchrun, or unset WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT to run one process"
+    one_line(Group(tmp_path, 1, work), [2], text)
 
 
 # ---- how all end --------------------------------------------------------------------------
