@@ -112,6 +112,8 @@ def pick_device(name: str) -> torch.device:
     digits = (number or "0").isascii() and (number or "0").isdigit()
     if kind not in ("cpu", "cuda") or (kind == "cpu" and number) or not digits:
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if number and env_number("WORLD_SIZE") > 1:
+        raise ValueError(f"--device {name!r}: under torchrun each rank takes the GPU of its own; use --device cuda")
     if kind == "cuda" and int(number or 0) >= cuda:
         raise ValueError(
             f"--device {name!r}: this machine has {cuda} CUDA devices that torch can use; try --device cpu"
