@@ -327,7 +327,9 @@ class Engine(slim.Engine):
 
     @told
     def resume(self, path, room: int = 0) -> dict:
-        return super().resume(path, room)
+        extra = super().resume(path, room)
+        self.ranks.gather(None)  # disks differ: the next step begins when all have read it
+        return extra
 
     @told
     def save(self, path, extra: dict | None = None) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from loading.plan import one_line
 
-IDLE = timedelta(days=30)  # ranks that obey wait for rank 0, and that for a person
-STEP = timedelta(minutes=10)  # while they load or compute, ranks wait for each other no longer than this
+IDLE = timedelta(days=30)  # for objects: ranks wait for a person, and for a disk; a rank that ends ends this too
+STEP = timedelta(minutes=10)  # for tensors: in a step, ranks wait for each other no longer than this
 MEET = timedelta(minutes=1)  # until all have started
 GRACE = 2.0  # seconds that a rank has to say itself why it ends
 
@@ -53,8 +53,7 @@ class Ranks:
                 atexit.register(leave)
             self.rank, self.n = dist.get_rank(), dist.get_world_size()
             self.tensors = dist.new_group(backend=backend, timeout=STEP)  # a script's own group may lack CPU or GPU
-            self.words = dist.new_group(backend="gloo", timeout=STEP)  # for objects, on the CPU
-            self.lines = dist.new_group(backend="gloo", timeout=IDLE)  # from rank 0; and they break with a rank
+            self.objects = dist.new_group(backend="gloo", timeout=IDLE)  # on the CPU; breaks with any rank
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 f"the ranks do not reach each other: {first_line(error)}; start them with torchrun, or unset WORLD_SIZE, "
@@ -103,14 +102,14 @@ class Ranks:
         """Return every rank's value, by rank."""
         values = [None] * self.n
         with self.losses():
-            dist.all_gather_object(values, value, group=self.words)
+            dist.all_gather_object(values, value, group=self.objects)
         return values
 
     def say(self, *words):
         """Return rank 0's words on every rank, as a tuple."""
         box = [words]
         with self.losses():
-            dist.broadcast_object_list(box, src=0, group=self.lines)
+            dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
     def together(self, work):
@@ -227,7 +226,7 @@ class Ranks:
     def watch(self, peer: int) -> None:
         """End this process soon after a peer that ended otherwise than it should."""
         with contextlib.suppress(RuntimeError):
-            dist.recv(torch.empty(1), src=peer, group=self.lines)  # never comes
+            dist.recv(torch.empty(1), src=peer, group=self.objects)  # never comes
         try:
             if self.store.check([f"done {peer}"]):
                 return

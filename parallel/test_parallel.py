@@ -21,6 +21,7 @@ import torch
 from torch.distributed import TCPStore
 
 import cli
+import kvcache
 import loading.plan
 import model
 import parallel
@@ -559,6 +560,28 @@ def test_a_file_that_cannot_be_written_or_read_leaves_all_ranks_as_they_were(fol
         engine.save(tmp_path / "yes.slim")
         with pytest.raises(ValueError, match="no.slim is not a conversation saved by Slim: no such file"):
             engine.resume(mine)
+        return engine.extend([1, 2]).tolist()
+
+    first, second = Group(tmp_path, 2, work).results()
+    assert first == second
+
+
+def test_a_rank_may_load_save_and_resume_for_longer_than_a_step(folders, tmp_path, monkeypatch):
+    def work():
+        parallel.ranks.STEP = timedelta(seconds=2)
+        rank = parallel.connect().rank
+
+        def late(owner, name, slow_rank):
+            function = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *args: (time.sleep(3 * (rank == slow_rank)), function(*args))[1])
+
+        late(slim, "load_weights", 0)
+        late(slim, "write_saved", 0)
+        late(kvcache.KVCache, "load_state", 1)
+        engine = slim.load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
+        engine.prefill(draw(30))
+        engine.save(tmp_path / "a.slim")
+        engine.resume(tmp_path / "a.slim")
         return engine.extend([1, 2]).tolist()
 
     first, second = Group(tmp_path, 2, work).results()
