@@ -89,7 +89,7 @@ def start_together(ranks: Ranks, opened, n_prompt: int, n_new: int, progress=Non
 
 
 def span(n: int, rank: int, ranks: int) -> slice:
-    """Return a rank's part of n things; if they are fewer than ranks, the one that it shares."""
+    """Return a rank's part of n things; of KV heads fewer than ranks, the one that it shares."""
     start = n * rank // ranks
     return slice(start, max(start + 1, n * (rank + 1) // ranks))
 
@@ -165,6 +165,8 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
         raise ValueError(
             f"{n} ranks cannot share {c.n_heads} heads and {c.n_kv_heads} KV heads; --nproc-per-node can be {known}"
         )
+    if n > (least := min(c.hidden_dim, c.vocab_size, c.dim)):
+        raise ValueError(f"{n} ranks cannot share {least} columns of an FFN, of x or of the vocabulary; start fewer")
     if device.type == "cuda":
         local = env_number("LOCAL_RANK", r, least=0)
         if local >= torch.cuda.device_count():
@@ -174,12 +176,7 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     q, kv, hidden = (span(k, r, n) for k in (c.n_heads, c.n_kv_heads, c.hidden_dim))
     cut = c.vocab_size * c.dim * ckpt.dtype.itemsize >= VOCABULARY_BYTES
     words = span(c.vocab_size, r, n) if cut else slice(0, c.vocab_size)
-    edges = [(by(c.head_dim, q), c.tile), (by(c.head_dim, kv), c.tile[:1]), (hidden, c.tile)] if c.tile else []
-    if wrong := [e for s, tile in edges for e in (s.start, s.stop) if any(e % size for size in tile)]:
-        raise ValueError(
-            f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0]}; "
-            "start fewer"
-        )
+    check_tiles(c, n, (by(c.head_dim, q), by(c.head_dim, kv), hidden))
     local = replace(
         c, n_heads=q.stop - q.start, n_kv_heads=kv.stop - kv.start, hidden_dim=hidden.stop - hidden.start,
         vocab_size=words.stop - words.start,
@@ -190,6 +187,19 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     part = Part(**fields, whole=ckpt, q=q, kv=kv, hidden=hidden, words=words, columns=span(c.dim, r, n))
     part.tensors.update({name: Cut(ckpt.tensors[name], part) for name in ckpt.tensors})
     return part
+
+
+def check_tiles(c: Config, n: int, parts: tuple[slice, slice, slice]) -> None:
+    """Raise ValueError if a rank's rows of q, of k and v, or of the FFN end inside a tile of FP8 weights."""
+    ends = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.hidden_dim)
+    for part, end, tile in zip(parts, ends, (c.tile, c.tile[:1], c.tile) if c.tile else ()):
+        for edge in (part.start, part.stop):
+            last = edge == end and not c.fused  # nothing is cut there, unless another matrix follows in the same tensor
+            if not last and any(edge % size for size in tile):
+                raise ValueError(
+                    f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {edge}; "
+                    "start fewer"
+                )
 
 
 def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):

@@ -283,6 +283,19 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
     for rank in range(2):
         with pytest.raises(ValueError, match="8 ranks would cut through the FP8 tiles of 16 x 32 weights, at 16"):
             parallel.split(ckpt, Rank(rank, 8))
+    odd = slim.replace(ckpt, config=slim.replace(config, hidden_dim=129))  # its last tile is a piece, and stays whole
+    gate, down = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    shapes |= {gate: (129, 64), down: (64, 129), gate + "_scale_inv": (9, 2), down + "_scale_inv": (4, 5)}
+    odd.tensors.update(dict.fromkeys(shapes, File(shapes)))
+    parts = [parallel.split(odd, Rank(r, 2)) for r in range(2)]
+    for name in (gate, down, gate + "_scale_inv", down + "_scale_inv"):
+        pieces = [part.tensors[name].get_tensor(name) for part in parts]
+        assert torch.equal(torch.cat(pieces, int("down" in name)), File(shapes).get_tensor(name)), name
+    with pytest.raises(ValueError, match="2 ranks would cut through the FP8 tiles of 16 x 32 weights, at 129"):
+        parallel.split(slim.replace(odd, config=slim.replace(odd.config, fused=True)), Rank(1, 2))
+    for field in ("hidden_dim", "vocab_size", "dim"):
+        with pytest.raises(ValueError, match="4 ranks cannot share 3 columns"):
+            parallel.split(slim.replace(ckpt, config=slim.replace(config, **{field: 3})), Rank(0, 4))
     with pytest.raises(ValueError, match="3 ranks cannot share 8 heads and 4 KV heads; .* can be 1, 2, 4, 8"):
         parallel.split(ckpt, Rank(0, 3))
 
