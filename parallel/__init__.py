@@ -361,7 +361,7 @@ class Engine(slim.Engine):
         return logits if self.ranks.role else self.ranks.first(logits)
 
     def generate(self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, *args, **options):
-        if seed is None and not self.ranks.role:
+        if seed is None and temperature and not self.ranks.role:
             seed = int(self.ranks.first(torch.randint(2**62, (1,), device=self.kv.device)))
         return super().generate(ids, max_new_tokens, temperature, top_p, seed, *args, **options)
 

@@ -241,6 +241,8 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
         engine.model.on_select = lambda i, candidates, scores, active: choices.append((i, scores, sorted(active)))
         torch.manual_seed(int(os.environ["RANK"]))
         head, engine.model.head = engine.model.head, lambda x: torch.randn_like(head(x))
+        engine.generate(draw(300), steps)
+        assert engine.ranks.calls == 0  # greedy: no seed is sent
         tokens = list(engine.generate(draw(300), steps, temperature=1.0))
         return tokens, choices, engine.model.kv.slabs[0].shape
 
