@@ -218,8 +218,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.role:  # torchrun is about to end this rank; first it says why
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.outlive_sigterm()
             why = self.reported() or f"the connection between ranks broke ({first_line(error)})"
             raise Lost(f"{why}; all ranks end") from None
 
@@ -237,6 +236,11 @@ class Ranks:
         if self.speaks():
             complain(f"{self.reported() or f'rank {peer} was lost'}; all ranks end")
         os._exit(2)
+
+    def outlive_sigterm(self) -> None:
+        """Ignore SIGTERM from now on: torchrun is about to send it, but this rank ends by itself and first says why."""
+        if self.role:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def report(self, why: str) -> None:
         """Leave word of why ranks end, unless there is already."""
