@@ -20,6 +20,7 @@ class Talk:
     def __init__(self, engine: slim.Engine, tokenizer, args, progress: Progress, say):
         self.engine, self.tokenizer, self.args, self.progress, self.say = engine, tokenizer, args, progress, say
         self.interrupted = False
+        self.alone = "ranks" not in engine.stats  # under torchrun, Ctrl-C ends the other ranks too
         self.open = self.open_at_first = False  # whether the turn of the text waits for a question
         self.text_read = bool(args.resume or args.prompt)  # apart from the first question
         self.recorder = blockmap.Recorder(engine)
@@ -141,12 +142,14 @@ class Talk:
         if not follow_up:
             self.progress.follow(engine)
         try:
-            with stop_between_tokens(args.chat) as stopped:
+            with stop_between_tokens(args.chat and self.alone) as stopped:
                 for piece in self.tokenizer.stream(tokens(stopped), args.stop):
                     pieces.append(piece)
                     if text:
                         print(piece, end="", flush=True)
         except KeyboardInterrupt:
+            if args.chat and not self.alone:
+                raise
             self.interrupted = True
         self.progress.done(engine)
         if text and (pieces or not self.interrupted):
@@ -206,7 +209,7 @@ def chat(talk: Talk) -> None:
     """Read questions and commands, a line each, until /quit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its history and editing
-    ends = "ends all ranks" if "ranks" in talk.engine.stats else "stops an answer"
+    ends = "stops an answer" if talk.alone else "ends all ranks"
     talk.say(f"slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C {ends}")
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while talk.engine.usable or not talk.engine.ids:
@@ -216,7 +219,9 @@ def chat(talk: Talk) -> None:
             return print(file=sys.stderr) if prompt else None
         except KeyboardInterrupt:
             print(file=sys.stderr)  # an empty line, and another try
-            continue
+            if talk.alone:
+                continue
+            raise
         if line == "/quit":
             return
         try:

@@ -500,6 +500,27 @@ def test_a_signal_to_rank_0_in_a_step_ends_all(tmp_path, sent, code):
     assert group.text("err").count("slim: ") == (code == 143)
 
 
+@pytest.mark.parametrize("when", ["ask away", "in a step"])
+def test_ctrl_c_in_a_chat_ends_all_as_interrupted(tmp_path, when):
+    """At the prompt and in an answer: torchrun passes the signal on to every rank."""
+    os.mkfifo(tmp_path / "typed")
+    ffn = model.Model.ffn
+    later = lambda self, layer, x: slow(self, layer, x) if self.kv.length else ffn(self, layer, x)  # noqa: E731
+    patches = [(0, model.Model, "ffn", later)]
+    asked = command(*QUIET[1:], "--chat", stdin=tmp_path / "typed", patches=patches)
+    group = Group(tmp_path, 2, asked)
+    with open(tmp_path / "typed", "w") as typed:
+        group.wait_for("ask away")
+        if when == "in a step":
+            print("x", file=typed, flush=True)
+            group.wait_for(when)
+        for rank in group.ranks:
+            os.kill(rank.pid, signal.SIGINT)
+        assert group.codes() == [130, -signal.SIGINT], group.text("err")
+    said = group.text("err").partition("ask away")[2].splitlines()[1:]
+    assert [line for line in said if line.startswith("slim: ")] == ["slim: interrupted"], said
+
+
 def test_ranks_refuse_together(tmp_path):
     """Unequal memory, a rank without the checkpoint, a number that does not divide the heads, bad input."""
 
