@@ -8,8 +8,8 @@ part, and the parts are summed (`Model.add`), once after attention and once afte
 every decision, is the same on every rank. The engine above and the cache below do not know: they have a model of fewer
 heads and fewer columns.
 
-- Embedding and head are cut by rows from VOCABULARY_BYTES each: a GPU reads 32 MiB at 2 TB/s in the 17 us that one
-  more call takes. Of Llama 3.3 70B (2 GiB each), 4 ranks save 3 GiB each and read 1.5 GiB less a token.
+- Embedding and head are cut by rows from VOCABULARY_BYTES each: at 2 TB/s a GPU reads 32 MiB in 17 us, the price of
+  one more call (both assumed). Of Llama 3.3 70B (2 GiB each), 4 ranks save 3 GiB each and read 1.5 GiB less a token.
 - KV heads fewer than ranks are repeated: R must be a multiple of their number, or divide it.
 - Scores: a rule says how those of a rank's heads are joined (`prune.Rule.heads`). A maximum is exact in any order;
   anything else is decided by rank 0. So is every choice of blocks, bit for bit.
