@@ -441,7 +441,7 @@ def expected_traffic(engine: slim.Engine, n_rows: int) -> tuple[int, int]:
     sums = rows + rows[1:] + rows[-1:]  # after attention; after the FFN, where a boundary's rows have left
     calls = sum(-(-n // m.chunk) for n in sums)
     size = sum(sums) * c.dim * item
-    if m.cut:  # embedding and head
+    if m.vocab_is_cut:  # embedding and head
         calls, size = calls + 2, size + n_rows * c.dim * item + c.vocab_size * item
     looks = sum(len(stage.layers) if first else 1 for stage in kv.stages[:-1])  # what blocks are worth
     size += looks * min(m.window, n_rows) * kv.stages[0].n_slots * max(item, 4)

@@ -38,7 +38,7 @@ import slim
 from loading.plan import Checkpoint, check_memory, dtype_name, env_number
 from loading.weights import SCALE
 from model import Config
-from parallel.ranks import Ranks, complain
+from parallel.ranks import Ranks, print_error
 
 VOCABULARY_BYTES = 2**25
 
@@ -50,14 +50,14 @@ def connect() -> Ranks:
 
 
 def main(program) -> int:
-    """Run the command line on rank 0 and obey it on the others; never returns."""
+    """Run the command line on rank 0, and workers on the others; never returns."""
     try:
         ranks = connect()
-        code = ranks.obey(obedient_start) if ranks.rank else ranks.lead(program)
+        code = ranks.follow(start_worker) if ranks.rank else ranks.lead(program)
     except ValueError as error:
         code = 2
         if os.environ.get("RANK", "0") == "0" or not dist.is_torchelastic_launched():  # nobody else would say it
-            complain(error)
+            print_error(error)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)  # threads wait for connections, and torch would wait for the threads
@@ -70,11 +70,11 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
         ckpt=str(ckpt.folder.resolve()), device=ckpt.device.type, dtype=dtype_name(ckpt.dtype),
         schedule=ckpt.schedule, score=ckpt.rule.name, **asdict(ckpt.settings),
     )  # fmt: skip
-    with ranks.telling("start", recipe, n_prompt, n_new):
+    with ranks.command("start", recipe, n_prompt, n_new):
         return start_together(ranks, lambda: ckpt, n_prompt, n_new, progress)
 
 
-def obedient_start(recipe: dict, n_prompt: int, n_new: int) -> "Engine":
+def start_worker(recipe: dict, n_prompt: int, n_new: int) -> "Engine":
     return start_together(connect(), lambda: Checkpoint.open(**recipe), n_prompt, n_new)
 
 
@@ -96,36 +96,36 @@ def span(n: int, rank: int, ranks: int) -> slice:
 
 def counts(c: Config) -> list[int]:
     """Return the numbers of ranks that a model's heads can be cut for."""
-    whole = [n for n in range(1, c.n_heads + 1) if c.n_heads % n == 0]
-    return [n for n in whole if c.n_kv_heads % n == 0 or n % c.n_kv_heads == 0]
+    h, g = c.n_heads, c.n_kv_heads
+    return [n for n in range(1, h + 1) if h % n == 0 and (g % n == 0 or n % g == 0)]
 
 
 @dataclass(frozen=True)
 class Part(Checkpoint):
     """A rank's part of a checkpoint, which looks like one of a smaller model."""
 
-    whole: Checkpoint
+    full: Checkpoint  # of all ranks
     q: slice  # heads
     kv: slice
     hidden: slice  # of F
-    words: slice  # of V
+    vocab: slice  # of V
     columns: slice  # of C, in aux
 
     @cached_property
     def weights_hash(self) -> str:
-        return self.whole.weights_hash
+        return self.full.weights_hash
 
     @property
     def aux_dim(self) -> int:
         return self.columns.stop - self.columns.start
 
-    def cuts(self, name: str) -> tuple[int, list[slice]]:
+    def pieces(self, name: str) -> tuple[int, list[slice]]:
         """Return along which dimension a tensor is cut, and the pieces of it that this rank has."""
-        c, f, (q, kv) = self.whole.config, self.hidden, (by(self.whole.config.head_dim, s) for s in (self.q, self.kv))
+        c, f, (q, kv) = self.full.config, self.hidden, (by(self.full.config.head_dim, s) for s in (self.q, self.kv))
         n_q, n_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         rows = {"q": [q], "k": [kv], "v": [kv], "gate": [f], "up": [f]}
         rows |= {"qkv": [q, after(n_q, kv), after(n_q + n_kv, kv)], "gate_up": [f, after(c.hidden_dim, f)]}
-        rows |= {"embed_tokens": [self.words], "lm_head": [self.words]}
+        rows |= {"embed_tokens": [self.vocab], "lm_head": [self.vocab]}
         kind = name.split(".")[-2].removesuffix("_proj")
         if kind in ("o", "down") and name.endswith(("weight", SCALE)):
             return 1, [q if kind == "o" else f]
@@ -141,7 +141,7 @@ def after(n: int, s: slice) -> slice:
 
 
 @dataclass
-class Cut:
+class PartFile:
     """An open file of which a rank sees its part alone. The file is mapped, so the rest is not read."""
 
     file: object
@@ -149,7 +149,7 @@ class Cut:
 
     def get_tensor(self, name: str) -> Tensor:
         tensor = self.file.get_tensor(name)
-        dim, pieces = self.part.cuts(name)
+        dim, pieces = self.part.pieces(name)
         if name.endswith(SCALE):
             tile = self.part.config.tile[dim]
             pieces = [slice(p.start // tile, -(-p.stop // tile)) for p in pieces]
@@ -174,18 +174,18 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     q, kv, hidden = (span(k, r, n) for k in (c.n_heads, c.n_kv_heads, c.hidden_dim))
-    cut = c.vocab_size * c.dim * ckpt.dtype.itemsize >= VOCABULARY_BYTES
-    words = span(c.vocab_size, r, n) if cut else slice(0, c.vocab_size)
+    large = c.vocab_size * c.dim * ckpt.dtype.itemsize >= VOCABULARY_BYTES
+    vocab = span(c.vocab_size, r, n) if large else slice(0, c.vocab_size)
     check_tiles(c, n, (by(c.head_dim, q), by(c.head_dim, kv), hidden))
     local = replace(
         c, n_heads=q.stop - q.start, n_kv_heads=kv.stop - kv.start, hidden_dim=hidden.stop - hidden.start,
-        vocab_size=words.stop - words.start,
+        vocab_size=vocab.stop - vocab.start,
     )  # fmt: skip
     rule = replace(ckpt.rule, score=joined(ckpt.rule, ranks, c.n_kv_heads))
     fields = vars(ckpt) | dict(config=local, device=device, rule=rule, tensors={})
     fields.pop("weights_hash", None)
-    part = Part(**fields, whole=ckpt, q=q, kv=kv, hidden=hidden, words=words, columns=span(c.dim, r, n))
-    part.tensors.update({name: Cut(ckpt.tensors[name], part) for name in ckpt.tensors})
+    part = Part(**fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=span(c.dim, r, n))
+    part.tensors.update({name: PartFile(ckpt.tensors[name], part) for name in ckpt.tensors})
     return part
 
 
@@ -193,13 +193,12 @@ def check_tiles(c: Config, n: int, parts: tuple[slice, slice, slice]) -> None:
     """Raise ValueError if a rank's rows of q, of k and v, or of the FFN end inside a tile of FP8 weights."""
     ends = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.hidden_dim)
     for part, end, tile in zip(parts, ends, (c.tile, c.tile[:1], c.tile) if c.tile else ()):
-        for edge in (part.start, part.stop):
-            last = edge == end and not c.fused  # nothing is cut there, unless another matrix follows in the same tensor
-            if not last and any(edge % size for size in tile):
-                raise ValueError(
-                    f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {edge}; "
-                    "start fewer"
-                )
+        edges = {part.start, part.stop} - (set() if c.fused else {end})  # the end is no cut, unless more follows in it
+        if wrong := [e for e in sorted(edges) if any(e % size for size in tile)]:
+            raise ValueError(
+                f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0]}; "
+                "start fewer"
+            )
 
 
 def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):
@@ -242,8 +241,8 @@ class Model(model.Model):
 
     def __init__(self, ranks: Ranks, part: Part, *args):
         super().__init__(*args)
-        self.ranks, self.part, self.vocab_size = ranks, part, part.whole.config.vocab_size
-        self.cut = part.config.vocab_size < self.vocab_size
+        self.ranks, self.part, self.vocab_size = ranks, part, part.full.config.vocab_size
+        self.vocab_is_cut = part.config.vocab_size < self.vocab_size
 
     def add(self, x: Tensor, out: Tensor, w: Tensor) -> None:
         if self.ranks.rank:
@@ -252,15 +251,15 @@ class Model(model.Model):
         self.ranks.sum(x)
 
     def embed(self, ids: Tensor) -> Tensor:
-        if not self.cut:
+        if not self.vocab_is_cut:
             return super().embed(ids)
-        own = (ids >= self.part.words.start) & (ids < self.part.words.stop)
-        x = super().embed((ids - self.part.words.start).where(own, 0))
+        own = (ids >= self.part.vocab.start) & (ids < self.part.vocab.stop)
+        x = super().embed((ids - self.part.vocab.start).where(own, 0))
         return self.ranks.sum(x.masked_fill_(~own[:, None], 0))
 
     def head(self, x: Tensor) -> Tensor:
         logits = super().head(x)
-        return self.ranks.whole(logits, 1, self.part.words, self.vocab_size) if self.cut else logits
+        return self.ranks.assemble(logits, 1, self.part.vocab, self.vocab_size) if self.vocab_is_cut else logits
 
     def score_layer(self, layer: int, stage, rows, n: int, queries: Tensor, weights, scores: Tensor) -> None:
         """Join the maxima where they count: at the boundary, and in the prompt's step also where the map shows them."""
@@ -274,13 +273,13 @@ class KVCache(kvcache.KVCache):
 
     def __init__(self, ranks: Ranks, part: Part, n_layers, n_kv_heads, head_dim, dim, *args):
         super().__init__(n_layers, n_kv_heads, head_dim, part.aux_dim, *args)
-        self.ranks, self.part, self.c = ranks, part, part.whole.config
+        self.ranks, self.part, self.c = ranks, part, part.full.config
 
     def offload(self, stage, x: Tensor, first_row: dict[int, int]) -> None:
         super().offload(stage, x[:, self.part.columns], first_row)
 
     def restore(self, stage, blocks: list[int]) -> Tensor:
-        return self.ranks.whole(super().restore(stage, blocks), 1, self.part.columns, self.c.dim)
+        return self.ranks.assemble(super().restore(stage, blocks), 1, self.part.columns, self.c.dim)
 
     def place(self, name: str, n_dims: int) -> tuple[int, slice, int] | None:
         """Return along which dimension a saved tensor is cut, this rank's part, and the whole; None if it is not."""
@@ -301,7 +300,7 @@ class KVCache(kvcache.KVCache):
                 dim, where, n = place
                 again = where.start * self.ranks.n // n < self.ranks.rank  # a head that the rank before has too
                 part = tensor.narrow(dim, 0, 0) if again and n < self.ranks.n else tensor
-                tensor = self.ranks.whole(part.contiguous(), dim, where, n)
+                tensor = self.ranks.assemble(part.contiguous(), dim, where, n)
             tensors[name] = tensor if self.ranks.rank == 0 else None
         return layout, tensors
 
@@ -314,34 +313,41 @@ class KVCache(kvcache.KVCache):
         super().load_state(layout, own, schedule, room)
 
 
-def told(method):
-    """Let the ranks that obey do the same."""
+def commanded(method):
+    """Let the workers call the same method as the leader."""
 
     @functools.wraps(method)
     def call(self, *args, **options):
-        with self.ranks.telling(method.__name__, self.pending, args, options):
+        with self.ranks.command(method.__name__, self.pending, args, options):
             return method(self, *args, **options)
 
     return call
 
 
 class Engine(slim.Engine):
-    """A rank's engine. Every rank calls the same methods with the same arguments, or obeys rank 0."""
+    """A rank's engine. Every rank calls the same methods with the same arguments, or follows rank 0.
+
+    Where ranks agree:
+    prefill: whether there is memory, before anything is given up (`check_room`); extend: the same (`lacks`).
+    Their step: x and the vocabulary, by sums; the blocks, by maxima or rank 0 (`joined`); logits, as rank 0 has them.
+    resume: memory, and that all have read the file. save: whether rank 0 could write all ranks' parts.
+    generate: the seed, where it samples. forget, rewind and stats: nowhere, they only follow what was agreed.
+    """
 
     def __init__(self, ranks: Ranks, part: Part, model: Model):
         super().__init__(part, model)
-        self.ranks, self.config = ranks, part.whole.config
+        self.ranks, self.config = ranks, part.full.config
 
-    prefill, extend = told(slim.Engine.prefill), told(slim.Engine.extend)
-    forget, rewind = told(slim.Engine.forget), told(slim.Engine.rewind)
+    prefill, extend = commanded(slim.Engine.prefill), commanded(slim.Engine.extend)
+    forget, rewind = commanded(slim.Engine.forget), commanded(slim.Engine.rewind)
 
-    @told
+    @commanded
     def resume(self, path, room: int = 0) -> dict:
         extra = super().resume(path, room)
         self.ranks.gather(None)  # disks differ: the next step begins when all have read it
         return extra
 
-    @told
+    @commanded
     def save(self, path, extra: dict | None = None) -> None:
         """Write one file of all ranks' parts, by rank 0."""
         ready = self.usable and self.model.rule.name

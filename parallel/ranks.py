@@ -1,13 +1,13 @@
-"""The processes that torchrun started, one a GPU (a rank each), and what they say to each other.
+"""The processes that torchrun started, one a GPU (a rank each), and what they tell each other.
 
-Rank 0 leads the command line: it alone reads, samples and prints, and the other ranks obey, doing to their part
-of the engine what rank 0 does to its own (`lead`, `obey`). In a script of the user's own, every rank runs the
-script and calls the engine alike. Tensors meet in torch's collectives, NCCL on GPUs and gloo on CPUs.
+Rank 0 is the command line's leader: it alone reads, samples and prints. The other ranks are workers and do to their
+part of the engine what the leader does to its own (`lead`, `follow`, `command`). In a script of the user's own, every
+rank runs the script and calls the engine alike. Tensors meet in torch's collectives, NCCL on GPUs, gloo on CPUs.
 
 How all end. An error that a rank meets before a step is told to all and raised on all (`together`). One inside a
 step ends its rank; the connections to it then break, and every other rank ends on that, in a collective or in a
 thread that watches the connection (`watch`), which also sees a rank that was killed while others wait on a GPU. A
-line about it is printed once (`speaks`).
+line about it is printed once (`may_print`).
 """
 
 import atexit
@@ -56,12 +56,12 @@ class Ranks:
             self.objects = dist.new_group(backend="gloo", timeout=IDLE)  # on the CPU; breaks with any rank
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"the ranks do not reach each other: {first_line(error)}; start them with torchrun, or unset WORLD_SIZE, "
-                "RANK, MASTER_ADDR and MASTER_PORT to run one process"
+                f"the ranks do not reach each other: {first_line(error)}; start them with torchrun, or unset "
+                "WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT to run one process"
             ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"slim/{attempt}", store)
-        self.role = ""  # "leads" or "obeys"; in a user's own script neither
+        self.role = ""  # "leader" or "worker"; in a user's own script neither
         self.inside = self.broken = False  # a command is under way; one was broken off
         self.calls = self.bytes = 0  # of tensors that met so far
 
@@ -71,7 +71,7 @@ class Ranks:
         """Run a collective of torch's on a tensor in place."""
         self.calls += 1
         self.bytes += x.nbytes
-        with self.losses():
+        with self.connection():
             collective(x, *args, group=self.tensors)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Ranks:
         self.meet(dist.broadcast, x, 0)
         return x
 
-    def whole(self, part: Tensor, dim: int, where: slice, n: int) -> Tensor:
+    def assemble(self, part: Tensor, dim: int, where: slice, n: int) -> Tensor:
         """Return the tensor of which every rank has a part: `where` along dim, n long; an empty part adds nothing."""
         shape = list(part.shape)
         shape[dim] = n
@@ -96,19 +96,19 @@ class Ranks:
             out.narrow(dim, where.start, part.shape[dim]).copy_(part)
         return self.sum(out)  # of one number and zeros: exact, in any order
 
-    # ---- words ------------------------------------------------------------------------
+    # ---- objects ----------------------------------------------------------------------
 
     def gather(self, value) -> list:
         """Return every rank's value, by rank."""
         values = [None] * self.n
-        with self.losses():
+        with self.connection():
             dist.all_gather_object(values, value, group=self.objects)
         return values
 
-    def say(self, *words):
-        """Return rank 0's words on every rank, as a tuple."""
-        box = [words]
-        with self.losses():
+    def broadcast(self, *values) -> tuple:
+        """Return rank 0's values on every rank."""
+        box = [values]
+        with self.connection():
             dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
@@ -128,8 +128,8 @@ class Ranks:
         return result
 
     @contextlib.contextmanager
-    def telling(self, name: str, *words):
-        """Do something on this rank, and where rank 0 leads, tell the others to do it too.
+    def command(self, name: str, *arguments):
+        """Do something on this rank; the leader has the workers do it too.
 
         An error about the input, a ValueError, leaves all as they were. A rank that meets one alone, before
         its step, says so where the others are: where they ask each other whether to begin.
@@ -140,8 +140,8 @@ class Ranks:
         if self.broken:
             raise Lost("a step was broken off, and the other ranks are still in it; start again")
         self.inside = self.broken = True
-        if self.role == "leads":
-            self.say(name, *words)
+        if self.role == "leader":
+            self.broadcast(name, *arguments)
         try:
             yield
             self.broken = False
@@ -155,7 +155,8 @@ class Ranks:
 
     # ---- the command line -------------------------------------------------------------
 
-    def play(self, role: str) -> None:
+    def begin(self, role: str) -> None:
+        """Take a role, and watch the others."""
         self.role = role
         for peer in set(range(self.n)) - {self.rank}:
             threading.Thread(target=self.watch, args=(peer,), daemon=True).start()
@@ -163,63 +164,63 @@ class Ranks:
     def lead(self, program) -> int:
         """Run a program that uses the engine; return its exit code."""
         code = 1
-        self.play("leads")
+        self.begin("leader")
         try:
             code = program()
         except Lost as error:
             code = 2
-            if self.speaks():
-                complain(error)
+            if self.may_print():
+                print_error(error)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-            if code == 143 and self.speaks():  # by torchrun, mostly
-                complain(f"{self.reported() or 'ended by SIGTERM'}; all ranks end")
+            if code == 143 and self.may_print():  # by torchrun, mostly
+                print_error(f"{self.wait_for_cause() or 'ended by SIGTERM'}; all ranks end")
         except BaseException:
             traceback.print_exc()
-        self.speaks()  # whatever the others meet now, rank 0 has said all
+        self.may_print()  # whatever the others meet now, all is said
         if not self.broken:
             with contextlib.suppress(Lost):
-                self.say("end", code)
-                self.done()
+                self.broadcast("end", code)
+                self.set_done()
         return code
 
-    def obey(self, start) -> int:
-        """Do what rank 0 says until it ends; return its exit code."""
+    def follow(self, start) -> int:
+        """Carry out the leader's commands until it ends; return its exit code."""
         engine = None
-        self.play("obeys")
+        self.begin("worker")
         for ending in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C under torchrun reaches every rank, and ends them all
             signal.signal(ending, signal.SIG_DFL)
         while True:
             try:
-                name, *words = self.say()
+                name, *arguments = self.broadcast()
                 if name == "end":
-                    self.done()
-                    return words[0]
+                    self.set_done()
+                    return arguments[0]
                 if name == "start":
-                    engine = start(*words)
+                    engine = start(*arguments)
                 else:
-                    engine.pending, args, options = words
+                    engine.pending, args, options = arguments
                     getattr(engine, name)(*args, **options)
             except ValueError:
-                pass  # rank 0 has it too, and says it
+                pass  # the leader has it too, and prints it
             except Lost as error:
-                if self.speaks(after=GRACE):
-                    complain(error)
+                if self.may_print(after=GRACE):
+                    print_error(error)
                 return 2
             except BaseException as error:
-                self.report(f"rank {self.rank}: {type(error).__name__}: {first_line(error)}")
+                self.leave_cause(f"rank {self.rank}: {type(error).__name__}: {first_line(error)}")
                 return 2
 
     # ---- how all end ------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def losses(self):
+    def connection(self):
         """Turn torch's error about a connection into ours, which says what happened if anybody knows."""
         try:
             yield
         except RuntimeError as error:
             self.outlive_sigterm()
-            why = self.reported() or f"the connection between ranks broke ({first_line(error)})"
+            why = self.wait_for_cause() or f"the connection between ranks broke ({first_line(error)})"
             raise Lost(f"{why}; all ranks end") from None
 
     def watch(self, peer: int) -> None:
@@ -229,12 +230,12 @@ class Ranks:
         try:
             if self.store.check([f"done {peer}"]):
                 return
-            self.report(f"rank {peer} was lost")
+            self.leave_cause(f"rank {peer} was lost")
         except RuntimeError:
             pass
         time.sleep(2 * GRACE)  # by now the main thread has met the loss, unless it waits for a GPU or a person
-        if self.speaks():
-            complain(f"{self.reported() or f'rank {peer} was lost'}; all ranks end")
+        if self.may_print():
+            print_error(f"{self.wait_for_cause() or f'rank {peer} was lost'}; all ranks end")
         os._exit(2)
 
     def outlive_sigterm(self) -> None:
@@ -242,13 +243,13 @@ class Ranks:
         if self.role:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def report(self, why: str) -> None:
-        """Leave word of why ranks end, unless there is already."""
+    def leave_cause(self, why: str) -> None:
+        """Tell the others why ranks end, unless one has."""
         with contextlib.suppress(RuntimeError):
             self.store.compare_set("failed", "", why)
 
-    def reported(self) -> str:
-        """Return the word that was left, or comes within a moment."""
+    def wait_for_cause(self) -> str:
+        """Return the cause that some rank has left, or leaves within half a second; "" if none does."""
         with contextlib.suppress(RuntimeError):
             for _ in range(10):
                 if self.store.check(["failed"]):
@@ -256,7 +257,7 @@ class Ranks:
                 time.sleep(0.05)
         return ""
 
-    def speaks(self, after: float = 0.0) -> bool:
+    def may_print(self, after: float = 0.0) -> bool:
         """Say whether this rank is to print the line: the first that asks, rank 0 at once, others `after` seconds."""
         try:
             end = time.monotonic() + after
@@ -266,8 +267,8 @@ class Ranks:
         except RuntimeError:  # the store went with its rank
             return self.rank == 1
 
-    def done(self) -> None:
-        """Say that this rank ends as it should."""
+    def set_done(self) -> None:
+        """Tell the others that this rank ends as it should."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"done {self.rank}", "1")
 
@@ -282,5 +283,5 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def complain(error) -> None:
+def print_error(error) -> None:
     print(f"slim: error: {one_line(error)}", file=sys.stderr, flush=True)

@@ -535,7 +535,7 @@ def test_ranks_refuse_together(tmp_path):
     one_line(Group(tmp_path, 5, command(*ASK)), [2] * 5, "5 ranks cannot share 4 heads and 2 KV heads")
     one_line(Group(tmp_path, 2, command("--ckpt", "nowhere", "--ask", "x")), [2, 2], "no checkpoint 'nowhere'")
     one_line(Group(tmp_path, 2, command("--serve", "0")), [2, 2], "--serve works on one GPU only")
-    one_line(Group(tmp_path, 2, command("--device", "cuda:1")), [2, 2], "'cuda:1': under torchrun each rank takes the GPU")
+    one_line(Group(tmp_path, 2, command("--device", "cuda:1")), [2, 2], "'cuda:1': under torchrun each rank takes")
     group = Group(tmp_path, 2, command("--nonsense"))
     one_line(group, [2, 2], "unrecognized arguments: --nonsense")
 
