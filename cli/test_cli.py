@@ -404,7 +404,7 @@ def test_what_a_terminal_would_obey_is_shown_instead(cli):
     edit_json(cli.folder / "config.json", **{"architectures": ["\x1b"], "model_type": "\x1b"})
     is_one_line(cli()[2], r"\x1b")
     rank = subprocess.run(
-        [sys.executable, "-c", "from parallel.ranks import complain; complain('\x1b')"], cwd=HERE, capture_output=True
+        [sys.executable, "-c", "from parallel.ranks import print_error; print_error('\x1b')"], cwd=HERE, capture_output=True
     )
     assert rank.stderr == b"slim: error: \\x1b\n"
 
