@@ -403,9 +403,8 @@ def test_what_a_terminal_would_obey_is_shown_instead(cli):
     is_one_line(cli("--no-such\x1b")[2], r"--no-such\x1b")
     edit_json(cli.folder / "config.json", **{"architectures": ["\x1b"], "model_type": "\x1b"})
     is_one_line(cli()[2], r"\x1b")
-    rank = subprocess.run(
-        [sys.executable, "-c", "from parallel.ranks import print_error; print_error('\x1b')"], cwd=HERE, capture_output=True
-    )
+    code = "from parallel.ranks import print_error; print_error('\x1b')"
+    rank = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True)
     assert rank.stderr == b"slim: error: \\x1b\n"
 
 
