@@ -112,7 +112,7 @@ def pick_device(name: str) -> torch.device:
     digits = (number or "0").isascii() and (number or "0").isdigit()
     if kind not in ("cpu", "cuda") or (kind == "cpu" and number) or not digits:
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
-    if number and env_number("WORLD_SIZE") > 1:
+    if number and env_number("WORLD_SIZE") > 1 and int(number) != env_number("LOCAL_RANK", 0, 0):
         raise ValueError(f"--device {name!r}: under torchrun each rank takes the GPU of its own; use --device cuda")
     if kind == "cuda" and int(number or 0) >= cuda:
         raise ValueError(
