@@ -140,6 +140,25 @@ def test_a_text_at_hand_is_saved_before_another_that_lies_in_a_file_is_read_anew
     assert read(b + draw(9, 8)) == 2000
 
 
+def test_two_long_chats_on_one_text_both_stay(tiny, tmp_path):
+    texts, read = started(tiny, tmp_path)
+    text = draw(2000, 1)
+    a, b = text + draw(1200, 2), text + draw(1200, 3)
+    assert [read(ids) for ids in (text, a, b)] == [0, 2000, 2000]
+    assert read(a + draw(9, 4)) == len(a) and read(b + draw(9, 5)) == len(b)
+    assert read(a + draw(300, 6)) == len(a) and len(texts.files()) == 2  # no file of what another goes on from
+    texts.put_away()
+    assert len(texts.files()) == 2
+
+
+def test_a_file_deleted_by_hand_is_written_again(tiny, tmp_path):
+    texts, read = started(tiny, tmp_path)
+    read(draw(2000, 1)), texts.put_away()
+    texts.files()[0].unlink()
+    texts.put_away()
+    assert len(texts.files()) == 1
+
+
 def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
     texts, read = started(tiny, tmp_path)
     docs = [draw(2000, seed) for seed in (1, 2, 3)]

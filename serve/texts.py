@@ -17,7 +17,7 @@ from loading.plan import NoRoom
 from loading.saved import check_saved, read_saved
 
 TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter of it at most
-WORTH_A_FILE = 1024  # tokens; less is sooner read again
+WORTH_A_FILE = 1024  # tokens of a text, or of what was said about it; less is sooner read again
 FEW = 256  # tokens; a file that lacks no more than these of its conversation is not written again
 
 
@@ -92,9 +92,9 @@ class Texts:
                 self.say(f"slim: {error}")
                 self.drop(path)
                 return self.reuse(ids, room)
+        elif len(at_hand := engine.ids + engine.pending) - common(at_hand, ids) > WORTH_A_FILE:
+            self.put_away()  # else that much would be lost
         if not kept:
-            if 2 * common(engine.ids, ids) < len(ids):  # at hand is another text
-                self.put_away()
             if 2 * shared < len(ids):
                 shared = len(ids)
             # else the same text parted before its tail began: this time the tail begins there
@@ -112,16 +112,19 @@ class Texts:
         if self.folder is None or not engine.usable or engine.kv.tail_start < WORTH_A_FILE:
             return
         ids, first = engine.ids + engine.pending, engine.kv.tail_start
-        name = hashlib.sha256(repr((engine.ckpt.identity, ids[:first])).encode()).hexdigest()[:16]
-        path = self.folder / f"text-{name}.slim"
-        known, _ = self.saved.get(path, ([], 0))
-        if len(ids) - common(known, ids) > FEW:
+        self.saved = {path: known for path, known in self.saved.items() if path.exists()}
+        shared = {path: (common(known, ids), len(known), start) for path, (known, start) in self.saved.items()}
+        if not any(len(ids) - same <= FEW and start <= first for same, _, start in shared.values()):
+            path = self.folder / f"text-{hashlib.sha256(repr((engine.ckpt.identity, ids)).encode()).hexdigest()[:16]}.slim"
             try:
                 engine.save(path)
             except ValueError as error:
                 self.say(f"slim: {error}")
                 return
             self.saved[path] = ids, first
+            for old, (same, length, start) in shared.items():
+                if length - same <= FEW and first <= start and old not in (path, wanted):
+                    self.drop(old)  # the new file goes on from it
         if wanted:
             with contextlib.suppress(OSError):
                 os.utime(wanted)
