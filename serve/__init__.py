@@ -1,4 +1,4 @@
-"""An HTTP door to the engine that speaks OpenAI's API: `python slim.py --ckpt CKPT --serve [HOST:]PORT`.
+"""An HTTP server for the engine that speaks OpenAI's API: `python slim.py --ckpt CKPT --serve [HOST:]PORT`.
 
 Every connection has a thread, which reads and checks the request, waits, and writes the answer. The main
 thread runs the engine, one job at a time, in the order they came. The two talk through queues, so a client
@@ -19,18 +19,20 @@ import time
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from urllib.parse import unquote
 
 from serve.api import ApiError, Request, chunk, parse, usage, whole
 from serve.texts import Texts, check_folder
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_CLIENTS = 256  # connections at a time
-PATIENCE = 30.0  # seconds for a request to arrive whole, and for a client to take a piece of its answer
-BREATH = 10.0  # seconds after which a stream that has nothing to say yet says so
+TIMEOUT = 30.0  # seconds for a request to arrive whole, and for a client to take a piece of its answer
+IDLE = 10.0  # seconds without news after which a stream sends a comment
+PIECE = 512  # tokens of a follow-up that are read at once; between two pieces the client may be found gone
 
 
-class Gone(Exception):
-    """The client has left."""
+class Disconnected(Exception):
+    """The client has closed the connection."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Job:
 
     request: Request
     out: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    gone: threading.Event = field(default_factory=threading.Event)
+    disconnected: threading.Event = field(default_factory=threading.Event)
 
 
 # ---- the engine's side ------------------------------------------------------------------
@@ -58,7 +60,7 @@ def run(server: "Server", engine, tok, args, say) -> int:
         server.stopping.set()
         server.shutdown()
         texts.put_away()
-        server.leave()
+        server.close()
     return 0
 
 
@@ -87,8 +89,8 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
         if server.stopping.is_set():
             raise ApiError(503, "the server is closing")
         answer(job, server, engine, tok, texts, say)
-    except Gone:
-        counts["gone"] += 1
+    except Disconnected:
+        counts["disconnected"] += 1
     except ApiError as error:
         job.out.put(error)
     except (ValueError, MemoryError) as error:  # a ValueError before a step: the request asks too much
@@ -102,43 +104,53 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
     server.engine_stats = engine.stats if engine.usable else {}
 
 
+class Tokens:
+    """The tokens of an answer as they come, each after a check; `ended` stays False if a stop text ends the answer."""
+
+    def __init__(self, source, check):
+        self.source, self.check, self.n, self.first, self.ended = source, check, 0, 0.0, False
+
+    def __iter__(self):
+        for token in self.source:
+            self.check()
+            self.n, self.first = self.n + 1, self.first or time.perf_counter()
+            yield token
+        self.ended = True
+
+
 def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
-    """Write the answer to a job, piece by piece, into its queue; raise Gone if the client leaves."""
-    r, counts, started = job.request, server.counts, time.perf_counter()
-    first, n, finish = 0.0, 0, "stop"
+    """Write the answer to a job, piece by piece, into its queue; raise Disconnected if the client leaves."""
+    r, started = job.request, time.perf_counter()
 
     def check(*_):
-        if job.gone.is_set():
-            raise Gone
-
-    def tokens():
-        nonlocal first, n, finish
-        for token in engine.generate(
-            r.ids[cached:], r.max_tokens, r.temperature, r.top_p, r.seed, follow_up=cached > 0, tail=tail
-        ):
-            check()
-            first, n = first or time.perf_counter() - started, n + 1
-            yield token
-        finish = "length" if n == r.max_tokens else "stop"  # not reached where a stop text ends the answer
+        if job.disconnected.is_set():
+            raise Disconnected
 
     check()
     cached, tail = texts.reuse(r.ids, r.max_tokens)
+    begin = cached
+    while cached and len(r.ids) - begin > PIECE:
+        engine.extend(r.ids[begin : begin + PIECE], room=len(r.ids) - begin - PIECE + r.max_tokens)
+        begin += PIECE
+        check()
+    sampling = r.max_tokens, r.temperature, r.top_p, r.seed
+    tokens = Tokens(engine.generate(r.ids[begin:], *sampling, follow_up=cached > 0, tail=tail), check)
     if not cached:
         engine.model.on_chunk = check  # a new reading may be broken off anywhere: nothing is lost
     try:
-        for piece in tok.stream(tokens(), r.stop):
+        for piece in tok.stream(tokens, r.stop):
             job.out.put(piece)
     finally:
         engine.model.on_chunk = lambda *_: None
-    used = usage(r, n, cached)
-    job.out.put((finish, used))
-    counts["answers"] += 1
+    n, now = tokens.n, time.perf_counter()
+    job.out.put(("length" if tokens.ended and n == r.max_tokens else "stop", usage(r, n, cached)))
+    server.counts["answers"] += 1
     for name, value in (("prompt_tokens", len(r.ids)), ("cached_tokens", cached), ("completion_tokens", n)):
-        counts[name] += value
-    rate = max(0, n - 1) / max(1e-9, time.perf_counter() - started - first)
+        server.counts[name] += value
+    first, more = tokens.first or now, max(0, n - 1)
     say(
-        f"slim: {len(r.ids):,} tokens, {cached:,} of them read before; first token {first:.2f} s, "
-        f"then {max(0, n - 1):,} more at {rate:.1f} tokens/s"
+        f"slim: {len(r.ids):,} tokens, {cached:,} of them read before; first token {first - started:.2f} s, "
+        f"then {more:,} more at {more / max(1e-9, now - first):.1f} tokens/s"
     )
 
 
@@ -172,13 +184,13 @@ def check_place(place: str, key: str | None) -> tuple[str, int]:
 
 def is_loopback(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """The door: bound when made, open once it is `ready`."""
+    """Bound when made; answers after `ready` and `serve_forever`."""
 
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 128
 
@@ -189,7 +201,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.key, self.jobs, self.stopping = key, queue.SimpleQueue(), threading.Event()
         self.clients: set[socket.socket] = set()
         self.arriving: dict[socket.socket, float] = {}  # connections whose request is not here yet: until when
-        names = "answers", "errors", "gone", "prompt_tokens", "cached_tokens", "completion_tokens"
+        names = "answers", "errors", "disconnected", "prompt_tokens", "cached_tokens", "completion_tokens"
         self.counts, self.engine_stats = dict.fromkeys(names, 0), {}
 
     def ready(self, engine, tok, args) -> None:
@@ -197,7 +209,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.max_len, self.tok, self.args = engine.config.max_len, tok, args
         self.created = int(time.time())
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Close, once the answers that are written have been sent, or after a few seconds."""
         while not self.jobs.empty():
             if job := self.jobs.get():
@@ -208,10 +220,11 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def process_request(self, request, client_address):
-        if len(self.clients) >= MOST_CLIENTS:
-            return self.shutdown_request(request)  # a client tries again
-        self.clients.add(request)
-        self.arriving[request] = time.monotonic() + PATIENCE
+        if len(self.arriving) >= 2 * MOST_CLIENTS:
+            return self.shutdown_request(request)
+        if len(self.clients) < MOST_CLIENTS:
+            self.clients.add(request)  # the others are told that there are too many
+        self.arriving[request] = time.monotonic() + TIMEOUT
         super().process_request(request, client_address)
 
     def process_request_thread(self, request, client_address):
@@ -235,7 +248,10 @@ class Server(socketserver.ThreadingTCPServer):
 class Handler(BaseHTTPRequestHandler):
     """One connection, one request."""
 
-    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "Slim", "", PATIENCE
+    protocol_version, timeout = "HTTP/1.1", TIMEOUT
+
+    def version_string(self):
+        return "Slim"
 
     def do_GET(self):
         self.guarded(self.get)
@@ -243,13 +259,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.guarded(self.post)
 
+    def do_OPTIONS(self):
+        """A browser asks whether a page of another site may send its request; the key decides, not the site."""
+        self.guarded(lambda path: self.send_head(204, "text/plain", {}) if self.server.key else self.post(path))
+
     def guarded(self, method) -> None:
         """Run a method; what it raises is sent as an error object, if there is still somebody."""
         self.close_connection, self.streaming = True, False
         try:
             try:
                 self.check_caller()
-                method(self.path.partition("?")[0].rstrip("/"))
+                method(unquote(self.path.partition("?")[0]).rstrip("/") or "/")
             except ApiError as error:
                 self.server.counts["errors"] += 1
                 self.send_event(error.body) if self.streaming else self.send_json(error.status, error.body)
@@ -259,13 +279,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_caller(self) -> None:
         """Refuse callers without the key and, where there is none, pages of other sites in this machine's browser."""
+        if self.connection not in self.server.clients:
+            raise ApiError(503, f"{MOST_CLIENTS} clients are being served, the most there may be; try again later")
         key, given = self.server.key, self.headers.get("Authorization", "")
-        if key and self.path != "/health" and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        free = self.path == "/health" or self.command == "OPTIONS"
+        if key and not free and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             raise ApiError(401, "the key is missing or wrong; send Authorization: Bearer KEY", None, "invalid_api_key")
-        host, origin = self.headers.get("Host", "localhost"), self.headers.get("Origin")
+        host, origin = self.headers.get("Host", "localhost").lower(), self.headers.get("Origin")
         name = host[: host.rfind("]") + 1] or host.partition(":")[0]
-        if not key and not is_loopback(name.strip("[]")) or origin not in (None, f"http://{host}"):
-            raise ApiError(403, f"requests to {host!r:.60} from {origin or 'there'!r:.60} are not served")
+        if not key and (not is_loopback(name.strip("[]")) or origin and origin.lower() != f"http://{host}"):
+            raise ApiError(
+                403, f"requests to {host!r:.60} from {origin or 'there'!r:.60} need a key: start the server with "
+                "--api-key or $SLIM_API_KEY; without one, only programs of this machine are served, at 127.0.0.1"
+            )  # fmt: skip
 
     def get(self, path: str) -> None:
         s = self.server
@@ -304,7 +330,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.stream(job) if r.stream else self.collect(job)
         finally:
-            job.gone.set()  # harmless once the answer is complete
+            job.disconnected.set()  # harmless once the answer is complete
 
     def body(self) -> bytes:
         n = self.headers.get("Content-Length", "")
@@ -321,7 +347,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def events(self, job: Job, idle=lambda: None):
         """Yield what the engine puts out for a job, up to (finish reason, usage); raise its ApiError, OSError if the
-        client leaves. Calls `idle` after every BREATH without news.
+        client leaves. Calls `idle` after every IDLE seconds without news.
         """
         said = time.monotonic()
         while True:
@@ -329,7 +355,7 @@ class Handler(BaseHTTPRequestHandler):
                 event = job.out.get(timeout=0.2)
             except queue.Empty:
                 self.check_there()
-                if time.monotonic() - said > BREATH:
+                if time.monotonic() - said > IDLE:
                     said = time.monotonic()
                     idle()
                 continue
@@ -349,7 +375,7 @@ class Handler(BaseHTTPRequestHandler):
         except BlockingIOError:
             pass
         finally:
-            self.connection.settimeout(PATIENCE)
+            self.connection.settimeout(TIMEOUT)
 
     def collect(self, job: Job) -> None:
         *pieces, (finish, used) = self.events(job)
@@ -391,16 +417,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_head(self, status: int, kind: str, more: dict) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Type": kind, "Connection": "close"} | more).items():
-            self.send_header(name, value)
+        headers = {"Content-Type": kind, "Connection": "close"} | more
         if status == 401:
-            self.send_header("WWW-Authenticate", "Bearer")
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.server.key:  # pages of any site may read the answer: they had the key
+            headers |= {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Headers": "Authorization, *"}
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
 
     def linger(self) -> None:
         """Read away what is left of a refused body: closing on it would cut off the answer before it is read."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.server.arriving.setdefault(self.connection, time.monotonic() + PATIENCE)
+        self.server.arriving.setdefault(self.connection, time.monotonic() + TIMEOUT)
         while self.connection.recv(2**16):
             pass
 

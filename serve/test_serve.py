@@ -28,7 +28,7 @@ import tokenizer
 from cli import main as cli_main
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
-from serve import Server, check_place
+from serve import Disconnected, Job, Server, answer, check_place
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
 from test_slim import HERE, checkpoints, draw, set_free, talking, tiny  # noqa: F401  fixtures
@@ -439,6 +439,13 @@ def test_the_small_paths_and_errors_in_their_shape(server):
     status, models = server.ask("/v1/models")
     assert status == 200 and [model["id"] for model in models["data"]] == [server.model]
     assert server.ask(f"/v1/models/{server.model}")[1] == models["data"][0]
+    assert server.ask(f"/v1/models/%{ord(server.model[0]):x}{server.model[1:]}")[1] == models["data"][0]
+    for headers in ({"Host": "LOCALHOST:80"}, {"Host": f"LocalHost:{server.port}", "Origin": server.url}):
+        headers |= {"Origin": f"HTTP://localhost:{server.port}"} if "Origin" in headers else {}
+        assert server.ask("/health", **headers)[0] == 200
+    assert "there is no '/';" in server.ask("/")[1]["error"]["message"]
+    assert "--api-key" in server.ask("/health", Host="evil.example")[1]["error"]["message"]
+    assert urllib.request.urlopen(server.url + "/health").headers["Server"] == "Slim"
     server.chat(TEXT)
     stats = server.ask("/v1/stats")[1]
     assert stats["answers"] > 0 and stats["conversation"]["tokens"] > 0 and stats["waiting"] == 0
@@ -469,7 +476,7 @@ def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
     """Half a request, an answer not read, an answer left in the middle, and one left while it waits."""
     long = server.post({"messages": USER, "max_tokens": 3000, "stream": True})
     half = [server.raw(long[:n]) for n in (0, 10, 60, len(long) - 5) for _ in range(5)]
-    gone = server.ask("/v1/stats")[1]["gone"]
+    gone = server.ask("/v1/stats")[1]["disconnected"]
     slow = server.raw(long)  # never reads
     first, waiting = server.raw(long), server.raw(long)
     waiting.close()
@@ -480,7 +487,7 @@ def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
     assert server.chat("CAB", max_tokens=2)["choices"]
     slow.close()
     assert time.monotonic() - started < 50
-    assert server.ask("/v1/stats")[1]["gone"] > gone
+    assert server.ask("/v1/stats")[1]["disconnected"] > gone
     for connection in half:
         connection.close()
 
@@ -490,7 +497,37 @@ def test_a_key_is_asked_for(talking):
     assert server.ask("/v1/models")[0] == 401
     assert server.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
     assert server.ask("/v1/models", Authorization="Bearer sesame=1")[0] == 200 and server.ask("/health")[0] == 200
+    key = {"Authorization": "Bearer sesame=1"}
+    for origin in ("file://", "app://x", "https://example.org"):  # with the key any page and host will do
+        assert server.ask("/v1/models", Origin=origin, Host="a.example", **key)[0] == 200
+    for data, status in [(b"OPTIONS /v1/models", 204), (b"GET /v1/models", 401)]:
+        with server.raw(data + b" HTTP/1.1\r\nHost: a.example\r\nOrigin: null\r\n\r\n") as connection:
+            got = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert f" {status} ".encode() in got and b"Access-Control-Allow-Origin: *" in got
     assert server.close(signal.SIGTERM) == 0
+
+
+def test_a_client_too_many_is_told_so(monkeypatch):
+    monkeypatch.setattr("serve.MOST_CLIENTS", 1)
+    with Server("127.0.0.1", 0, None) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        with socket.create_connection(door.server_address):
+            with socket.create_connection(door.server_address, timeout=60) as second:
+                second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                got = b"".join(iter(lambda: second.recv(65536), b""))
+        door.shutdown()
+    assert b" 503 " in got and b'"error"' in got
+
+
+def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, monkeypatch):
+    engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2600)
+    texts, request = Texts(engine), {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []}
+    engine.prefill(text[:1500], tail=100)
+    job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
+    monkeypatch.setattr(engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more))
+    with pytest.raises(Disconnected):
+        answer(job, None, engine, None, texts, print)
+    assert engine.usable and engine.ids == text[:2012] and texts.reuse(text) == (2012, 0)
 
 
 def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
