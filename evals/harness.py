@@ -13,22 +13,26 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import os
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import datasets
 import nltk
 import numpy as np
 
 nltk.download = lambda *args, **kwargs: False  # RULER asks for it on import, and needs it for essays alone
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import apply_template
 
 from evals.lm import SlimLM
 from loading.plan import Checkpoint, one_line
@@ -85,13 +89,34 @@ def ruler_task(name: str, folder: Path, lengths: list[int], n: int, essays: Path
     return {"task": name, "custom_dataset": lambda **_: data, "metric_list": metrics}
 
 
+def last_line(doc: dict) -> str:
+    """Return the question of a RULER sample."""
+    return "\n" + doc["input"].rpartition("\n")[2]
+
+
 def longbench_task(name: str, folder: Path | None) -> dict:
     """Return a LongBench task of the harness that reads its file in a folder."""
-    file = folder and folder / f"{name.removeprefix('longbench_')}.jsonl"
+    file = folder and longbench_file(name, folder)
     if not file or not file.is_file():
         raise ValueError(f"{name} needs {file or 'its file'}; give LongBench's folder of .jsonl files with --longbench")
-    files = {"data_files": {"test": str(file)}}
-    return {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+    try:
+        with file.open(encoding="utf-8") as lines:
+            docs = [json.loads(line) for line in lines]
+        docs = [{"question": doc.get("input", "")} | doc for doc in docs]  # the harness's name for it
+        data = {"test": datasets.Dataset.from_list(docs)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a file of LongBench's: {error}; give another folder") from None
+    return {"task": name, "custom_dataset": lambda **_: data}
+
+
+def longbench_file(name: str, folder: Path) -> Path:
+    return folder / f"{name.removeprefix('longbench_')}.jsonl"
+
+
+def after_context(name: str, doc: dict) -> str:
+    """Return what a LongBench prompt has after its text; "" where that holds no question."""
+    after = long_tasks().task_index[name].cfg["doc_to_text"].partition("{{context}}")[2]
+    return apply_template(after, doc) if "{{question}}" in after else ""
 
 
 @functools.cache
@@ -99,12 +124,40 @@ def all_tasks() -> TaskManager:
     return TaskManager()  # reads thousands of files
 
 
-def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
+@functools.cache
+def long_tasks() -> TaskManager:
+    folder = Path(importlib.import_module("lm_eval.tasks").__file__).parent
+    return TaskManager(include_path=[str(folder / "ruler"), str(folder / "longbench")], include_defaults=False)
+
+
+def manager_of(name: str) -> TaskManager:
+    return long_tasks() if name in long_tasks().task_index else all_tasks()
+
+
+def expand(names: str, folder: Path | None) -> list[str]:
+    """Return the names of tasks; `ruler` and `longbench` stand for all that can run."""
+    found = []
+    for name in names.split(","):
+        if name == "longbench":
+            if folder is None:
+                raise ValueError("longbench needs its files; give LongBench's folder of .jsonl files with --longbench")
+            found += (all_of_it := [
+                task for task in long_tasks().task_index
+                if task.startswith("longbench_") and longbench_file(task, folder).is_file()
+            ])  # fmt: skip
+            if not all_of_it:
+                raise ValueError(f"--longbench {folder} has no file of LongBench's, such as qasper.jsonl")
+        else:
+            found += WITHOUT_ESSAYS if name == "ruler" else [name]
+    return list(dict.fromkeys(found))
+
+
+def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int, question=lambda doc: None) -> list[dict]:
     """Run one task; return its rows: a metric, its mean over the samples and the standard error."""
-    lm.used = []
+    lm.question, lm.used = question, []
     result = simple_evaluate(
         lm, tasks=[{"group": "slim", "task": [task]}], limit=limit, apply_chat_template=chat, bootstrap_iters=0,
-        task_manager=all_tasks(), verbosity="ERROR",
+        task_manager=manager_of(task["task"]), verbosity="ERROR",
     )  # fmt: skip
     rows = []
     for name, samples in result["samples"].items():
@@ -118,13 +171,24 @@ def evaluate(lm: SlimLM, task: dict, chat: bool, limit: int) -> list[dict]:
     return rows
 
 
-def table(columns: dict[str, list[dict]], notes: dict[str, str]) -> str:
-    """Return a Markdown table: a row per task and metric, a column per way to answer; what each saw and cost."""
+def notes_of(lm: SlimLM) -> dict[str, str]:
+    """Return what is said under a column: what its requests saw, lost and cost."""
+    views = Counter(used.in_view for used in lm.used)
+    seen = next(iter(views)) if len(views) == 1 else ", ".join(f"{view} {n}" for view, n in views.items())
+    return {
+        "question in view when the text is pruned": seen if lm.ckpt.schedule else "nothing is pruned",
+        "prompts cut in the middle, to the context": f"{sum(used.cut for used in lm.used)} of {len(lm.used)}",
+        "FLOPs of the prefill, of dense": f"{lm.flops():.1%}",
+    }
+
+
+def table(columns: dict[str, list[dict]], notes: dict[str, dict[str, str]]) -> str:
+    """Return a Markdown table: a row per task and metric, a column per way to answer; then the notes."""
     lines = ["| task | metric | samples | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
-    for rows in zip(*columns.values()):
+    for rows in zip(*columns.values(), strict=True):
         cells = [f"{100 * row['mean']:.1f} ± {100 * row['error']:.1f}" for row in rows]
         lines.append(f"| {rows[0]['task']} | {rows[0]['metric']} | {rows[0]['n']} | " + " | ".join(cells) + " |")
-    for what in ("question in view when the text is pruned", "FLOPs of the prefill, of dense"):
+    for what in next(iter(notes.values())):
         lines.append(f"| {what} | | | " + " | ".join(notes[name][what] for name in columns) + " |")
     return "\n".join(lines)
 
@@ -132,7 +196,7 @@ def table(columns: dict[str, list[dict]], notes: dict[str, str]) -> str:
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--ckpt", required=True)
-    p.add_argument("--tasks", required=True, help="names of the harness, with commas; ruler: its tasks without essays")
+    p.add_argument("--tasks", required=True, help="names of the harness, with commas; ruler: all without essays; longbench: all with a file")
     p.add_argument("--lengths", type=int, nargs="+", default=[4096], help="of RULER's samples, in tokens (%(default)s)")
     p.add_argument("--limit", type=int, default=100, help="samples a task and length (%(default)s)")
     p.add_argument(
@@ -174,36 +238,32 @@ def run(args) -> str:
         ways[column] = SlimLM(ckpt, False, args.out, args.max_len)
         if args.question_later and ckpt.schedule:
             ways[f"{column}, question later"] = SlimLM(ckpt, True, args.out, args.max_len)
-    names = ",".join(WITHOUT_ESSAYS) if args.tasks == "ruler" else args.tasks
     tasks = []
-    for name in names.split(","):
+    for name in expand(args.tasks, args.longbench):
         if name in RULER:
             if max(args.lengths) > ways[column].max_len:
                 most = ways[column].max_len
                 raise ValueError(f"--lengths {max(args.lengths)} is above the context of {most} tokens; give less")
-            tasks.append((ruler_task(name, ckpt.folder, args.lengths, args.limit, args.essays), not args.raw))
-        elif name.startswith("longbench_") and name in all_tasks().task_index:
+            task = ruler_task(name, ckpt.folder, args.lengths, args.limit, args.essays)
+            tasks.append((task, not args.raw, last_line))
+        elif name.startswith("longbench_") and name in long_tasks().task_index:
             few_shot = name.removeprefix("longbench_").removesuffix("_e") in NO_CHAT
-            tasks.append((longbench_task(name, args.longbench), not args.raw and not few_shot))
+            question = functools.partial(after_context, name)
+            tasks.append((longbench_task(name, args.longbench), not args.raw and not few_shot, question))
         elif name in all_tasks().task_index:
-            tasks.append(({"task": name}, not args.raw))
+            tasks.append(({"task": name}, not args.raw, lambda doc: None))
         else:
             raise ValueError(f"there is no task {name!r}; lm_eval ls tasks lists those of the harness")
     columns, notes = {}, {}
     for column, lm in ways.items():
         columns[column], used = [], []
-        for task, chat in tasks:
+        for task, chat, question in tasks:
             limit = args.limit * (len(args.lengths) if task["task"] in RULER else 1)
-            columns[column] += evaluate(lm, task, chat and lm.tok.template is not None, limit)
+            columns[column] += evaluate(lm, task, chat and lm.tok.template is not None, limit, question)
             used += lm.used
             print(f"evals: {column}: {columns[column][-1]}", file=sys.stderr, flush=True)
         lm.used, lm.engine = used, None
-        unseen = sum(split for *_, split in used)
-        seen = "yes" if not unseen else "no" if unseen == len(used) else f"no in {unseen} of {len(used)}"
-        seen = "nothing is pruned" if not lm.ckpt.schedule else seen
-        notes[column] = dict(zip(
-            ("question in view when the text is pruned", "FLOPs of the prefill, of dense"), (seen, f"{lm.flops():.1%}")
-        ))  # fmt: skip
+        notes[column] = notes_of(lm)
     return table(columns, notes)
 
 

@@ -1,14 +1,16 @@
 """The engine as a model of lm-evaluation-harness: it continues texts and scores them.
 
 A request is ids to read and ids or stops to go on with. `later` reads the text first and the question as a
-follow-up, so that the text is pruned before the question is known. Every answer goes to a file as soon as it is
-there, under a key of all it depends on, and is not computed again by a second run.
+follow-up, so that the text is pruned before the question is known; where that is, the task says (`question`).
+Every answer goes to a file as soon as it is there, under a key of all it depends on, and is not computed again
+by a second run.
 """
 
 import contextlib
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from lm_eval.api.model import LM
@@ -21,22 +23,46 @@ from serve.api import chat_ids
 from serve.texts import common
 
 MESSAGES = "messages "  # opens a prompt that is a conversation, as JSON
-MARKS = "\nQuestion:", "\n\nQuestion", "\nWhat ", "\n\n", "\n"  # where a question may begin; the first that is found
+RECORD = '{"key": "'  # opens every line of the file of answers
+SLICE = 256  # tokens scored at a time: the logits of all would be the largest tensor by far
+
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    split: int = 0  # ids before the question; 0 if it does not stand after the text, or nobody knows where
+    in_view: str = "unknown"  # whether the question is known when ids[:split or all] are pruned: yes, no or unknown
+    cut: bool = False  # to the context, in the middle
+
+
+class Used(NamedTuple):
+    """What one request took: tokens of its prompt, those of the prefill, and see Prompt."""
+
+    tokens: int
+    prefilled: int
+    in_view: str
+    cut: bool
 
 
 class SlimLM(LM):
-    """A checkpoint with a schedule and a rule. `used` gathers what each request of the present task took."""
+    """A checkpoint with a schedule and a rule.
+
+    For each task: `question(doc)` is the end of a prompt that may come later, "" if the prompt asks before the
+    text, None if that is not known; `used` gathers what the requests took.
+    """
 
     def __init__(self, ckpt: Checkpoint, later: bool = False, out: Path | None = None, max_len: int = 0):
         super().__init__()
         self.ckpt, self.later, self.out = ckpt, later, out
         self.max_len = max_len or ckpt.config.max_len
-        self.tok, self.engine, self.used = tokenizer.load(ckpt.folder), None, []
+        self.tok, self.engine = tokenizer.load(ckpt.folder), None
+        self.question, self.used = lambda doc: None, []
         self.known, self.torn = {}, False
         if out and out.exists():
             old = out.read_text()
             self.torn = bool(old) and not old.endswith("\n")
-            for line in old.splitlines():
+            for line in filter(None, old.split("\n")):
+                if not (line.startswith(RECORD) or RECORD.startswith(line)):
+                    raise ValueError(f"--out {out} holds {line!r:.60}, which is no answer of this program; give another")
                 with contextlib.suppress(ValueError):  # the last line of a run that was killed
                     record = json.loads(line)
                     self.known[record["key"]] = record["value"]
@@ -44,10 +70,15 @@ class SlimLM(LM):
     # ---- what the harness asks for
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        return [self.remember(self.read(r.args[0], r.args[1].get("max_gen_toks", 256)), r.args[1]) for r in requests]
+        out = []
+        for r in requests:
+            text, options = r.args
+            prompt = self.read(text, options.get("max_gen_toks", 256), self.question(r.doc))
+            out.append(self.remember(prompt, options))
+        return out
 
     def loglikelihood(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
-        return [tuple(self.remember(*self.pair(*r.args))) for r in requests]
+        return [tuple(self.remember(*self.pair(*r.args, self.question(r.doc)))) for r in requests]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
         """Of the whole text, from its first token on; all of it stands in the tail, so nothing is pruned."""
@@ -55,7 +86,7 @@ class SlimLM(LM):
         for r in requests:
             windows = get_rolling_token_windows(self.tok.encode(r.args[0]), self.start_id, self.max_len - 1, 1)
             pairs = [make_disjoint_window(window) for window in windows]
-            sums.append(sum(self.remember((ids, 0), answer)[0] for ids, answer in pairs))
+            sums.append(sum(self.remember(Prompt(ids), answer)[0] for ids, answer in pairs))
         return sums
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
@@ -75,8 +106,8 @@ class SlimLM(LM):
     def start_id(self) -> int:
         return self.tok.bos_id if self.tok.bos_id is not None else min(self.ckpt.stop, default=0)
 
-    def read(self, prompt: str, room: int) -> tuple[list[int], int]:
-        """Return a prompt's ids, and how many of them stand before its question, or 0 if that is not known.
+    def read(self, prompt: str, room: int, question: str | None = None) -> Prompt:
+        """Return the ids of a prompt, and where in them its question begins, if that is known.
 
         What is too long is cut in the middle of its longest text, as LongBench does.
         """
@@ -90,7 +121,7 @@ class SlimLM(LM):
 
         text = longest["content"]
         ids = ids_with(text)
-        if (excess := len(ids) + room - self.max_len) > 0:
+        if cut := (excess := len(ids) + room - self.max_len) > 0:
             inner = self.tok.encode(text)
             half = (len(inner) - excess - 8) // 2  # the seam may take a few tokens more
             if half < 1:
@@ -100,33 +131,34 @@ class SlimLM(LM):
                 )
             text = self.tok.decode(inner[:half]) + self.tok.decode(inner[-half:])
             ids = ids_with(text)
-        at = next((at for mark in MARKS if (at := text.rfind(mark)) > len(text) // 2), -1)
-        return ids, common(ids, ids_with(text[:at])) if at >= 0 else 0
+        if not question:
+            return Prompt(ids, 0, "unknown" if question is None else "yes", cut)
+        split = common(ids, ids_with(text[:at])) if (at := text.rfind(question)) >= 0 else 0
+        return Prompt(ids, split, "no" if split else "yes", cut)
 
     def plain(self, text: str) -> list[int]:
         return ([] if self.tok.bos_id is None else [self.tok.bos_id]) + self.tok.encode(text)
 
-    def pair(self, context: str, answer: str) -> tuple[tuple[list[int], int], list[int]]:
+    def pair(self, context: str, answer: str, question: str | None = None) -> tuple[Prompt, list[int]]:
         """Return what to read and the ids to score; a space at the end of the context belongs to the answer."""
         if context.startswith(MESSAGES):
             wanted = self.tok.encode(answer)
-            return self.read(context, len(wanted)), wanted
+            return self.read(context, len(wanted), question), wanted
         if not context:
-            return ([self.start_id], 0), self.tok.encode(answer)
+            return Prompt([self.start_id]), self.tok.encode(answer)
         n = len(context) - len(context.rstrip())
-        ids = self.read(context.rstrip(), len(self.tok.encode(context[len(context) - n :] + answer)))
-        whole = self.plain(context + answer)
-        if len(ids[0]) >= len(whole) or self.plain(context[: len(context) - n]) != ids[0]:  # cut, or nothing to score
-            return ids, self.tok.encode(context[len(context) - n :] + answer)
-        return ids, whole[len(ids[0]) :]
+        alone = self.tok.encode(context[len(context) - n :] + answer)
+        prompt, whole = self.read(context.rstrip(), len(alone), question), self.plain(context + answer)
+        if prompt.cut or len(prompt.ids) >= len(whole):  # no part of the whole, or all of it
+            return prompt, alone
+        return prompt, whole[len(prompt.ids) :]
 
     # ---- to the engine
 
-    def remember(self, prompt: tuple[list[int], int], what):
+    def remember(self, prompt: Prompt, what):
         """Return the answer to a request: from the file, or from the engine and then in the file."""
-        ids, text_end = prompt
-        split = text_end if self.later else 0
-        self.used.append((len(ids), split or len(ids), bool(split)))
+        ids, split = prompt.ids, prompt.split if self.later else 0
+        self.used.append(Used(len(ids), split or len(ids), prompt.in_view if self.later else "yes", prompt.cut))
         key = [self.ckpt.identity, split, ids, what]
         key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         if key not in self.known:
@@ -158,19 +190,27 @@ class SlimLM(LM):
         A pruned engine takes them one by one, and chooses at each, as when it writes them itself.
         """
         engine = self.engine
-        logits = [engine.prefill(ids[: split or len(ids)], room=len(answer))]
+        first = engine.prefill(ids[: split or len(ids)], room=len(answer))
         if split:
-            logits = [engine.extend(ids[split:])]
-        if len(engine.kv.stages) == 1 and len(answer) > 1:
-            logits += engine.extend(answer[:-1], all_logits=True)
-        elif len(answer) > 1:
-            logits += [engine.extend([i]) for i in answer[:-1]]
-        found = torch.stack([*logits]).cpu().double().log_softmax(-1)
-        picked = found[torch.arange(len(answer)), torch.tensor(answer)]
-        return float(picked.sum()), bool((found.argmax(-1) == torch.tensor(answer)).all())
+            first = engine.extend(ids[split:])
+
+        def slices():
+            yield first[None]
+            at_once, run = SLICE if len(engine.kv.stages) == 1 else 1, answer[:-1]
+            for a in range(0, len(run), at_once):
+                yield engine.extend(run[a : a + at_once], all_logits=True)
+
+        total, greedy, n = 0.0, True, 0
+        for logits in slices():
+            wanted = torch.tensor(answer[n : n + len(logits)])
+            found = logits.cpu().double().log_softmax(-1)
+            total += float(found.gather(1, wanted[:, None]).sum())
+            greedy &= bool((found.argmax(-1) == wanted).all())
+            n += len(logits)
+        return total, greedy
 
     def flops(self) -> float:
         """Return the share of a dense prefill's operations that the requests so far took; what follows is left out."""
         c, block_len = self.ckpt.config, self.ckpt.settings.block_len
-        spent = sum(prefill_flops(c, n, self.ckpt.schedule, block_len) for _, n, _ in self.used)
-        return spent / sum(prefill_flops(c, n, {}, block_len) for _, n, _ in self.used)
+        spent = sum(prefill_flops(c, n, self.ckpt.schedule, block_len) for _, n, *_ in self.used)
+        return spent / sum(prefill_flops(c, n, {}, block_len) for _, n, *_ in self.used)

@@ -21,7 +21,7 @@ SENTENCES = [f"The {a} is {b}. " for a in ("grass", "sky", "sun", "token", "bloc
 
 
 def request(*args):
-    return SimpleNamespace(args=args)
+    return SimpleNamespace(args=args, doc={})
 
 
 def text(n, seed):
@@ -39,7 +39,7 @@ def test_dense_scores_are_those_of_transformers(talking):
     requests = [("", "The grass"), ("The sky is ", "blue"), ("The sky is", " blue."), ("A  ", " B")]
     requests += [(text(rng.randint(1, 40), i), " " + text(rng.randint(1, 6), i + 100)) for i in range(46)]
     for (context, answer), (score, greedy) in zip(requests, lm.loglikelihood([request(*r) for r in requests])):
-        (ids, _), wanted = lm.pair(context, answer)
+        (ids, *_), wanted = lm.pair(context, answer)
         if context:
             assert ids + wanted == lm.plain(context + answer)
         with torch.no_grad():
@@ -52,10 +52,22 @@ def test_dense_scores_are_those_of_transformers(talking):
     assert lm.loglikelihood_rolling([request(whole)])[0] == pytest.approx(lm.score([lm.start_id], 0, ids)[0], abs=1e-3)
 
 
+def test_scores_are_added_up_in_slices(talking, monkeypatch):
+    """The logits of a long answer, all at once, would be the largest tensor of a run by far."""
+    lm, answer = lm_of(talking), text(40, 2)
+    score, _ = lm.loglikelihood([request("The sky", answer)])[0]
+    monkeypatch.setattr("evals.lm.SLICE", 7)
+    lm, sizes = lm_of(talking), []
+    log_softmax = torch.Tensor.log_softmax
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, dim: sizes.append(len(x)) or log_softmax(x, dim))
+    again, _ = lm.loglikelihood([request("The sky", answer)])[0]
+    assert max(sizes) == 7 and again == pytest.approx(score, abs=1e-3)
+
+
 def test_pruned_scores_are_those_of_the_engine_a_token_at_a_time(talking):
     lm, context, answer = lm_of(talking, {2: 256, 3: 128}), text(150, 3), " The sun is blue."
     score, _ = lm.loglikelihood([request(context, answer)])[0]
-    (ids, _), wanted = lm.pair(context, answer)
+    (ids, *_), wanted = lm.pair(context, answer)
     engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)
     logits = [engine.prefill(ids, room=len(wanted)), *(engine.extend([i]) for i in wanted[:-1])]
     assert score == pytest.approx(sum(float(x.double().log_softmax(-1)[i]) for x, i in zip(logits, wanted)), abs=1e-6)
@@ -88,11 +100,11 @@ def test_answers_are_written_once_and_end_at_a_stop(talking, tmp_path, monkeypat
 
 def test_what_is_too_long_is_cut_in_the_middle(talking):
     lm = lm_of(talking, max_len=400)
-    ids, _ = lm.read("BEGIN " + text(200, 1) + " END", 30)
+    ids, *_ = lm.read("BEGIN " + text(200, 1) + " END", 30)
     assert 350 < len(ids) <= 370
     assert lm.tok.decode(ids).startswith("BEGIN") and lm.tok.decode(ids).endswith("END")
     chat = [{"role": "user", "content": "BEGIN " + text(200, 1) + " END"}, {"role": "assistant", "content": "It is"}]
-    ids, _ = lm.read(MESSAGES + json.dumps(chat), 30)
+    ids, *_ = lm.read(MESSAGES + json.dumps(chat), 30)
     assert 350 < len(ids) <= 370 and lm.tok.decode(ids).rstrip().endswith("It is")
 
 
@@ -106,18 +118,39 @@ def test_what_cannot_be_cut_to_the_context_is_refused(talking):
     assert len(ids[0]) + len(answer) <= 400
 
 
+def test_where_a_question_begins_is_known_from_its_task(talking):
+    """What comes later is the question, not the last paragraph; where no question follows the text, nothing does."""
+    doc = {"context": text(20, 1), "question": "An abstract.\n\nOf two paragraphs."}
+    tasks, lm = harness.long_tasks().task_index, lm_of(talking, {2: 256}, later=True)
+    for name, begin, in_view in [
+        ("passage_retrieval_en", "\n\nThe following is an abstract.", "no"), ("triviaqa", "\nAn abstract.", "no"),
+        ("qasper", "\n\n Answer the question", "no"), ("repobench-p", "An abstract.", "no"), ("lcc", "", "yes"),
+        ("gov_report", "", "yes"), ("passage_count", "", "yes"),
+    ]:  # fmt: skip
+        name = "longbench_" + name
+        prompt = harness.apply_template(tasks[name].cfg["doc_to_text"], doc)
+        ids, split, seen, cut = lm.read(prompt, 5, harness.after_context(name, doc))
+        assert seen == in_view and not cut and bool(split) == (in_view == "no")
+        later = prompt[prompt.index(doc["context"]) + len(doc["context"]) :]
+        if split:
+            assert later.startswith(begin) and abs(len(lm.tok.encode(later)) - len(ids[split:])) <= 2
+    assert harness.last_line({"input": "A\nB\nWhat is C?"}) == "\nWhat is C?"
+    assert lm.read(text(20, 1) + "\n\nWhere?", 5).in_view == "unknown"
+
+
 def test_messages_go_through_the_models_template_and_a_question_can_come_later(talking):
     lm = lm_of(talking, {2: 256, 3: 128}, later=True)
     chat = [{"role": "user", "content": text(80, 1) + "\nQuestion: where?"}, {"role": "assistant", "content": "In"}]
-    ids, split = lm.read(lm.apply_chat_template(chat, add_generation_prompt=False), 5)
+    ids, split, *_ = lm.read(lm.apply_chat_template(chat, add_generation_prompt=False), 5, "\nQuestion: where?")
     assert ids == chat_ids(lm.tok, chat)
     before, after = lm.tok.decode(ids[:split]), "".join(lm.tok.stream(ids[split:]))
     assert before.endswith(". ") or before.endswith(".") and "Question: where?" in after and after.endswith("In")
+    lm.question = lambda doc: "\nQuestion: where?"
     said = lm.generate_until([request(MESSAGES + json.dumps(chat), {"max_gen_toks": 5})])[0]
     engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)
     engine.prefill(ids[:split])
     assert said == "".join(lm.tok.stream(engine.generate(ids[split:], 5, follow_up=True)))
-    assert lm.used == [(len(ids), split, True)] and 0 < lm.flops() < 1
+    assert lm.used == [(len(ids), split, "no", False)] and 0 < lm.flops() < 1
 
 
 def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_run(
@@ -125,16 +158,17 @@ def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_ru
 ):
     pytest.importorskip("wonderwords", reason='RULER is not installed: pip install "lm-eval[ruler]"')
     (tmp_path / "book.txt").write_text(text(3000, 1))
-    args = ["--ckpt", str(talking), "--tasks", "niah_single_1,niah_multikey_1", "--lengths", "1024", "2048",
-            "--limit", "2", "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
+    args = ["--ckpt", str(talking), "--tasks", "niah_multikey_1", "--lengths", "512", "1024",
+            "--limit", "1", "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
             "--essays", str(tmp_path / "book.txt")]  # fmt: skip
     assert harness.main(args) == 0
     table = capsys.readouterr().out
     assert "| task | metric | samples | dense | 3:1/4 | 3:1/4, question later |" in table
-    for row in ("niah_single_1 | 1024 | 2", "niah_single_1 | 2048 | 2", "niah_multikey_1 | 2048 | 2"):
+    for row in ("niah_multikey_1 | 512 | 1", "niah_multikey_1 | 1024 | 1"):
         assert row in table
     assert "| nothing is pruned | yes | no |" in table and "| 100.0% |" in table
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2 * 2 * 2 * 3
+    assert "cut in the middle, to the context | | | 0 of 2 | 0 of 2 | 0 of 2 |" in table
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2 * 3
     monkeypatch.setattr(slim, "start", lambda *_: pytest.fail("an answer was computed again"))
     assert harness.main(args) == 0 and capsys.readouterr().out == table
 
@@ -143,11 +177,22 @@ def test_longbench_reads_its_file(talking, tmp_path, capsys):
     for package in ("jieba", "fuzzywuzzy", "rouge"):
         pytest.importorskip(package, reason='LongBench is not installed: pip install "lm-eval[longbench]"')
     doc = {"input": "Where?", "context": text(50, 1), "answers": ["here"], "length": 9, "dataset": "qasper",
-           "language": "en", "all_classes": None, "_id": "1", "question": "Where?"}  # fmt: skip
-    (tmp_path / "qasper.jsonl").write_text(json.dumps(doc) + "\n")
-    args = ["--ckpt", str(talking), "--tasks", "longbench_qasper", "--columns", "3:1/4", "--longbench", str(tmp_path)]
-    assert harness.main([*args, "--max-len", "600"]) == 0
-    assert "| longbench_qasper | qa_f1_score | 1 |" in capsys.readouterr().out
+           "language": "en", "all_classes": None, "_id": "1"}  # fmt: skip
+    for name in ("qasper", "gov_report"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(doc) + "\n")
+    args = ["--ckpt", str(talking), "--tasks", "longbench", "--columns", "3:1/4", "--longbench", str(tmp_path)]
+    assert harness.main([*args, "--max-len", "1000", "--question-later"]) == 0
+    table = capsys.readouterr().out
+    assert "| longbench_qasper | qa_f1_score | 1 |" in table and "| longbench_gov_report | score | 1 |" in table
+    assert "when the text is pruned | | | yes | " in table and "no 1" in table and "yes 1" in table
+    assert "| 1 of 2 | 1 of 2 |" in table  # of 1,000 tokens a summary may have 512
+
+
+def test_tasks_are_expanded_and_columns_must_be_alike():
+    assert harness.expand("ruler_vt,ruler,arc_easy", None) == ["ruler_vt", *(
+        name for name in harness.WITHOUT_ESSAYS if name != "ruler_vt"), "arc_easy"]  # fmt: skip
+    with pytest.raises(ValueError, match="shorter"):
+        harness.table({"a": [{"task": "t", "metric": "m", "n": 1, "mean": 1, "error": 0}], "b": []}, {})
 
 
 def test_a_task_without_a_score_a_sample_is_refused(talking):
@@ -167,12 +212,18 @@ def test_a_task_without_a_score_a_sample_is_refused(talking):
         (["--tasks", "ruler_vt", "--max-len", "99999999"], "--max-len 99999999"),
         (["--tasks", "ruler_vt", "--max-len", "2048", "--lengths", "2049"], "2049"),
         (["--tasks", "ruler_vt", "--out", "no/such/folder.jsonl"], "--out no/such"),
+        (["--tasks", "ruler_vt", "--out", "other.jsonl"], "other.jsonl holds"), (["--tasks", "longbench"], "--longbench"),
+        (["--tasks", "longbench", "--longbench", "."], "--longbench . has no file"),
+        (["--tasks", "longbench_qasper", "--longbench", "broken"], "qasper.jsonl is not"),
         (["--tasks", "ruler_vt", "--limit", "0"], "--limit"), (["--tasks", "ruler_vt", "--ckpt", "nowhere"], "nowhere"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(talking, tmp_path, capsys, monkeypatch, args, names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no_such.jsonl").write_text("{}")
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "qasper.jsonl").write_text("[]\n")
     assert harness.main(["--ckpt", str(talking), *args]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evals: error")]
     assert len(err) == 1 and names in err[0]
