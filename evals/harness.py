@@ -196,7 +196,7 @@ def table(columns: dict[str, list[dict]], notes: dict[str, dict[str, str]]) -> s
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--ckpt", required=True)
-    p.add_argument("--tasks", required=True, help="names of the harness, with commas; ruler: all without essays; longbench: all with a file")
+    p.add_argument("--tasks", required=True, help="with commas; ruler: all without essays; longbench: all with a file")
     p.add_argument("--lengths", type=int, nargs="+", default=[4096], help="of RULER's samples, in tokens (%(default)s)")
     p.add_argument("--limit", type=int, default=100, help="samples a task and length (%(default)s)")
     p.add_argument(

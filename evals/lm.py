@@ -62,7 +62,7 @@ class SlimLM(LM):
             self.torn = bool(old) and not old.endswith("\n")
             for line in filter(None, old.split("\n")):
                 if not (line.startswith(RECORD) or RECORD.startswith(line)):
-                    raise ValueError(f"--out {out} holds {line!r:.60}, which is no answer of this program; give another")
+                    raise ValueError(f"--out {out} holds {line!r:.60}, which is no answer; give another file")
                 with contextlib.suppress(ValueError):  # the last line of a run that was killed
                     record = json.loads(line)
                     self.known[record["key"]] = record["value"]

@@ -511,10 +511,10 @@ def test_a_client_too_many_is_told_so(monkeypatch):
     monkeypatch.setattr("serve.MOST_CLIENTS", 1)
     with Server("127.0.0.1", 0, None) as door:
         threading.Thread(target=door.serve_forever, daemon=True).start()
-        with socket.create_connection(door.server_address):
-            with socket.create_connection(door.server_address, timeout=60) as second:
-                second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                got = b"".join(iter(lambda: second.recv(65536), b""))
+        first, second = (socket.create_connection(door.server_address, timeout=60) for _ in range(2))
+        with first, second:
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            got = b"".join(iter(lambda: second.recv(65536), b""))
         door.shutdown()
     assert b" 503 " in got and b'"error"' in got
 

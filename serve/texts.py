@@ -115,7 +115,8 @@ class Texts:
         self.saved = {path: known for path, known in self.saved.items() if path.exists()}
         shared = {path: (common(known, ids), len(known), start) for path, (known, start) in self.saved.items()}
         if not any(len(ids) - same <= FEW and start <= first for same, _, start in shared.values()):
-            path = self.folder / f"text-{hashlib.sha256(repr((engine.ckpt.identity, ids)).encode()).hexdigest()[:16]}.slim"
+            name = hashlib.sha256(repr((engine.ckpt.identity, ids)).encode()).hexdigest()[:16]
+            path = self.folder / f"text-{name}.slim"
             try:
                 engine.save(path)
             except ValueError as error:
