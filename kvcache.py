@@ -95,8 +95,8 @@ class HostMemory:
         return self.piece[self.used - n : self.used]
 
     def grow(self, n: int) -> None:
-        what = "CPU memory for pruned blocks"
-        self.piece = allocate(torch.empty, what, n, *self.shape, dtype=self.dtype, pin_memory=self.pin)
+        options = {"dtype": self.dtype, "pin_memory": self.pin}
+        self.piece = allocate(torch.empty, "CPU memory for pruned blocks", n, *self.shape, **options)
         self.used = 0
 
 

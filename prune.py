@@ -10,8 +10,6 @@ weight that any of the newest queries, in any head of any layer so far, has cast
 its tokens. `paper`: SlimInfer's, the mean query of the boundary's layer against the mean
 keys of a block's units. A rule of your own is a `Rule`, handed to `slim.load(..., score=yours)`.
 
-Nothing here has state or knows a device.
-
 Shapes: W window queries, H heads, G KV heads, D head_dim, N blocks, B block_len.
 """
 
@@ -91,13 +89,12 @@ class Rule:
     heads: str = "all"
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not callable(self.score) or self.sees not in ("weights", "keys"):
+        known = self.sees in ("weights", "keys") and type(self.every_layer) is bool
+        if not isinstance(self.name, str) or not callable(self.score) or not known:
             raise ValueError(
-                f"rule {self.name!r:.60} needs a name, a function, and sees='weights' or 'keys'; "
-                f"it has {self.score!r:.60} and sees={self.sees!r:.60}"
+                f"rule {self.name!r:.60} needs a name, a function, sees='weights' or 'keys', and a bool every_layer; "
+                f"it has {self.score!r:.60}, {self.sees!r:.60} and {self.every_layer!r:.60}"
             )
-        if type(self.every_layer) is not bool:
-            raise ValueError(f"rule {self.name!r}: every_layer is {self.every_layer!r:.60}; it must be a bool")
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
             raise ValueError(f"rule {self.name!r}: window is {self.window!r}; it must be a whole number of at least 1")
         if self.heads not in ("all", "max", "mean"):

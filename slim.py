@@ -27,6 +27,7 @@ from kvcache import KVCache
 from loading.plan import Checkpoint, check_memory, env_number, format_bytes, free_bytes, step_bytes
 from loading.saved import check_contents, read_saved, write_saved
 from loading.schedule import resolve_schedule
+from loading.settings import check_count, check_sampling
 from loading.weights import load_weights, weight_bytes
 from model import Model
 
@@ -39,7 +40,7 @@ def load(
     schedule: "auto", "paper", "dense", {} or {boundary: tokens, or a share of the prompt};
     score: a name in prune.RULES, a prune.Rule, or a function of attention weights; n_prompt,
     n_new: tokens to check memory and pin it for, so that the first token does not wait;
-    progress(done, total) follows the weights, in bytes; settings: fields of loading.plan.Settings.
+    progress(done, total) follows the weights, in bytes; settings: fields of loading.settings.Settings.
     Raises ValueError or FileNotFoundError, in one line, before anything is allocated.
     """
     return start(Checkpoint.open(ckpt, device, dtype, schedule, score, **settings), n_prompt, n_new, progress)
@@ -269,22 +270,6 @@ class Engine:
     def stats(self) -> dict:
         """Counters of the conversation so far: those of `KVCache.stats`, and the seconds of the prefill."""
         return self.kv.stats() | {"prefill_s": self.prefill_s}
-
-
-def check_count(n, name: str, least: int = 0) -> None:
-    if type(n) is not int or n < least:
-        raise ValueError(f"{name} is {n!r}; it must be a whole number of tokens, {least} or more")
-
-
-def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
-    if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**31:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} must be a whole number of at least 1")
-    if type(temperature) not in (int, float) or not (temperature == 0 or 1e-6 <= temperature < float("inf")):
-        raise ValueError(f"--temperature {temperature!r} must be 0 (greedy) or a number from 0.000001 up")
-    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
-        raise ValueError(f"--top-p {top_p!r} is outside 0..1 (0 excluded), the range of a probability")
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-        raise ValueError(f"--seed {seed!r} is not a whole number within 0..{2**63 - 1}")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> int:

@@ -36,9 +36,10 @@ import prune
 import slim
 from kvcache import CopyStream
 from loading.config import parse_config
-from loading.plan import Checkpoint, Settings, env_number, format_bytes, pick_device, prefill_flops
+from loading.plan import Checkpoint, env_number, format_bytes, pick_device, prefill_flops
 from loading.saved import check_path
 from loading.schedule import format_schedule, resolve_schedule
+from loading.settings import Settings
 from loading.weights import tensor_shapes, weight_bytes
 from model import Config
 

@@ -13,9 +13,10 @@ import tokenizer
 from cli.options import build_ids, check_args, parse_args, read_prompt, settings_of_saved
 from cli.show import Progress, status
 from cli.talk import Talk, chat
-from loading.plan import Checkpoint, Settings, dtype_name, env_number, format_bytes, free_bytes, plan
+from loading.plan import Checkpoint, dtype_name, env_number, format_bytes, free_bytes, plan
 from loading.saved import check_saved
 from loading.schedule import format_schedule
+from loading.settings import Settings
 
 
 def main(argv=None) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import prune
 import slim
-from loading.plan import Settings, one_line
+from loading.plan import one_line
 from loading.saved import check_path, read_saved
+from loading.settings import Settings, check_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = dict(
@@ -183,7 +184,7 @@ EXCLUDED = {
 
 def check_args(args) -> None:
     """Raise ValueError for arguments that do not go together."""
-    slim.check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     for first, others in EXCLUDED.items():
         if clash := [name for name in others if first in args.given and name in args.given]:
             raise ValueError(f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out")

@@ -13,37 +13,9 @@ from kvcache import last_block_len, stage_layout
 from loading.config import read_config, stop_tokens
 from loading.find import find_checkpoint
 from loading.schedule import auto_schedule, format_schedule, resolve_schedule
+from loading.settings import Settings
 from loading.weights import check_tensors, fingerprint, open_shards, weight_bytes
 from model import DTYPES, Config, rows_at_once
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that can be set about a run, with its default; checked when built."""
-
-    block_len: int = 64  # tokens per block
-    unit_len: int = 8  # tokens per unit of a block, for rules that see keys
-    window: int = 0  # newest queries that count; 0: as many as the rule wants
-    gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
-    chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
-    overlap: bool = True  # copies on a stream of their own
-    rope_yarn: float = 0.0  # the factor by which YaRN stretches the trained context; 0: as config.json says
-
-    def __post_init__(self):
-        limits = ("block_len", 1, 2**24), ("unit_len", 1, 2**24), ("window", 0, 2**16), ("chunk", 0, 2**24)
-        for name, least, most in limits:
-            if type(value := getattr(self, name)) is not int or not least <= value <= most:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {value!r}; it must be a whole number within {least}..{most}")
-        if self.block_len % self.unit_len:
-            raise ValueError(f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}")
-        if type(self.gamma) not in (int, float) or not (0 <= self.gamma <= 1 or self.gamma == -1):
-            raise ValueError(f"--gamma {self.gamma!r} must be an overlap within 0..1, or -1 to leave it to the rule")
-        if type(self.overlap) is not bool:
-            raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
-        yarn = self.rope_yarn
-        if type(yarn) not in (int, float) or not (yarn == 0 or 1 <= yarn <= 2**10):
-            raise ValueError(f"--rope-yarn {yarn!r} must be a factor within 1..{2**10}, or 0 for what config.json says")
 
 
 @dataclass(frozen=True)

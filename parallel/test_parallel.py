@@ -274,7 +274,7 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
     q, o = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
     shapes = {q: (128, 64), o: (64, 128), q + "_scale_inv": (8, 2), o + "_scale_inv": (4, 4)}
     ckpt = slim.Checkpoint(Path("x"), config, dict.fromkeys(shapes, File(shapes)), set(), torch.device("cpu"),
-                           torch.float32, {}, prune.RULES["peak"], loading.plan.Settings())  # fmt: skip
+                           torch.float32, {}, prune.RULES["peak"], loading.settings.Settings())  # fmt: skip
     for n in (2, 4):
         parts = [parallel.split(ckpt, Rank(r, n)) for r in range(n)]
         for name in shapes:

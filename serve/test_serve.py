@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 import slim
 import tokenizer
 from cli import main as cli_main
+from loading.settings import check_sampling
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
 from serve import Disconnected, Job, Server, answer, check_place
@@ -261,7 +262,7 @@ def test_any_value_is_taken_or_refused(tok, value, name, chat):
     body = {"model": "m", "messages": USER} if chat else {"model": "m", "prompt": "ABBA"}
     with contextlib.suppress(ApiError):
         r = parse(chat, body | {name: value}, tok, "m", 4096, DEFAULTS)
-        slim.check_sampling(r.max_tokens, r.temperature, r.top_p, r.seed)
+        check_sampling(r.max_tokens, r.temperature, r.top_p, r.seed)
         assert r.ids and all(type(i) is int for i in r.ids)
 
 
