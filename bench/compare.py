@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slim
 import tokenizer
 from loading.find import find_checkpoint
+from loading.schedule import parse_schedule
 from loading.weights import weight_bytes
 
 
@@ -74,9 +75,14 @@ def one(args, name: str, ids: list[int], n: int) -> dict:
         options = {"ckpt": args.ckpt, "dtype": args.dtype, "threads": args.threads, "new": args.new, "one": name}
         command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
     done = subprocess.run(command, input=json.dumps(ids), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"compare.py: {name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+        if not done.returncode and {"first_s", "steps_ms", "peak_bytes"} <= found.keys():
+            return found
+    except (ValueError, LookupError, AttributeError):
+        pass
+    why = (done.stderr.strip() or f"exit code {done.returncode}, and no figures").splitlines()[-1]
+    raise ValueError(f"{name} failed: {why:.300}")
 
 
 def read_rate() -> float:
@@ -99,33 +105,60 @@ def row(name: str, runs: list[dict], floor_s: float) -> str:
     )
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="compare.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", default="smollm2-135m-instruct")
     p.add_argument("--text", help="a long text, UTF-8")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    p.add_argument("--lengths", default="4096", help="tokens of the prompt, with commas")
+    p.add_argument(
+        "--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096", help="tokens, with commas"
+    )
     p.add_argument("--new", type=int, default=40, help="tokens that follow one by one")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--contestants", default="llama.cpp,transformers,dense,auto", help="the last are Slim's schedules")
+    p.add_argument(
+        "--contestants", default="llama.cpp,transformers,dense,auto", help="what is no program is a schedule of Slim's"
+    )
     p.add_argument("--llama-cpp", metavar="CMD", help="runs llama.cpp, which else is left out")
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args()
+    if not args.one and not args.text:
+        p.error("--text is missing: a long text to read, UTF-8")
+    least = min(args.rounds, args.new - 1, args.threads, *args.lengths)
+    if least < 1:
+        p.error("--rounds, --threads and each of --lengths must be at least 1, and --new 2")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     torch.set_num_threads(args.threads)
     if args.one:
         ids = json.load(sys.stdin)
         n, name = len(ids) - args.new, args.one
         print(json.dumps(run_transformers(args, ids, n) if name == "transformers" else run_slim(args, name, ids, n)))
         return
-    if not args.text:
-        p.error("--text is missing: a long text to read, UTF-8")
+    try:
+        compare(args)
+    except (ValueError, OSError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compare(args) -> None:
+    """Run each contestant `rounds` times at each length, and print a table a length."""
     text = Path(args.text).read_text(encoding="utf-8")[100_000:]
     tok, rate = tokenizer.load(find_checkpoint(args.ckpt)), read_rate()
     print(f"{args.dtype}, {args.threads} threads, torch {torch.__version__}, memory read at {rate / 1e9:.1f} GB/s")
     names = [name for name in args.contestants.split(",") if name != "llama.cpp" or args.llama_cpp]
-    for n in map(int, args.lengths.split(",")):
+    for name in set(names) - {"llama.cpp", "transformers"}:
+        parse_schedule(name)
+    if not names:
+        raise ValueError("--contestants leaves nobody to run; llama.cpp runs with --llama-cpp CMD alone")
+    for n in args.lengths:
         ids = tok.encode(text[: 8 * (n + args.new)])[: n + args.new]
+        if len(ids) < n + args.new:
+            raise ValueError(f"--text {args.text} has {len(ids):,} tokens from character 100,000 on, fewer than {n:,}")
         runs: dict[str, list] = {name: [] for name in names}
         for _ in range(args.rounds):
             for name in names:
