@@ -201,11 +201,11 @@ class KVCache:
         return allocate(torch.zeros, "keys and values", *shape, dtype=self.dtype, device=self.device)
 
     def growth_bytes(self, end: int) -> int:
-        """Return the memory that `grow_tail` will ask for: longer tails, and one slab that is there twice."""
+        """Return the memory that `grow_tail` will ask for: longer tails, one slab twice, and a hole that it leaves."""
         rows = end - self.tail_start - self.tail_rows + TAIL_GROWTH
         if rows <= TAIL_GROWTH:
             return 0
-        return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + self.slabs[0].nbytes
+        return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + 2 * self.slabs[0].nbytes
 
     def grow_tail(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every layer's tail."""

@@ -1618,6 +1618,8 @@ def test_a_real_model_is_made_whole_or_not_at_all(when, tmp_path, monkeypatch, c
     assert not [*tmp_path.glob("checkpoints/*"), *tmp_path.glob("checkpoints/.*")]
     made = tmp_path / "checkpoints" / smollm2.NAME
     made.mkdir(parents=True)
+    assert smollm2.main() == 2 and "remove it" in capfd.readouterr().err  # half a folder is none
+    (made / "model.safetensors").touch()
     assert smollm2.main() == 0 and capfd.readouterr().out == f"{made}\n"
 
 

@@ -202,10 +202,10 @@ def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0, reviv
     hidden = (n_rows + above + 2 * revived) * c.dim * item  # x, its survivors
     angles = (n_rows + revived) * c.head_dim * 16  # cos and sin
     attention = chunk * 3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4  # q, k, v, output
-    attention += min(chunk, revived) * n_keys * (1 + wide)  # the mask, as bool and as numbers
+    mask = min(chunk, revived) * n_keys * (1 + wide)  # as bool and as numbers
     scores = min(ckpt.window, rows_at_once(c.n_heads, n_keys)) * c.n_heads * n_keys * 3  # products, softmax, a copy
     scores = (scores + n_keys * c.n_kv_heads * c.head_dim) * wide  # and the keys, widened or laid out anew
-    return hidden + angles + max(attention, scores, chunk * 4 * c.hidden_dim * item)
+    return hidden + angles + mask + max(attention, scores, chunk * 4 * c.hidden_dim * item)
 
 
 class NoRoom(ValueError):
