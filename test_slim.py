@@ -294,8 +294,9 @@ def test_yarn_on_request_is_what_the_config_would_say(checkpoints, tmp_path):
     edit_json(tmp_path / "config.json", max_position_embeddings=40960)
     asked = read_config(tmp_path / "config.json", 4.0)
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32768}
-    edit_json(tmp_path / "config.json", max_position_embeddings=131072, rope_parameters=rope)
-    assert asked == read_config(tmp_path / "config.json")
+    for written in 131072, 40960, 32768:  # Qwen's cards add YaRN and leave the shorter context as it is
+        edit_json(tmp_path / "config.json", max_position_embeddings=written, rope_parameters=rope)
+        assert asked == read_config(tmp_path / "config.json"), written
     edit_json(tmp_path / "config.json", rope_parameters="remove", rope_scaling=rope, rope_theta=10000.0)
     assert asked == read_config(tmp_path / "config.json")
     with pytest.raises(ValueError, match="scales RoPE itself"):
@@ -304,6 +305,17 @@ def test_yarn_on_request_is_what_the_config_would_say(checkpoints, tmp_path):
     edit_json(tmp_path / "config.json", rope_parameters=plain, rope_scaling=plain, max_position_embeddings=40960)
     edit_json(tmp_path / "config.json", original_max_position_embeddings=4096)  # of an older stretch
     assert asked == read_config(tmp_path / "config.json", 4.0)
+
+
+def test_a_window_must_cover_what_yarn_stretches_the_context_to(checkpoints, tmp_path):
+    folder, _ = checkpoints["mistral"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
+    edit_json(tmp_path / "config.json", rope_parameters=rope, sliding_window=16384)
+    assert read_config(tmp_path / "config.json").max_len == 16384
+    edit_json(tmp_path / "config.json", sliding_window=4096)
+    with pytest.raises(ValueError, match="sliding_window"):
+        read_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

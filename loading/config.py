@@ -140,6 +140,11 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
             f"{path}: {n_heads} heads over {n_kv_heads} KV heads of size {head_dim} ({rotary_dim} for RoPE) do not "
             "divide evenly"
         )
+    theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
+    where = f"{path}: " + ("rope_scaling" if c.get("rope_parameters") is None else "rope_parameters")
+    scaling = check_rope(rope, family, max_len, rotary_dim, theta, where)
+    if scaling["rope_type"] == "yarn":  # Qwen's cards add it to a config.json that keeps the shorter context
+        max_len = max(max_len, int(scaling["factor"] * scaling[ORIGINAL]))
     if "use_sliding_window" not in family.defaults and number("sliding_window", max_len, most=2**40) < max_len:
         raise ValueError(
             f"{path}: key 'sliding_window' is {c['sliding_window']}; only full attention is supported, so a window of "
@@ -149,16 +154,14 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
         raise ValueError(
             f"{path}: key 'layer_types' is {c['layer_types']!r:.60}; only full attention in every layer is supported"
         )
-    theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
     bias = read_flag(c, "attention_bias", path)
-    where = f"{path}: " + ("rope_scaling" if c.get("rope_parameters") is None else "rope_parameters")
     adds = {"qkv_bias": bias, "o_bias": bias, "no_rope": layers_without_rope(c, n_layers, path), **family.adds}
     return Config(
         model_type=family.model_type, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=head_dim, rotary_dim=rotary_dim, hidden_dim=number("intermediate_size"),
         vocab_size=number("vocab_size", most=2**24), norm_eps=number("rms_norm_eps", kind=float, most=1),
-        max_len=max_len, rope_theta=theta, rope_scaling=check_rope(rope, family, max_len, rotary_dim, theta, where),
-        tied=read_flag(c, "tie_word_embeddings", path), dtype=read_dtype(c, path), tile=fp8_tile(c, path), **adds,
+        max_len=max_len, rope_theta=theta, rope_scaling=scaling, tied=read_flag(c, "tie_word_embeddings", path),
+        dtype=read_dtype(c, path), tile=fp8_tile(c, path), **adds,
     )  # fmt: skip
 
 
