@@ -392,6 +392,7 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "no merge": lambda d: d["model"]["merges"].pop(),
     "256 single bytes": lambda d: d["model"]["vocab"].pop("\u0100") and d["model"].update(unk_token="!"),
     "twice": lambda d: d["model"]["vocab"].update({"\u0100": d["model"]["vocab"]["!"]}),
+    "an id twice": lambda d: d["added_tokens"][1].update(id=d["added_tokens"][0]["id"]),
     "not a pair": lambda d: d["model"]["merges"].append(["a"]),
     "lstrip": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], special=False, lstrip=True)),
     "laid out": lambda d: d.update(added_tokens=[3]),

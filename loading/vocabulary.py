@@ -77,7 +77,7 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
         raise _bad(path, "has an added token without a name or id, or a BOS that is none of them")
     if bad := [i for i in v.ranks.values() if type(i) is not int or not 0 <= i < 2**32]:
         raise _bad(path, f"has the id {bad[0]!r:.60}, which is no whole number from 0 up")
-    if len({*v.ranks.values()}) < len(v.ranks):
+    if len({*v.ranks.values()}) < len(v.ranks) or len({*names.values()}) < len(names):
         raise _bad(path, "vocabulary gives an id twice")
     return v
 
