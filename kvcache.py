@@ -216,7 +216,8 @@ class KVCache:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled
                 old, new = self.slabs[layer], self.new_slab(stage, n_tail)
-                new[:, :, : old.shape[2]] = old
+                n = min(old.shape[2], new.shape[2])  # old is the longer one if it grew before memory ran out
+                new[:, :, :n] = old[:, :, :n]
                 self.slabs[layer] = new
         self.tail_rows = n_tail  # only now: without memory for all, the conversation stays as it is
 
