@@ -96,7 +96,7 @@ class Engine:
         n_prompt = max(1, len(ids) - tail)
         if schedule is not None:
             ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len))
-        self.check_room(ckpt, len(ids), 0, room)
+        self.check_room(ckpt, n_prompt, len(ids) - n_prompt, room)
         self.forget()
         started = time.perf_counter()
         self.kv.reset(n_prompt, ckpt.schedule, len(ids) - n_prompt + room)
@@ -160,8 +160,8 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to rewind; call prefill first")
         n, least = self.kv.n_prompt if n is None else n, max(1, self.kv.tail_start)
-        if not least <= n <= self.kv.length:
-            raise ValueError(f"cannot rewind to {n} tokens; those from {least} to {self.kv.length} can be forgotten")
+        if type(n) is not int or not least <= n <= self.kv.length:
+            raise ValueError(f"cannot rewind to {n!r} tokens; those from {least} to {self.kv.length} can be forgotten")
         self.kv.rewind(n)
         self.ids, self.pending = self.ids[:n], []
         self.steps += 1
@@ -237,9 +237,10 @@ class Engine:
         for something else in between.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
+        check_count(tail, "tail")
         ids = self.check_ids(ids)
-        if follow_up and schedule is not None:
-            raise ValueError("schedule is set when a conversation starts; a follow-up cannot change it")
+        if follow_up and (schedule is not None or tail):
+            raise ValueError("schedule and tail are set when a conversation starts; a follow-up cannot change them")
         if schedule is not None:
             schedule = resolve_schedule(schedule, self.config, self.ckpt.settings.block_len)
         rng = torch.Generator()

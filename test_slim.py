@@ -1180,6 +1180,10 @@ def test_going_back_to_the_prompt_forgets_what_came_after(tiny):
     engine.rewind()
     with pytest.raises(ValueError, match="used while it generated"):
         list(answer)
+    for wrong in (99.5, "99", True):
+        with pytest.raises(ValueError, match="cannot rewind"):
+            engine.rewind(wrong)
+    assert engine.kv.length == len(engine.ids) == 100
 
 
 def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
@@ -1354,14 +1358,24 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
     made.clear()
     assert len(list(engine.generate(draw(3), 400, follow_up=True))) == 400  # also where the question itself has room
     assert len(made) == engine.config.n_layers
-    with pytest.raises(ValueError, match="follow-up cannot change it"):
-        engine.generate(draw(5), 5, schedule="dense", follow_up=True)
+    for given in (dict(schedule="dense"), dict(tail=5)):
+        with pytest.raises(ValueError, match="follow-up cannot change them"):
+            engine.generate(draw(5), 5, follow_up=True, **given)
 
 
 @pytest.mark.parametrize("tail", [-5, 1.5, "x"])
 def test_a_tail_that_is_no_number_of_tokens_is_refused(tiny, tail):
     with pytest.raises(ValueError, match="tail is"):
         slim.load(tiny, "cpu").prefill(draw(100), tail=tail)
+    with pytest.raises(ValueError, match="tail is"):
+        slim.load(tiny, "cpu").generate(draw(100), 5, tail=tail)  # at once, not when the first token is asked for
+
+
+def test_a_tail_is_planned_as_what_it_takes(tiny, monkeypatch):
+    engine, plans, check = slim.load(tiny, "cpu", schedule={1: 1 / 8}), [], slim.check_memory
+    monkeypatch.setattr(slim, "check_memory", lambda *a, **kw: plans.append(check(*a, **kw)))
+    engine.prefill(draw(2400), tail=1200)
+    assert plans[0].kv == engine.stats["kv_gpu_bytes"]
 
 
 def test_longrope_counts_the_tail_and_the_answer(checkpoints):
