@@ -1358,9 +1358,9 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
     made.clear()
     assert len(list(engine.generate(draw(3), 400, follow_up=True))) == 400  # also where the question itself has room
     assert len(made) == engine.config.n_layers
-    for given in (dict(schedule="dense"), dict(tail=5)):
+    for wrong in (dict(schedule="dense"), dict(tail=5)):
         with pytest.raises(ValueError, match="follow-up cannot change them"):
-            engine.generate(draw(5), 5, follow_up=True, **given)
+            engine.generate(draw(5), 5, follow_up=True, **wrong)
 
 
 @pytest.mark.parametrize("tail", [-5, 1.5, "x"])
