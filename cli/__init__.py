@@ -65,7 +65,7 @@ def program(argv=None) -> int:
 
 
 def set_template(tok, args) -> None:
-    """Set how the chat template is used; raise ValueError where it cannot do what is wanted."""
+    """Set how the chat template is used; raise ValueError if it does not support that."""
     if args.raw:
         tok.template = None
     if args.system is not None and tok.template is None:
@@ -75,7 +75,7 @@ def set_template(tok, args) -> None:
     tok.system = args.system
     tok.variables = {"enable_thinking": False} if args.no_think else {}
     if args.chat or len(args.ask) > 1:
-        tok.chat("a second question", begin=False)  # before anything is read, in case the template cannot go on
+        tok.chat("a second question", begin=False)  # fails before anything is read, if the template cannot continue
 
 
 def run(args, progress: Progress) -> int:
@@ -126,5 +126,5 @@ def run(args, progress: Progress) -> int:
     if args.map and engine.usable:
         say(f"slim: map {talk.draw(args.map)}")
     elif args.map:
-        say("slim: no map: there is nothing read that it could show")
+        say("slim: no map: nothing was read that it could show")
     return 130 if talk.interrupted and not args.chat else 0

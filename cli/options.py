@@ -1,4 +1,4 @@
-"""What the command line says: arguments, the text, and the ids to begin with."""
+"""The command line's arguments, the text, and the first ids."""
 
 import argparse
 import sys
@@ -38,26 +38,26 @@ def add_reading(g, d: dict) -> None:
     g.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b")
     g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
     g.add_argument(
-        "--ask", metavar="TEXT", action="append", help="a question put after the text; again for each further one"
+        "--ask", metavar="TEXT", action="append", help="a question about the text; repeat for more"
     )
     g.add_argument("--chat", action="store_true", help="type questions at a prompt")
-    g.add_argument("--save", metavar="FILE", help="keep the text as it was read, before any question")
-    g.add_argument("--resume", metavar="FILE", help="go on with a saved text instead of reading one")
+    g.add_argument("--save", metavar="FILE", help="save the text after reading, before any question")
+    g.add_argument("--resume", metavar="FILE", help="continue from a saved text instead of reading one")
     g.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
     g.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
-    g.add_argument("--system", metavar="TEXT", help="what a chat model is told before anything else")
-    g.add_argument("--no-think", action="store_true", help="answer at once, where the chat template knows thinking")
+    g.add_argument("--system", metavar="TEXT", help="system message of a chat model")
+    g.add_argument("--no-think", action="store_true", help="turn thinking off, if the chat template supports it")
     g.add_argument(
         "--rope-yarn",
         type=float,
         default=d["rope_yarn"],
         metavar="FACTOR",
-        help="stretch the trained context this many times, by YaRN, for a text beyond it",
+        help="stretch the trained context by this factor with YaRN, for longer texts",
     )
 
 
 def add_answering(g, d: dict) -> None:
-    g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="its length at most (%(default)s)")
+    g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="maximum length of an answer (%(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     g.add_argument(
         "--top-p",
@@ -70,7 +70,7 @@ def add_answering(g, d: dict) -> None:
         "--stop",
         metavar="TEXT",
         action="append",
-        help="end before this text, taken as it is (bash writes a newline as $'\\n'); again for each further one",
+        help="end before this text, taken as it is (bash writes a newline as $'\\n'); repeat for more",
     )
     g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
 
@@ -88,7 +88,7 @@ def add_pruning(g, d: dict) -> None:
     g.add_argument(
         "--schedule",
         default="auto",
-        help="layers and what is kept from there on, as shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192; "
+        help="layers and how much is kept from there on, as shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192; "
         "or auto, paper, dense (%(default)s)",
     )
     g.add_argument("--score", default="peak", help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)")
@@ -115,8 +115,8 @@ def add_pruning(g, d: dict) -> None:
 
 def add_serving(g, d: dict) -> None:
     g.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP requests there; 127.0.0.1 is the default host")
-    g.add_argument("--api-key", metavar="KEY", help="what requests must show; others do not see $SLIM_API_KEY")
-    g.add_argument("--cache-dir", metavar="DIR", help="where texts that were read wait when another is at hand")
+    g.add_argument("--api-key", metavar="KEY", help="key that requests must send; $SLIM_API_KEY hides it from other users of the machine")
+    g.add_argument("--cache-dir", metavar="DIR", help="where texts that were read are kept while another is in use")
     g.add_argument("--cache-gib", type=float, default=8.0, metavar="N", help="size of all files there (%(default)s)")
 
 
@@ -162,7 +162,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def choose_demo(args) -> None:
-    """Without --ckpt, take the demo's; what is not given of document, question and comparison with dense, too."""
+    """Without --ckpt, run the demo: its checkpoint and, where not given, its document, question and comparison."""
     args.ckpt = DEMO["ckpt"]
     if args.schedule == "auto" and not args.dense:
         args.schedule = DEMO["schedule"]
@@ -298,10 +298,10 @@ def settings_of_saved(args) -> dict:
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
         raise ValueError(
-            f"{args.resume} was read with the checkpoint {args.ckpt}, which is gone; give its place with --ckpt"
+            f"{args.resume} was read with the checkpoint {args.ckpt}, which is gone; give its folder with --ckpt"
         )
     if args.raw != saved["raw"]:
-        raise ValueError(f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; go on like that")
+        raise ValueError(f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; use the same")
     if args.map and "map" not in header["extra"]:
         raise ValueError(f"{args.resume} holds no record for --map; read the text again with --save")
     return header

@@ -1,4 +1,4 @@
-"""What a person sees beside the answer: progress, times, what was kept."""
+"""What a user sees besides the answer: progress, times, what was kept."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ class Progress:
 
     def __init__(self, quiet: bool):
         self.on = sys.stderr.isatty() and not quiet
-        self.up, self.when = False, 0.0  # whether a line stands there now, and since when
+        self.up, self.when = False, 0.0  # whether a line is shown now, and since when
 
     def show(self, text: str) -> None:
         if self.on and time.perf_counter() - self.when > 0.1:
@@ -75,7 +75,7 @@ def summary(stats: dict, device) -> str:
 
 
 def timing(r: dict) -> str:
-    """Say how long an answer took and, of a follow-up, what it would have taken to read all again."""
+    """Say how long an answer took and, for a follow-up, how long reading everything again would take."""
     if not r["ids"]:
         what = "interrupted while reading" if r["interrupted"] else "an empty answer after"
         return f"slim: {what} {r['n_new']:,} tokens, {r['ttft_s']:.2f} s"
@@ -139,7 +139,7 @@ def public(r: dict) -> dict:
 
 
 def status(args, progress: Progress):
-    """Return what prints a line of ours to standard error: dim on a terminal with colours; the answer stands out."""
+    """Return a function that prints a line to standard error, dimmed on a terminal so that the answer stands out."""
     plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 
     def say(text: str) -> None:

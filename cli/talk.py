@@ -1,4 +1,4 @@
-"""Questions put to one document: from --ask, or typed at the prompt of --chat."""
+"""Questions about one document: from --ask, or typed at the prompt of --chat."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from loading.plan import format_bytes
 
 
 class Talk:
-    """Questions put to one document, by --ask or at the prompt of --chat, and what is said about each."""
+    """Questions about one document, by --ask or at the prompt of --chat, and what is reported about each."""
 
     def __init__(self, engine: slim.Engine, tokenizer, args, progress: Progress, say):
         self.engine, self.tokenizer, self.args, self.progress, self.say = engine, tokenizer, args, progress, say
@@ -75,9 +75,7 @@ class Talk:
 
     def compare(self, ids: list[int]) -> None:
         """Answer twice, dense and pruned."""
-        self.engine.prefill(
-            ids[: self.engine.ckpt.chunk]
-        )  # the first kernels of a process are slow: neither side shall pay for them
+        self.engine.prefill(ids[: self.engine.ckpt.chunk])  # warm-up: a process's first kernels are slow
         results = {}
         for name, budgets in (("dense", {}), ("slim", self.engine.ckpt.schedule)):
             results[name] = r = self.answer(ids, budgets)
@@ -94,7 +92,7 @@ class Talk:
         self.say(timing(r) if r["follow_up"] else timing(r) + "\n" + summary(r, self.engine.kv.device))
 
     def warn(self, n_new: int) -> None:
-        """Say so if what comes does not suit the context that the model, or this conversation's RoPE, is made for."""
+        """Warn if the tokens to come do not suit the model's trained context or this conversation's RoPE."""
         n, new, most = len(self.engine.ids) + n_new, self.args.max_new_tokens, self.engine.config.max_len
         if n + new > most:
             self.say(
@@ -119,7 +117,7 @@ class Talk:
             )
 
     def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:
-        """Generate and, but for --json, print an answer as it comes; return it with what it took, also after Ctrl-C."""
+        """Generate an answer and, without --json, print it as it comes; return it with its costs, also after Ctrl-C."""
         engine, args, text = self.engine, self.args, not self.args.json
         if not follow_up:
             engine.forget()
@@ -186,7 +184,7 @@ class Talk:
 
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
-    """Let Ctrl-C set a mark, because a step broken off loses the conversation; a second one does break off."""
+    """Let Ctrl-C only set a mark, because breaking off a step loses the conversation; a second one breaks off."""
     marks = []
 
     def mark(*_):
@@ -194,7 +192,7 @@ def stop_between_tokens(on: bool):
             raise KeyboardInterrupt
         marks.append(True)
         print(
-            "slim: stopping after this step; Ctrl-C again gives the whole conversation up", file=sys.stderr, flush=True
+            "slim: stopping after this step; Ctrl-C again drops the whole conversation", file=sys.stderr, flush=True
         )
 
     usual = signal.signal(signal.SIGINT, mark) if on else None
@@ -231,7 +229,7 @@ def chat(talk: Talk) -> None:
         except (ValueError, OSError) as error:
             talk.progress.complain(error)
     raise ValueError(
-        "the conversation was broken off in the middle of a step and cannot go on; start again, from a saved "
+        "the conversation was interrupted in the middle of a step and cannot continue; start again, from a saved "
         "text if there is one"
     )
 

@@ -12,7 +12,7 @@ from model import DTYPES, Config
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family apart from Llama. All of it is data: the step asks what a layer has, never whose it is."""
+    """How a family differs from Llama, as data: the step asks what a layer has, never which family it is."""
 
     model_type: str
     adds: dict = field(default_factory=dict)  # fields of Config
@@ -100,7 +100,7 @@ def read_config(path: Path, rope_yarn: float = 0.0) -> Config:
 
 
 def stretch(c: dict, factor: float, path) -> dict:
-    """Return the config with YaRN by a factor, as if it said so itself; raise ValueError if RoPE is scaled already."""
+    """Return the config with YaRN by a factor added; raise ValueError if it scales RoPE already."""
     rope = rope_keys(c, path)
     kind = rope.get("rope_type", "default")
     if kind != "default":
@@ -230,7 +230,7 @@ def read_dtype(c: dict, path):
 
 
 def rope_keys(c: dict, path) -> dict:
-    """Gather what a config says of RoPE under its older and newer names; raise ValueError for a contradiction."""
+    """Gather a config's RoPE keys under older and newer names; raise ValueError if they contradict."""
     shared = "rope_theta", "partial_rotary_factor", ORIGINAL
     rope = {key: c[key] for key in shared if c.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):

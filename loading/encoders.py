@@ -65,9 +65,9 @@ def _bpe(v):
 
 
 def _words(split):
-    """Return a function that splits text just as tiktoken does before it merges, which tiktoken itself does not show.
+    """Return a function that splits text exactly as tiktoken does before merging; tiktoken does not expose that.
 
-    `regex` may know another Unicode, so tiktoken tells the class of each character, and one that all know stands in.
+    `regex` may have another Unicode version, so tiktoken classifies each character, and an old one replaces it.
     """
     single, pattern = {bytes([b]): b for b in range(256)}, regex.compile(split)
     classes = [(tiktoken.Encoding("class", pat_str=pat, mergeable_ranks=single, special_tokens={}), stand_in)

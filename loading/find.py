@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a path, a name, or a Hugging Face id that is in the local cache. Nothing is downloaded."""
+"""Where a checkpoint is: a path, a name, or a Hugging Face id that is in the local cache. Nothing is downloaded."""
 
 import os
 from pathlib import Path
@@ -20,15 +20,15 @@ ALIASES = {
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """Return the folder of a checkpoint: a path, a name under checkpoints/ or $SLIM_CHECKPOINTS, or a cached one's id.
+    """Return the folder of a checkpoint: a path, a name under checkpoints/ or $SLIM_CHECKPOINTS, or a cached id.
 
-    Raises ValueError for what is no name, FileNotFoundError with the command that downloads it.
+    Raises ValueError for an unusable name, FileNotFoundError with the command that downloads it.
     """
     try:
         path = Path(name).expanduser()
         path.is_dir()
     except (RuntimeError, TypeError, OSError, ValueError):
-        raise ValueError(f"--ckpt {name!r:.200} is no path and no name of a checkpoint") from None
+        raise ValueError(f"--ckpt {name!r:.200} is neither a path nor a name of a checkpoint") from None
     if not str(name):
         raise ValueError("--ckpt is empty; give a folder, a name or a Hugging Face id")
     if path.is_file():

@@ -111,7 +111,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def pick_rule(score) -> prune.Rule:
-    """Return the rule of a name, a Rule as it is, or one without a name for a plain function of weights."""
+    """Return the named rule, a Rule unchanged, or a nameless Rule around a function of weights."""
     if isinstance(score, prune.Rule):
         if score.name in prune.RULES and score.score is not prune.RULES[score.name].score:
             raise ValueError(f"a rule of your own cannot have the name of a built-in one, {score.name!r}; rename it")
@@ -121,7 +121,7 @@ def pick_rule(score) -> prune.Rule:
     if callable(score) and not isinstance(score, type):
         return prune.Rule("", score)
     known = ", ".join(prune.RULES)
-    raise ValueError(f"--score {score!r:.60} is unknown; use {known}, or from Python a function or a prune.Rule")
+    raise ValueError(f"--score {score!r:.60} is unknown; use {known}; from Python also a function or a prune.Rule")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -163,7 +163,7 @@ def prefill_flops(c: Config, n_prompt: int, schedule: dict, block_len: int = 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a run needs: weights, KV slabs and the biggest temporaries on the device; what is pruned on the host."""
+    """Bytes a run needs: on the device weights, KV slabs and the largest temporaries; on the host what is pruned."""
 
     weights: int
     kv: int
@@ -252,7 +252,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Return what the limits of a container or a slice leave, in bytes; infinity where there are none."""
+    """Return the bytes that a container's or slice's limits leave, infinity without limits."""
     free = float("inf")
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
@@ -275,7 +275,7 @@ def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
 
 
 def file_cache(stat: Path) -> int:
-    """Return the bytes of a group's file cache that the kernel gives up for us; 0 where it does not say."""
+    """Return the bytes of a group's file cache that the kernel can free; 0 if unknown."""
     try:
         numbers = dict(line.split() for line in stat.read_text().splitlines())
     except (OSError, ValueError):
@@ -284,7 +284,7 @@ def file_cache(stat: Path) -> int:
 
 
 def one_line(error) -> str:
-    """Write an error as one line; what a terminal would obey instead of showing it, such as Escape, is escaped."""
+    """Write an error as one line, with control characters such as Escape escaped for the terminal."""
     text = " ".join(str(error).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

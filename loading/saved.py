@@ -35,8 +35,8 @@ def check_path(path) -> Path:
 def replace_file(path) -> Iterator[str]:
     """Give a path to write to; what is written there replaces `path` at the end, or is deleted on an error.
 
-    It lies in a folder of its own, because the library puts temporary files beside it; what a
-    killed process leaves is removed by the next try. Raises ValueError if writing fails.
+    It is in a folder of its own, because the library puts temporary files beside it; the next try
+    removes what a killed process left. Raises ValueError if writing fails.
     """
     path = check_path(path)
     folder = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
@@ -92,7 +92,7 @@ def read_saved(path) -> tuple[dict, object]:
 
 
 def check_saved(path, header: dict, identity: dict) -> None:
-    """Raise ValueError that lists how a saved conversation differs from the engine that is to continue it."""
+    """Raise ValueError, with a list, if a saved conversation differs from the engine that is to continue it."""
     theirs = header["identity"]
     if wrong := [key for key in identity if theirs.get(key) != identity[key]]:
         shown = ", ".join(
@@ -105,7 +105,7 @@ def check_saved(path, header: dict, identity: dict) -> None:
 
 
 def check_contents(path, header: dict, file, ckpt: Checkpoint) -> None:
-    """Raise ValueError unless a saved conversation is of this run, and whole."""
+    """Raise ValueError unless a saved conversation fits this run and is complete."""
     check_saved(path, header, ckpt.identity)
     tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
     if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):

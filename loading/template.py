@@ -1,8 +1,8 @@
 """The model's own chat template, rendered as `transformers` does.
 
 A template is a program that came with the weights. jinja2's sandbox keeps it from files and from Python's
-insides, but not from counting for ever or from filling the memory. So it runs in a process of its own, this
-file as a script, under limits of time and memory: whatever goes wrong there is one line here.
+internals, but not from looping forever or filling the memory. So it runs in a process of its own (this file
+as a script) under limits of time and memory, and every failure there becomes one line here.
 """
 
 import json
