@@ -11,7 +11,7 @@ The words of this engine:
     active    the blocks that a stage holds now, one in each of its slots
     slab      a layer's keys and values on the device: slots, then the tail
     slot      room for one block in a slab
-    home      where a block's keys and values lie on the CPU once it left its slots
+    home      a block's keys and values on the CPU, copied there when it first leaves its slot
     aux       the hidden states of blocks pruned at a boundary, on the CPU
     revive    to run a pruned block's rows from aux, because a later token chose it
     rule      what ranks the blocks (prune.py)
@@ -22,7 +22,7 @@ The words of this engine:
 One block, from the prompt to its return: block 7 runs through stage 0 and gets keys there. At the first
 boundary it is not chosen: its rows leave x for aux (`offload`). Later a token chooses it: its rows come out
 of aux (`restore`), run through stage 1 beside the token, and get keys in a freed slot (`activate`). When the
-choice changes again, the slot's content goes home, and from then on it is only copied back (`move`).
+choice changes again, its keys and values go home; from then on they are only copied back (`move`).
 
 A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the keys.
 Prompt keys never change, so a block goes home once and is only read from there. Copies run on a CUDA
@@ -50,7 +50,7 @@ BLOCKS_PER_COPY = 16  # blocks that leave x at a time: a copy of them is made on
 
 
 def stage_layout(n_layers: int, n_prompt: int, schedule: dict[int, Budget], block_len: int) -> list[tuple[range, int]]:
-    """Return (layers, slots) of every stage; a boundary whose budget keeps all of the stage below makes none."""
+    """Return (layers, slots) of every stage; a boundary that prunes nothing starts no stage."""
     sizes = stage_blocks(n_prompt, schedule, block_len)
     pruning = {layer: n for layer, n, below in zip(schedule, sizes[1:], sizes) if n < below}
     edges, sizes = [0, *pruning, n_layers], [sizes[0], *pruning.values()]
@@ -72,7 +72,7 @@ def allocate(make, what: str, *shape, **options) -> Tensor:
 
 
 class HostMemory:
-    """Pinned CPU memory for equal entries; it comes in large pieces because pinning is slow."""
+    """Pinned CPU memory for entries of equal size, allocated in large pieces because pinning is slow."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool):
         self.shape, self.dtype, self.pin = shape, dtype, pin
@@ -191,12 +191,12 @@ class KVCache:
         self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
         for counter in COUNTERS:
             setattr(self, counter, 0)
-        # What the first step sends to the CPU, and a home for every slot: no copy shall wait for pinning.
+        # Room for what the first step sends to the CPU, and a home for every slot: no copy waits for pinning.
         self.aux_memory.reset(n_slots - self.stages[-1].n_slots)
         self.home_memory.reset(sum(len(stage.layers) * stage.n_slots for stage in self.stages[1:]))
 
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
-        # zeros, not empty: a masked key still meets a zero weight, and 0 * NaN is NaN
+        # zeros, not empty: a masked key is still multiplied by its zero weight, and 0 * NaN is NaN
         shape = 2, self.n_kv_heads, stage.n_slots * self.block_len + n_tail, self.head_dim
         return allocate(torch.zeros, "keys and values", *shape, dtype=self.dtype, device=self.device)
 
@@ -237,7 +237,7 @@ class KVCache:
         return self.slabs[layer][:, :, : stage.n_slots * self.block_len].unflatten(2, (-1, self.block_len))
 
     def wait(self, layer: int) -> None:
-        """Let compute go on only when the copies of this layer's slots are done.
+        """Make compute wait until the copies of this layer's slots are done.
 
         Hazards: attention must not read a returning block before it has arrived, and a
         revived row must not be written over a leaving block that has not been read yet.
@@ -274,8 +274,8 @@ class KVCache:
     def move(self) -> None:
         """Copy what `activate` decided, layer by layer; each layer's event fires when its own copies are done.
 
-        Called once the FFN is issued that hides the copies. They start after the compute before `activate`, which
-        holds the last read of every slot overwritten here, and the last write of every block that leaves.
+        Called after the FFN is issued, which hides the copies. They start after the compute before `activate`:
+        the last read of every slot overwritten here and the last write of every block that leaves.
         """
         for stage, leaving, homes, returning, event in self.moves:
             sent = stage.home_sent
@@ -300,7 +300,7 @@ class KVCache:
     # ---- rows that leave and return --------------------------------------------------
 
     def offload(self, stage: Stage, x: Tensor, first_row: dict[int, int]) -> None:
-        """Keep hidden states pruned at this stage's boundary in aux: of blocks that begin at rows of x (T, C)."""
+        """Copy the blocks pruned at this stage's boundary to aux; first_row: where each begins in x (T, C)."""
         event, blocks = self.copies.mark(), list(first_row)  # the rows are the newest compute
         with self.copies.after(event):
             for part in (blocks[i : i + BLOCKS_PER_COPY] for i in range(0, len(blocks), BLOCKS_PER_COPY)):
@@ -309,7 +309,7 @@ class KVCache:
                 stage.aux |= dict(zip(part, entries))
             stage.aux_sent = self.copies.mark()
         if self.copies.stream is not None:
-            x.record_stream(self.copies.stream)  # read there after its last name here is gone
+            x.record_stream(self.copies.stream)  # keeps x's memory until the copy has read it
         self.to_cpu_bytes += len(blocks) * self.aux_memory.entry_bytes
 
     def restore(self, stage: Stage, blocks: list[int]) -> Tensor:
@@ -369,7 +369,7 @@ class KVCache:
     # ---- helpers --------------------------------------------------------------------
 
     def block_rows(self, first: list[int]) -> Tensor:
-        """Return the block_len numbers from each first one on, (len(first) * B,), on the device."""
+        """Return first, first + 1, ... of block_len rows for each block: (len(first) * B,) on the device."""
         return (self.upload(first)[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
 
     def upload(self, numbers: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The LLaMA model, and the one step that is prefill, decode and follow-up alike.
+"""The LLaMA model and its one step, which serves prefill, decode and follow-up.
 
 A step takes new token ids and returns the logits after the last. It goes layer by layer,
 and chunk by chunk inside a layer, because a boundary ranks blocks by the queries of the
@@ -8,7 +8,7 @@ all rows and is updated in place, so the biggest temporary is one chunk's FFN.
 A boundary p stands inside layer p-1, after its attention and before its FFN (SlimInfer,
 arXiv 2508.06447). There rows leave `x` (pruned) and return to it (revived). Rows are always
 in ascending position: first those of prompt blocks, then those of the tail. The first step
-has the rows of every block; a decoded token is one tail row and no more.
+has rows for every block; a decoded token has one tail row.
 
 Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab,
 N prompt blocks, B block_len, w newest tokens that rank the blocks.
@@ -89,9 +89,9 @@ class Rows:
     slab_rows: Tensor  # (T,) where their keys go
     key_offset: int  # row i, unless revived, sees the first key_offset + i + 1 keys of the slab
     pos: Tensor  # (T,)
-    n_revived: int  # leading rows that stand amid older keys
+    n_revived: int  # leading rows that are revived, so later keys than theirs are in the slab
     key_pos: Tensor | None  # (S,) positions in the slab, only if there are revived rows: their mask goes by position
-    scoring: Tensor  # (t,) which of the w newest tokens have a row here: of a short last block, others may be gone
+    scoring: Tensor  # (t,) which of the w newest tokens have a row here; pruning may have removed some
 
 
 class Model:
@@ -137,8 +137,7 @@ class Model:
                 self.ffn(layer, x)
                 kv.move()
         kv.length = end
-        last = F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)
-        logits = self.head(last)
+        logits = self.head(F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def locate(self, stage: Stage, blocks: list[int], first_tail: int, end: int, w: int) -> Rows:
@@ -233,10 +232,10 @@ class Model:
     # ---- ranking ------------------------------------------------------------------------
 
     def score_layer(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, scores: Tensor):
-        """Show the rule what a layer's newest queries (w, H, D) attend to among n keys; raise scores (w, N) to it.
+        """Let the rule score a layer's newest queries (w, H, D) on n keys; keep the maximum in scores (w, N).
 
-        weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep what lower layers
-        gave them, unless the rule looks at the boundary's layer alone.
+        weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep their score from
+        lower layers, unless the rule looks at the boundary's layer alone.
         Raises ValueError for a rule's result of another shape.
         """
         n_slot_rows, t = stage.n_slots * self.kv.block_len, len(rows.scoring)
@@ -309,7 +308,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., r:]], dim=-1).to(x.dtype)
 
 
-# ---- attention: of the newest rows, of one row, of rows amid their keys -------------------
+# ---- attention: of the newest rows, of one row, of revived rows --------------------------
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -318,24 +317,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_attention_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernel's own lower-right mask, for flash and the memory-efficient kernel alike: no mask is written out.
+    """Let the flash or memory-efficient kernel apply its own lower-right mask, so that no mask tensor is made.
 
-    Groups are the batch, and a group's heads share its keys as a view, because the memory-efficient
-    kernel, which float32 needs, has no grouped heads of its own.
+    KV heads are the batch and their query heads share the keys as a view, because the
+    memory-efficient kernel, which float32 needs, has no grouped-query attention.
     """
     from torch.nn.attention.bias import causal_lower_right  # here, because a CPU run would wait 1.7 s for it
 
-    mask = causal_lower_right(len(q), len(k))
-    out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
-    return out.permute(2, 0, 1, 3).reshape(len(q), -1)
+    return masked_attention(q, k, v, causal_lower_right(len(q), len(k)))
 
 
 def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Older keys without a mask, the rows' own with a square one, joined by softmax weight.
+    """Attend to older keys without a mask and to the rows' own keys causally; join the two by softmax weight.
 
-    The CPU kernel would want the lower-right mask written out and the keys repeated for every head,
-    1.2 to 3 times slower. It is called directly because the public function does not return the
-    log-sum-exp that the join needs.
+    One call would need a mask tensor and keys repeated for every head: 1.2 to 3 times slower. The private
+    operator is called because the public function does not return the log-sum-exp that the join needs.
     """
     t, s = len(q), len(k)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -361,7 +357,7 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attend q (t, H, D), amid k and v (S, G, D), where mask (t, S) is true; return (t, H*D)."""
+    """Attend q (t, H, D) to k and v (S, G, D) where mask (t, S) allows it; return (t, H*D)."""
     out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
     return out.permute(2, 0, 1, 3).reshape(len(q), -1)
 
@@ -381,7 +377,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def rows_at_once(n_heads: int, n_keys: int) -> int:
-    """Return how many rows' weights are made at a time, so that they take some 16 MiB, or what one row takes."""
+    """Return how many rows' weights are made at a time, so that they take at most 16 MiB, or one row's."""
     return max(1, 2**22 // (n_heads * n_keys))
 
 

@@ -5,10 +5,10 @@ what the critical tokens know spreads over the whole sequence, so whole blocks o
 tokens can leave the hidden states. At a *boundary* the candidate blocks are ranked, and the
 best within a token budget stay for the layers above.
 
-Two rules rank them. `peak`, the default: a block is worth the strongest softmax attention
-weight that any of the newest queries, in any head of any layer so far, has cast on one of
-its tokens. `paper`: SlimInfer's, the mean query of the boundary's layer against the mean
-keys of a block's units. A rule of your own is a `Rule`, handed to `slim.load(..., score=yours)`.
+Two rules rank them. `peak`, the default: a block's score is the largest softmax attention weight
+that any of the newest queries, in any head of any layer so far, gives to one of its tokens.
+`paper`: SlimInfer's, the mean query of the boundary's layer against the mean keys of a block's
+units. A rule of your own is a `Rule`, passed as `slim.load(..., score=yours)`.
 
 Shapes: W window queries, H heads, G KV heads, D head_dim, N blocks, B block_len.
 """
@@ -65,9 +65,9 @@ class Rule:
     """How blocks are ranked: a function, and what it is given.
 
     sees "weights": score(weights (W, H, N, B)) -> (W, N), what each block is worth to each query,
-    from the softmax attention weights of one layer. It is asked in every layer, and a block counts by
-    its maximum over layers and newest queries; a block that a layer does not hold keeps what the
-    layers below gave it. Without `every_layer` only the boundary's layer is asked.
+    from the softmax attention weights of one layer. It runs in every layer, and a block's score is its
+    maximum over layers and newest queries; a block that a layer does not hold keeps its score from the
+    layers below. Without `every_layer` it runs in the boundary's layer alone.
 
     sees "keys": score(queries (W, H, D), keys (N, B, G, D), blocks (N,), unit_len) -> (N,), from the
     post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
@@ -77,7 +77,7 @@ class Rule:
     a saved conversation; a rule without one cannot be saved.
 
     heads: with the heads on several GPUs, "max" or "mean" joins the scores that each GPU's heads gave; "all"
-    hands the function the heads of all of them, right for any function, at the price of sending what it sees.
+    gives the function the heads of all GPUs: right for any function, but what it sees must be sent.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Rule:
                 f"it has {self.score!r:.60}, {self.sees!r:.60} and {self.every_layer!r:.60}"
             )
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
-            raise ValueError(f"rule {self.name!r}: window is {self.window!r}; it must be a whole number of at least 1")
+            raise ValueError(f"rule {self.name!r}: window is {self.window!r}; it must be a whole number in 1..65536")
         if self.heads not in ("all", "max", "mean"):
             raise ValueError(f"rule {self.name!r}: heads is {self.heads!r:.60}; it must be 'all', 'max' or 'mean'")
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
@@ -106,8 +106,8 @@ class Rule:
 def peak(weights: Tensor) -> Tensor:
     """Return each query's strongest weight on a token of each block (W, N), of weights (W, H, N, B).
 
-    A maximum keeps the few heads that retrieve, where a mean over heads, queries or tokens
-    drowns them; and it is the same, bit for bit, in any order of heads, layers and devices.
+    A maximum keeps the signal of the few heads that retrieve; a mean over heads, queries or tokens
+    dilutes it. It is also the same, bit for bit, in any order of heads, layers and devices.
     """
     return weights.amax((1, 3))
 
@@ -122,9 +122,7 @@ def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
 def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
     """Score blocks as SlimInfer does: max over units of the mean over heads of |mean query . unit key| (paper).
 
-    queries: (W, H, D) newest post-RoPE queries; keys: (N, B, G, D) post-RoPE keys of the
-    candidates; blocks: (N,) their block numbers (unused here, for methods that go by
-    place). Returns (N,) scores, higher is kept.
+    queries: (W, H, D) and keys: (N, B, G, D) after RoPE; blocks: (N,) their numbers, unused here. Returns (N,).
     """
     units = unit_keys(keys, unit_len)  # (N, U, G, D)
     n, u, g, d = units.shape
@@ -145,13 +143,10 @@ def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:
     scores: (N,) of any device; reading them here is the one time a step waits for the device.
     Raises ValueError for scores of another shape or not a number.
     """
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        raise ValueError(f"the scoring function returned {scores!r:.60}; it must return floating-point scores")
-    scores = scores.cpu()
-    if scores.shape != (len(blocks),) or scores.isnan().any():
-        raise ValueError(
-            f"the scoring function returned {scores}; it must return ({len(blocks)},) scores, none of them NaN"
-        )
+    wrong = not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(blocks),)
+    if wrong or (scores := scores.cpu()).isnan().any():
+        shown, n = f"{scores!r:.60}", len(blocks)
+        raise ValueError(f"the scoring function returned {shown}; it must return ({n},) float scores, none of them NaN")
     blocks, order = torch.tensor(blocks).sort()  # slots hold blocks in any order; the sink comes first
     scores = scores[order]
     scores[0] = torch.inf

@@ -2,10 +2,9 @@
 
     python slim.py --ckpt llama3.1-8b --prompt file.txt
 
-`load` checks everything it can before it allocates anything, so a checkpoint is either loaded
-as a whole or refused with one line that says why. An `Engine` holds one conversation: `prefill`
-starts it, `extend` continues it, with a decoded token or a follow-up question, and
-`generate` is the two in a loop.
+`load` checks everything it can before it allocates memory: it loads the whole checkpoint, or
+refuses it with one line that says why. An `Engine` holds one conversation: `prefill` starts it,
+`extend` continues it with a decoded token or a follow-up, and `generate` calls both in a loop.
 """
 
 if __name__ == "__main__":
@@ -139,23 +138,21 @@ class Engine:
         logits = self.model.step(torch.tensor(ids), n_logits).clone()  # a normal tensor, which callers may write to
         if not logits.sum().isfinite():  # waits for the device too, so the seconds in stats are of finished work
             raise ValueError(
-                f"the logits are not finite numbers: the weights are damaged, or too large for {self.kv.dtype}; "
-                "try a wider --dtype"
+                f"the logits are not finite numbers: bad weights, or {self.kv.dtype} too narrow; try a wider --dtype"
             )
         self.usable = True
         self.ids += ids
         return logits
 
     def forget(self) -> None:
-        """Give the conversation up; the next prompt starts a new one."""
-        self.ids, self.pending, self.usable = [], [], False
-        self.prefill_s = 0.0
+        """Drop the conversation; the next prompt starts a new one."""
+        self.ids, self.pending, self.usable, self.prefill_s = [], [], False, 0.0
 
     def rewind(self, n: int | None = None) -> None:
-        """Forget all tokens but the first n, without reading those again; by default all that came after the prompt.
+        """Keep the first n tokens, by default the prompt, and forget the rest; nothing is read again.
 
-        The blocks active now stay active until the next tokens choose; of a dense engine, what
-        follows is bit for bit what follows a new prefill. Raises ValueError for n outside the tail.
+        Active blocks stay active until the next tokens choose. A dense engine then continues bit for
+        bit as after a new prefill. Raises ValueError for n outside the tail.
         """
         if not self.usable:
             raise ValueError("there is no complete conversation to rewind; call prefill first")
@@ -176,10 +173,7 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to save; call prefill first")
         if not self.model.rule.name:
-            raise ValueError(
-                "the scoring function has no name, so nobody could tell later which one it was; "
-                "give it one: score=prune.Rule('name', function)"
-            )
+            raise ValueError("the scoring function has no name; give it one: score=prune.Rule('name', function)")
         layout, tensors = self.kv.state()
         identity = replace(self.ckpt, schedule=self.kv.schedule).identity
         header = {
@@ -259,8 +253,7 @@ class Engine:
                 yield token
                 if self.steps != steps:
                     raise ValueError(
-                        "the engine was used while it generated; it holds one conversation, so finish that "
-                        "answer first, or load a second engine"
+                        "the engine was used while it generated, but holds one conversation; load a second engine"
                     )
                 if left:
                     logits = self.extend()

@@ -19,8 +19,8 @@ from loading.encoders import Encoder, build_encoder, split_at
 from loading.template import Template, read_template
 from loading.vocabulary import Vocabulary, read_settings, read_vocabulary
 
-# While a template is rendered, these stand for where its text is cut, and around the number of what a user typed
-# that the tokenizer would take for a token. Unicode keeps both free for such use.
+# While a template is rendered, CUT marks where its text is cut, and HIDDEN encloses a number that stands for
+# special text the user typed. Both are Unicode noncharacters, reserved for internal use.
 CUT, HIDDEN = "\ufdd0", "\ufdd1"
 
 
@@ -70,8 +70,8 @@ class Tokenizer:
     def chat(self, user_text: str, begin: bool = True, end: bool = True) -> list[int]:
         """Return the ids of a user's turn, ready for the answer; of plain text, with BOS, if there is no template.
 
-        begin: it opens the conversation; if not, it follows an answer. end: without, the turn
-        stays open, and what `rest` returns closes it. Raises ValueError if the template fails.
+        begin: it opens the conversation; if False, it follows an answer. end: if False, the turn
+        stays open until the ids of `rest` close it. Raises ValueError if the template fails.
         """
         if self.template is None:
             ids = self.encode(_str(user_text) if begin else "\n" + _str(user_text))
@@ -81,7 +81,7 @@ class Tokenizer:
         return self._render([*earlier, turn], cuts=len(earlier) + (not end), part=len(earlier))
 
     def rest(self, user_text: str) -> list[int]:
-        """Return the ids that go on with a turn left open, and close it."""
+        """Return the ids that continue and close a turn left open."""
         if self.template is None:
             return self.encode("\n" + _str(user_text))
         return self._render([_message("user", CUT + "\n\n" + self._hide(user_text))], cuts=1, part=1)
@@ -110,7 +110,7 @@ class Tokenizer:
         return self._spell(parts[part], opens=part == 0)
 
     def _hide(self, text):
-        """Put numbers in place of what the user typed and the tokenizer would take for a token."""
+        """Replace what the user typed and the tokenizer would take for a special token by numbers."""
         number = {name: f"{HIDDEN}{i}{HIDDEN}" for i, name in enumerate([*self.special, CUT, HIDDEN])}
         return "".join(number.get(part, part) for part in split_at(_str(text), number))
 
@@ -130,7 +130,7 @@ class Tokenizer:
         return ids
 
     def bytes(self, token: int) -> bytes:
-        """Return the bytes of one token, b'' for a special one. Raises TypeError for what is no whole number."""
+        """Return the bytes of one token, b'' for a special one. Raises TypeError unless it is a whole number."""
         return self.encoder.pieces.get(operator.index(token), b"")
 
 

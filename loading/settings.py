@@ -39,7 +39,7 @@ def check_count(n, name: str, least: int = 0) -> None:
 
 def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
     if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**31:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} must be a whole number of at least 1")
+        raise ValueError(f"--max-new-tokens {max_new_tokens} must be a whole number within 1..{2**31 - 1}")
     if type(temperature) not in (int, float) or not (temperature == 0 or 1e-6 <= temperature < float("inf")):
         raise ValueError(f"--temperature {temperature!r} must be 0 (greedy) or a number from 0.000001 up")
     if type(top_p) not in (int, float) or not 0 < top_p <= 1:
