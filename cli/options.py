@@ -57,7 +57,7 @@ def add_reading(g, d: dict) -> None:
 
 
 def add_answering(g, d: dict) -> None:
-    g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="maximum length of an answer (%(default)s)")
+    g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="maximum length (%(default)s)")
     g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     g.add_argument(
         "--top-p",
@@ -115,7 +115,7 @@ def add_pruning(g, d: dict) -> None:
 
 def add_serving(g, d: dict) -> None:
     g.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP requests there; 127.0.0.1 is the default host")
-    g.add_argument("--api-key", metavar="KEY", help="key that requests must send; $SLIM_API_KEY hides it from other users of the machine")
+    g.add_argument("--api-key", metavar="KEY", help="key that requests must send; or set $SLIM_API_KEY")
     g.add_argument("--cache-dir", metavar="DIR", help="where texts that were read are kept while another is in use")
     g.add_argument("--cache-gib", type=float, default=8.0, metavar="N", help="size of all files there (%(default)s)")
 
