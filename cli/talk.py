@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -185,7 +186,7 @@ class Talk:
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
     """Let Ctrl-C only set a mark, because breaking off a step loses the conversation; a second one breaks off."""
-    marks = []
+    on, marks = on and threading.current_thread() is threading.main_thread(), []  # only there can signals be handled
 
     def mark(*_):
         if marks:
@@ -226,7 +227,9 @@ def chat(talk: Talk) -> None:
             command(talk, line) if line.startswith("/") else line and talk.ask(line)
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
+            if isinstance(error, MemoryError) and not talk.alone:
+                raise  # the other ranks may have gone on
             talk.progress.complain(error)
     raise ValueError(
         "the conversation was interrupted in the middle of a step and cannot continue; start again, from a saved "

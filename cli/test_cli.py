@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kvcache
 import slim
 import tokenizer
 from cli import main as cli_main
@@ -584,6 +585,27 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     talk.reset()
     talk.ask("A?")
     assert said() == [head]
+
+
+def test_a_chat_goes_on_off_the_main_thread_and_after_a_question_without_memory(cli, tmp_path, monkeypatch):
+    out, asked, grow = io.StringIO(), [], kvcache.KVCache.grow_tail
+
+    def grow_tail(self, end):
+        if end - self.length > 1:
+            asked.append(end)
+            if len(asked) == 4:  # the text, twice for the first question, and this one
+                raise MemoryError("no room for 1 MiB of keys and values")
+        return grow(self, end)
+
+    monkeypatch.setattr(kvcache.KVCache, "grow_tail", grow_tail)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err := io.StringIO())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("CAB?\nCAB?\nCAB?\n/quit\n"))
+    codes, args = [], ["--ckpt", "ckpt", "--prompt", "text.txt", "--chat", "--max-new-tokens", "1"]
+    thread = threading.Thread(target=lambda: codes.append(cli_main(args)))
+    thread.start()
+    thread.join(60)
+    assert codes == [0] and err.getvalue().count("no room for") == 1 and len(asked) == 6, err.getvalue()
 
 
 def test_a_conversation_that_outgrows_longropes_short_factors_is_a_warning(tmp_path):
