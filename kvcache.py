@@ -36,6 +36,7 @@ both; a block without is in aux of that stage's boundary or of one below.
 Shapes: S slab rows, B block_len, G KV heads, D head_dim, C dim, w newest tokens, H heads, N prompt blocks.
 """
 
+import mmap
 from dataclasses import dataclass, field
 
 import torch
@@ -62,13 +63,23 @@ def last_block_len(n_prompt: int, block_len: int) -> int:
     return n_prompt - (-(-n_prompt // block_len) - 1) * block_len
 
 
-def allocate(make, what: str, *shape, **options) -> Tensor:
-    """Return make(*shape, **options); raise MemoryError with the size if there is no room."""
+def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu", pin: bool = False) -> Tensor:
+    """Return memory that `what` is to fill, zeros unless pinned; raise MemoryError with the size if there is no room.
+
+    On a CPU it comes from the operating system and goes back there at once; malloc would keep what is freed, and
+    a slab that grows would leave holes as large as itself.
+    """
+    n_bytes = torch.Size(shape).numel() * dtype.itemsize
     try:
-        return make(*shape, **options)
-    except RuntimeError as error:  # torch has no type of its own for host memory
-        mib = torch.Size(shape).numel() * options["dtype"].itemsize / 2**20
-        raise MemoryError(f"no room for {mib:,.0f} MiB of {what} ({str(error).splitlines()[0]:.100})") from None
+        if pin:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        if torch.device(device).type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        memory = mmap.mmap(-1, max(n_bytes, 1), access=mmap.ACCESS_COPY)  # private to this process
+        return torch.frombuffer(memory, dtype=torch.uint8)[:n_bytes].view(dtype).view(shape)
+    except (RuntimeError, OSError, OverflowError) as error:  # torch has no type of its own for host memory
+        problem = str(error).splitlines()[0]
+        raise MemoryError(f"no room for {n_bytes / 2**20:,.0f} MiB of {what} ({problem:.100})") from None
 
 
 class HostMemory:
@@ -95,8 +106,7 @@ class HostMemory:
         return self.piece[self.used - n : self.used]
 
     def grow(self, n: int) -> None:
-        options = {"dtype": self.dtype, "pin_memory": self.pin}
-        self.piece = allocate(torch.empty, "CPU memory for pruned blocks", n, *self.shape, **options)
+        self.piece = allocate("CPU memory for pruned blocks", (n, *self.shape), self.dtype, pin=self.pin)
         self.used = 0
 
 
@@ -198,14 +208,14 @@ class KVCache:
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
         # zeros, not empty: a masked key is still multiplied by its zero weight, and 0 * NaN is NaN
         shape = 2, self.n_kv_heads, stage.n_slots * self.block_len + n_tail, self.head_dim
-        return allocate(torch.zeros, "keys and values", *shape, dtype=self.dtype, device=self.device)
+        return allocate("keys and values", shape, self.dtype, self.device).zero_()  # which also takes the memory now
 
     def growth_bytes(self, end: int) -> int:
-        """Return the memory that `grow_tail` will ask for: longer tails, one slab twice, and a hole that it leaves."""
+        """Return the memory that `grow_tail` will ask for: longer tails, and one slab twice."""
         rows = end - self.tail_start - self.tail_rows + TAIL_GROWTH
         if rows <= TAIL_GROWTH:
             return 0
-        return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + 2 * self.slabs[0].nbytes
+        return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + self.slabs[0].nbytes
 
     def grow_tail(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every layer's tail."""
@@ -215,10 +225,11 @@ class KVCache:
         for stage in self.stages:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled
-                old, new = self.slabs[layer], self.new_slab(stage, n_tail)
+                new, old = self.new_slab(stage, n_tail), self.slabs[layer]
                 n = min(old.shape[2], new.shape[2])  # old is the longer one if it grew before memory ran out
                 new[:, :, :n] = old[:, :, :n]
                 self.slabs[layer] = new
+                del old  # before the next slab comes
         self.tail_rows = n_tail  # only now: without memory for all, the conversation stays as it is
 
     # ---- keys and values ------------------------------------------------------------
@@ -328,7 +339,7 @@ class KVCache:
             stage.recent = None
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """Return all that the conversation needs: a JSON-able layout, and tensors on the CPU by name."""
+        """Return all that the conversation needs: a JSON-able layout, and tensors by name, views where they lie."""
         if self.pin:
             torch.cuda.synchronize(self.device)  # copies may still write what is read here
         layout = {key: getattr(self, key) for key in ("n_prompt", "length", "planned", *COUNTERS)}
@@ -340,11 +351,11 @@ class KVCache:
         for i, stage in enumerate(self.stages):
             for layer in stage.layers:
                 n = stage.n_slots * self.block_len + self.length - self.tail_start
-                tensors[f"layer.{layer}"] = self.slabs[layer][:, :, :n].cpu().contiguous()
-            tensors |= {f"stage.{i}.home.{block}": entry.contiguous() for block, entry in stage.home.items()}
+                tensors[f"layer.{layer}"] = self.slabs[layer][:, :, :n]
+            tensors |= {f"stage.{i}.home.{block}": entry for block, entry in stage.home.items()}
             tensors |= {f"stage.{i}.aux.{block}": entry for block, entry in stage.aux.items()}
             if stage.recent is not None:
-                tensors[f"stage.{i}.recent"] = stage.recent.cpu()
+                tensors[f"stage.{i}.recent"] = stage.recent
         return layout, tensors
 
     @torch.inference_mode()
@@ -362,7 +373,7 @@ class KVCache:
                 stage.home[block] = entry.copy_(tensor(f"stage.{i}.home.{block}"))
             for block in saved["aux"]:
                 stage.aux[block] = self.aux_memory.take(1)[0].copy_(tensor(f"stage.{i}.aux.{block}"))
-            stage.recent = tensor(f"stage.{i}.recent").to(self.device) if saved["recent"] else None
+            stage.recent = tensor(f"stage.{i}.recent").to(self.device, copy=True) if saved["recent"] else None
         for key in ("length", "planned", *COUNTERS):
             setattr(self, key, layout[key])
 

@@ -1131,10 +1131,10 @@ def test_a_save_broken_off_leaves_the_old_file(tiny, tmp_path, monkeypatch, when
     engine.prefill(draw(150))
 
     def break_off(*args):
-        Path(args[1] if when == "writing" else args[0]).write_bytes(b"half")
+        Path(args[0]).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((saved, "save_file") if when == "writing" else (os, "replace")), break_off)
+    monkeypatch.setattr(*((saved, "write_tensors") if when == "writing" else (os, "replace")), break_off)
     with pytest.raises(KeyboardInterrupt):
         engine.save(path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
@@ -1485,7 +1485,9 @@ def test_memory_that_cannot_be_had_is_one_error(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", fail)
     with pytest.raises(MemoryError, match="of CPU memory for pruned blocks .CUDA error: out of memory.$"):
-        HostMemory((64, 32), torch.float32, False).reset(5)
+        HostMemory((64, 32), torch.float32, True).reset(5)
+    with pytest.raises(MemoryError, match="no room for 4,294,967,296 MiB of CPU memory.*allocate"):
+        HostMemory((2**20,), torch.float32, False).reset(2**30)
 
 
 @pytest.mark.parametrize("v1", [False, True])

@@ -3,19 +3,19 @@
 import contextlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from kvcache import stage_layout
 from loading.plan import Checkpoint
+from loading.weights import MappedFile
 
 SAVED = "slim 4"  # the format
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def check_path(path) -> Path:
@@ -35,32 +35,49 @@ def check_path(path) -> Path:
 def replace_file(path) -> Iterator[str]:
     """Give a path to write to; what is written there replaces `path` at the end, or is deleted on an error.
 
-    It is in a folder of its own, because the library puts temporary files beside it; the next try
-    removes what a killed process left. Raises ValueError if writing fails.
+    What a killed process left there, the next try writes over. Raises ValueError if writing fails.
     """
     path = check_path(path)
-    folder = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
-    part = folder / path.name
-    shutil.rmtree(folder, ignore_errors=True)
+    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")  # no longer than a name can be
     try:
-        folder.mkdir()
         yield str(part)
-        os.umask(mask := os.umask(0))
-        part.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)  # not the library's 0600
+        if path.exists():
+            part.chmod(path.stat().st_mode & 0o777)
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # before the name points to it
         os.replace(part, path)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be written ({error}); choose another place") from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        part.unlink(missing_ok=True)
 
 
 def write_saved(path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Write a conversation to a file, completely or not at all; see `replace_file`."""
     text = json.dumps({"format": SAVED, **header})
     with replace_file(path) as part:
-        save_file(tensors, part, {"slim": text, "crc": checksum(text, sorted(tensors.items()))})
+        write_tensors(part, tensors, {"slim": text, "crc": checksum(text, sorted(tensors.items()))})
+
+
+def write_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file one tensor at a time; the library would need a copy of them all, and on the CPU."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that each is aligned
+    header, end = {"__metadata__": metadata}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        dtype = KINDS[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(raw(tensor))
+
+
+def raw(tensor: torch.Tensor):
+    """Return a tensor's bytes, on the CPU."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def checksum(header: str, tensors) -> str:
@@ -68,7 +85,7 @@ def checksum(header: str, tensors) -> str:
     crc = zlib.crc32(header.encode())
     for name, tensor in tensors:
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(raw(tensor), crc)
     return f"{crc:08x}"
 
 
@@ -78,7 +95,7 @@ def read_saved(path) -> tuple[dict, object]:
     try:
         if not Path(path).is_file():
             raise FileNotFoundError("no such file")
-        file = safe_open(path, framework="pt", device="cpu")
+        file = MappedFile(path)
         header = json.loads((file.metadata() or {})["slim"])
         if header["format"] != SAVED:
             raise OSError(f"its format is {header['format']!r:.60}, not {SAVED!r}")

@@ -1,6 +1,7 @@
 """Safetensors files, memory-mapped: checked by name, shape and dtype, then copied once to where they are used."""
 
 import hashlib
+import os
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -12,6 +13,34 @@ from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
 SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
+MAPPED_BYTES = 2**25  # of a file, read before it is mapped anew
+
+
+class MappedFile:
+    """A safetensors file. What is read of a mapped file counts as this process's memory, so it is mapped anew at times.
+
+    Raises SafetensorError or OSError if it cannot be opened, ValueError if it changed meanwhile.
+    """
+
+    def __init__(self, path):
+        self.path, self.read, self.version = path, 0, self.stamp(path)
+        self.file = safe_open(path, framework="pt", device="cpu")
+        self.keys, self.metadata, self.get_slice = self.file.keys, self.file.metadata, self.file.get_slice
+
+    @staticmethod
+    def stamp(path) -> tuple:
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return a tensor, mapped, not read yet."""
+        if self.read > MAPPED_BYTES:
+            if self.stamp(self.path) != self.version:
+                raise ValueError(f"{self.path} changed while it was read; try again")
+            self.__init__(self.path)
+        tensor = self.file.get_tensor(name)
+        self.read += tensor.nbytes
+        return tensor
 
 
 def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
@@ -60,7 +89,7 @@ def open_shards(folder: Path) -> dict[str, object]:
                 f"{path} does not exist ({where}); download the checkpoint again or convert it to safetensors"
             )
         try:
-            shard = safe_open(path, framework="pt", device="cpu")
+            shard = MappedFile(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is truncated or not safetensors ({error}); download it again") from None
         tensors |= dict.fromkeys(shard.keys(), shard)

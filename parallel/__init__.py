@@ -300,7 +300,7 @@ class KVCache(kvcache.KVCache):
                 dim, where, n = place
                 again = where.start * self.ranks.n // n < self.ranks.rank  # a head that the rank before has too
                 part = tensor.narrow(dim, 0, 0) if again and n < self.ranks.n else tensor
-                tensor = self.ranks.assemble(part.contiguous(), dim, where, n)
+                tensor = self.ranks.assemble(part.cpu().contiguous(), dim, where, n)
             tensors[name] = tensor if self.ranks.rank == 0 else None
         return layout, tensors
 
