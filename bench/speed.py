@@ -578,11 +578,11 @@ def run(args) -> None:
     if args.out:
         check_path(args.out)  # better now than after the first length
     ckpt = open_checkpoint(args)
-    lengths = read_lengths(args.lengths, 2, ckpt.config.max_len, "the model's context")
     if args.prefill:
         slim.start(ckpt).prefill([7] * args.prefill)
-        print(peak_bytes())
-    elif args.rss:
+        return print(peak_bytes())
+    lengths = read_lengths(args.lengths, 2, ckpt.config.max_len, "the model's context")
+    if args.rss:
         check_memory(ckpt, max(lengths), 0)
         rss_table(args, lengths)
     elif ranks:
