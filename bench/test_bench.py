@@ -15,7 +15,7 @@ from bench import compare, speed
 COMPARE = f"--text=book.txt --skip=0 --ckpt={ROOT / 'demo'} --lengths=9 --new=2 --contestants=dense".split()
 WRONG = {
     "--text=no.txt": "no.txt", "--text=bytes.txt": "UTF-8", "--text=": "--text", "--skip=99999": "99,999",
-    "--skip=2490": "--skip", "--skip=-1": "--skip", "--ckpt=nope": "no checkpoint 'nope'", "--lengths=a,b": "'a'",
+    "--skip=2490": "--skip", "--skip=-1": "-1 must", "--ckpt=nope": "no checkpoint 'nope'", "--lengths=a,b": "'a'",
     "--lengths=0": "'0'", f"--lengths={10**30}": "context", "--lengths=9,9": "twice", "--rounds=0": "--rounds 0",
     "--threads=0": "--threads 0", "--new=x": "invalid int", "--contestants=dense,bogus": "'bogus'",
     "--contestants=dense,,auto": "empty", "--contestants=auto,auto": "twice", "--contestants=llama.cpp": "--llama-cpp",
@@ -113,8 +113,7 @@ def test_speed_of_a_checkpoint_beside_transformers(folders, monkeypatch, capsys)
     with torch.no_grad():
         want = speed.make_reference(args, engine)(torch.tensor([[*range(20)]])).logits[0, -1]
     torch.testing.assert_close(engine.prefill(range(20)), want, atol=1e-4, rtol=0)
-    engine.prefill(range(20), room=2, schedule="dense")
     speed.main(options)
-    floor = f" of {1e9 / speed.decode_bytes(engine):.1f} ("
+    floor = f" of {1e9 / compare.floor_bytes(engine.ckpt, 20, 2):.1f} ("
     rows = [line for line in capsys.readouterr().out.splitlines() if floor in line]
     assert [row.split(" | ")[1] for row in rows] == ["dense", "slim, budgets cover the prompt", "transformers"]
