@@ -160,7 +160,7 @@ def draw_speed(files: list, folder: Path) -> None:
             if "NVIDIA" in f["device"]
             else f"{f['device']}, {f['threads']} thread{'s' * (f['threads'] > 1)}"
         )
-        groups[f"{f['shape']}, {f['dtype']}, {where}\nschedule {f['schedule']}"] |= {
+        groups[f"{f.get('ckpt') or f['shape']}, {f['dtype']}, {where}\nschedule {f['schedule']}"] |= {
             int(n): (f, r) for n, r in f["results"].items()
         }
     figure, axes = panels(len(groups), 3.4)
@@ -186,6 +186,9 @@ def draw_speed(files: list, folder: Path) -> None:
 
 
 def flops(f: dict, length: int) -> float:
+    """Return the operations of slim's prefill; files written before speed.py had --ckpt do not say them."""
+    if "flops" in f:
+        return f["flops"][str(length)]
     import speed
 
     config = speed.parse_config(speed.SHAPES[f["shape"]], f["shape"])

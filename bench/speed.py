@@ -2,18 +2,20 @@
 
     python bench/speed.py --shape mini --lengths 4096,8192,16384        # a CPU
     python bench/speed.py --shape llama3.1-8b --lengths 8192,32768,131072   # one large GPU
+    python bench/speed.py --ckpt smollm2-135m-instruct --lengths 1024,4096   # a checkpoint, not random weights
     python bench/speed.py --shape tiny --lengths 8192,16384,32768,65536 --rss   # memory of a CPU prefill
     torchrun --nproc-per-node 2 bench/speed.py --shape mini --lengths 4096   # what ranks send each other
 
-All contestants run in one process on the same random weights (transformers gets views of
-ours), same dtype, same device, one warm-up each, then rounds in alternating order; the
-table shows medians and the spread. The ceiling of a prefill is its FLOPs over the matmul
-peak measured here, that of a decode step its bytes (weights, active KV) over the copy peak
-measured here; a ratio's ceiling is the ratio of the FLOPs. Random weights make selections
-jump, so decode is measured without any swap (gamma 0) and with one at every step (gamma 1),
-on a GPU also with copies that compute waits for. Where the budgets cover the prompt nothing
-is pruned, and the row says what slim then costs. A second table splits the prefill by part,
-timed from outside with a wait for the device around each part, so copies are not hidden there.
+All contestants run in one process on the same weights, those of --ckpt or random ones of a --shape
+(of which transformers gets views; a checkpoint it loads for itself), same dtype, same device, one
+warm-up each, then rounds in alternating order; the table shows medians and the spread. Prompts are
+random tokens. The ceiling of a prefill is its FLOPs over the matmul peak measured here, that of a
+decode step the bytes it must read (weights, active KV; for transformers those of dense) over the copy
+peak measured here; a ratio's ceiling is the ratio of the FLOPs. Random tokens make selections jump, so
+decode is measured without any swap (gamma 0) and with one at every step (gamma 1), on a GPU also with
+copies that compute waits for. Where the budgets cover the prompt nothing is pruned, and the row says
+what slim then costs. A second table splits the prefill by part, timed from outside with a wait for the
+device around each part, so copies are not hidden there.
 """
 
 import argparse
@@ -34,9 +36,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import prune
 import slim
+from bench.compare import Parser, check_numbers, last_line, peak_bytes, read_lengths, weights_read
 from kvcache import CopyStream
 from loading.config import parse_config
-from loading.plan import Checkpoint, env_number, format_bytes, pick_device, prefill_flops
+from loading.plan import (
+    Checkpoint,
+    check_memory,
+    dtype_name,
+    env_number,
+    format_bytes,
+    one_line,
+    pick_device,
+    pick_dtype,
+    prefill_flops,
+)
 from loading.saved import check_path
 from loading.schedule import format_schedule, resolve_schedule
 from loading.settings import Settings
@@ -147,14 +160,25 @@ def make_transformers(engine: slim.Engine, shape: dict):
     return model.eval()
 
 
+def make_reference(args, engine: slim.Engine):
+    """Return transformers' model on the engine's weights, or on those of the same checkpoint, which it then loads."""
+    if args.no_transformers:
+        return None
+    if args.shape:
+        return make_transformers(engine, SHAPES[args.shape])
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    loaded = load(engine.ckpt.folder, dtype=engine.kv.dtype, attn_implementation="sdpa", local_files_only=True)
+    return loaded.to(engine.kv.device).eval()
+
+
 # ---- floors -----------------------------------------------------------------------------
 
 
 def decode_bytes(engine: slim.Engine) -> float:
     """Return the bytes one decode step must read: weights (of an untied embedding one row) and active KV."""
-    w = engine.model.weights
-    unread = 0 if w.head is w.embed else w.embed.nbytes
-    return weight_bytes(engine.ckpt.config, engine.ckpt.dtype) - unread + engine.stats["kv_gpu_bytes"]
+    return weights_read(engine.ckpt.config, engine.ckpt.dtype) + engine.stats["kv_gpu_bytes"]
 
 
 def sync(device):
@@ -242,8 +266,8 @@ def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: 
         for name in list(runs)[:: -1 if r % 2 else 1]:
             try:
                 runs[name].append(contestants[name]())
-            except (ValueError, torch.cuda.OutOfMemoryError) as error:
-                out[name] = {"error": str(error)}
+            except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+                out[name] = {"error": one_line(error)}
                 del runs[name]
     for name, (_, *results) in runs.items():  # the first round warms up
         out[name] = {key: value for key, value in results[-1].items() if not key.endswith("_s")}
@@ -259,7 +283,8 @@ def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: 
 
 
 def prunes(length: int, schedule: dict) -> bool:
-    return any(budget < length for budget in schedule.values())
+    """Say whether a schedule drops any block of so long a prompt; a share keeps a least number of them."""
+    return len({*prune.stage_blocks(length, schedule, Settings.block_len)}) > 1
 
 
 def split(engine: slim.Engine, ids: list[int], schedule: dict) -> dict:
@@ -327,9 +352,9 @@ def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: floa
             f"{times.get(('dense', 'ttft_s'), '-')} of {flops['dense'] / work:.2f}",
             times.get(("transformers", "ttft_s"), ""),
         ]
-        byte_share = f", {100 * r['step_bytes'] / copy_peak / r['decode_s']:.0f}%" if "step_bytes" in r else ""
+        step_bytes = r.get("step_bytes") or result.get("dense", {}).get("step_bytes")  # transformers' are dense's
         cells += [
-            f"{1 / r['decode_s']:.1f}{byte_share}",
+            decode_cell(r["decode_s"], step_bytes, copy_peak),
             f"{r['total_s']:.3f} ({times.get(('dense', 'total_s'), '-')})",
         ]
         kv = [format_bytes(r[k]) for k in ("kv_gpu_bytes", "kv_cpu_bytes")] if "kv_gpu_bytes" in r else ["", ""]
@@ -340,6 +365,14 @@ def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: floa
     return lines
 
 
+def decode_cell(seconds: float, step_bytes: int | None, copy_peak: float) -> str:
+    """Return a step's rate, its ceiling, the share that is reached, and the bytes behind the ceiling, where known."""
+    if not step_bytes:
+        return f"{1 / seconds:.1f}"
+    ceiling = copy_peak / step_bytes
+    return f"{1 / seconds:.1f} of {ceiling:.1f} ({100 / seconds / ceiling:.0f}%), {format_bytes(step_bytes)}"
+
+
 HEAD = [
     "prompt",
     "who",
@@ -347,7 +380,7 @@ HEAD = [
     "of matmul peak",
     "times own dense, of ceiling",
     "times transformers",
-    "decode tokens/s, of byte peak",
+    "decode tokens/s of ceiling, bytes a step must read",
     "first token + decode, s (times own dense)",
     "KV device",
     "KV home",
@@ -407,25 +440,26 @@ def hardware(device) -> dict:
     }
 
 
-def rss_table(args) -> None:
+def rss_table(args, lengths: list[int]) -> None:
     """Prefill each length in a process of its own and print the peak of its memory, and what a token adds to that
     of a short prompt.
     """
-    lengths, peak = [int(n) for n in args.lengths.split(",")], {}
+    names = ("ckpt", "shape", "dtype", "schedule", "chunk")
+    options = [f"--{name}={value}" for name in names if (value := getattr(args, name)) is not None]
+    print(table(["prompt", "peak memory", "above a prompt of 64", "bytes a token"], []), flush=True)
+    short = None
     for length in [64, *lengths]:
-        code = (
-            f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
-            f"speed.make_engine({args.shape!r}, 'cpu', {args.dtype!r}, {args.schedule!r}, "
-            f"{args.chunk}).prefill([7] * {length})\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        peak[length] = (
-            int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
-        )
-    print("| prompt | peak memory | above a prompt of 64 | bytes a token |\n|---|---|---|---|")
-    for length in lengths:
-        above = peak[length] - peak[64]
-        print(f"| {length:,} | {format_bytes(peak[length])} | {format_bytes(above)} | {above / length:.0f} |")
+        command = [sys.executable, __file__, f"--prefill={length}", "--device=cpu", *options]
+        try:
+            peak = int(last_line(command))
+        except ValueError as error:
+            raise ValueError(f"--rss: a prefill of {length:,} tokens failed: {error}") from None
+        if short is None:
+            short = peak
+            continue
+        above = peak - short
+        cells = [f"{length:,}", format_bytes(peak), format_bytes(above), f"{above / length:.0f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 # ---- ranks ------------------------------------------------------------------------------
@@ -449,17 +483,16 @@ def expected_traffic(engine: slim.Engine, n_rows: int) -> tuple[int, int]:
     return calls + looks + 1, size + c.vocab_size * max(item, 4)  # and rank 0's logits
 
 
-def rank_table(args) -> None:
+def rank_table(engine: slim.Engine, lengths: list[int]) -> None:
     """Print, for each length, the calls and bytes that a rank puts into a prefill and a decode step, beside the
     arithmetic.
     """
-    engine = make_engine(args.shape, args.device, args.dtype, args.schedule, args.chunk)
     ranks = engine.ranks
     head = ["ranks", "prompt", "weights + KV a rank"]
     for step in ("prefill", "decode step"):
         head += [f"{step}: calls, by arithmetic", "bytes, by arithmetic", "s"]
     lines = []
-    for length in map(int, args.lengths.split(",")):
+    for length in lengths:
         cells, engine.model.gamma = [f"{ranks.n}", f"{length:,}"], 0.0  # no swap, so nothing is revived
         ids = [i * 7919 % engine.config.vocab_size for i in range(length)]
         for n, work in ((length, lambda: engine.prefill(ids, room=2)), (1, lambda: engine.extend([1]))):
@@ -475,21 +508,38 @@ def rank_table(args) -> None:
         print(table(head, lines), flush=True)
 
 
-def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int, score: str = "peak") -> slim.Engine:
+# ---- command line -----------------------------------------------------------------------
+
+
+def random_checkpoint(shape: str, device: str, dtype: str, schedule: str, chunk: int) -> Checkpoint:
+    """Return a checkpoint of a shape whose weights are drawn when they are loaded."""
+    config, options, place = parse_config(SHAPES[shape], shape), Settings(chunk=chunk), pick_device(device)
+    kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options.block_len)
+    tensors = RandomTensors(config, place, kind)
+    return Checkpoint(Path(shape), config, tensors, set(), place, kind, budgets, prune.RULES["peak"], options)
+
+
+def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int) -> slim.Engine:
     """Return an engine of a shape with random weights."""
-    device, dtype, rule = pick_device(device), model.DTYPES[dtype], prune.RULES[score]
-    config, options = parse_config(SHAPES[shape], shape), Settings(chunk=chunk)
-    budgets = resolve_schedule(schedule, config, options.block_len)
-    tensors = RandomTensors(config, device, dtype)
-    return slim.start(Checkpoint(Path(shape), config, tensors, set(), device, dtype, budgets, rule, options))
+    return slim.start(random_checkpoint(shape, device, dtype, schedule, chunk))
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def open_checkpoint(args) -> Checkpoint:
+    """Return what --ckpt or --shape stands for, checked but not loaded; raise ValueError for wrong options."""
+    device = "cpu" if args.rss and args.device == "auto" else args.device
+    if args.shape:
+        return random_checkpoint(args.shape, device, args.dtype, args.schedule, args.chunk)
+    return Checkpoint.open(args.ckpt, device, args.dtype, args.schedule, chunk=args.chunk)
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="speed.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    p.add_argument("--shape", default="mini", choices=SHAPES)
-    p.add_argument("--lengths", default="4096,8192,16384")
+    weights = p.add_mutually_exclusive_group()
+    weights.add_argument("--shape", choices=SHAPES, help="random weights of this shape; mini without --ckpt")
+    weights.add_argument("--ckpt", help="a checkpoint: a folder, a name or a Hugging Face id")
+    p.add_argument("--lengths", default="4096,8192,16384", help="prompts in tokens, with commas")
     p.add_argument("--schedule", default="auto")
     p.add_argument("--new", type=int, default=32, help="tokens decoded")
     p.add_argument("--rounds", type=int, default=3)
@@ -498,75 +548,91 @@ def main() -> None:
     p.add_argument("--chunk", type=int, default=0)
     p.add_argument("--memory-gib", type=float, help="let this process use only so much device memory (CUDA)")
     p.add_argument("--no-transformers", action="store_true")
-    p.add_argument("--out", help="write the figures as JSON")
+    p.add_argument("--out", help="write the figures of the main table as JSON")
     p.add_argument("--rss", action="store_true", help="peak memory of CPU prefills instead")
-    args = p.parse_args()
+    p.add_argument("--prefill", type=int, help=argparse.SUPPRESS)  # a process of --rss
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = parser()
+    args = p.parse_args(argv)
+    if args.ckpt is None:
+        args.shape = args.shape or "mini"
     try:
-        run(p, args)
-    except (ValueError, OSError) as error:
-        p.error(" ".join(str(error).split()))
+        run(args)
+    except (ValueError, OSError, MemoryError) as error:
+        p.error(error)
     except ModuleNotFoundError as error:
         p.error(f"{error}; install it, or leave it out with --no-transformers")
 
 
-def run(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Measure every length and print what was found."""
+def run(args) -> None:
+    """Check the options and print the table that they ask for; raise ValueError or OSError for wrong ones."""
+    check_numbers(args, {"rounds": (1, 1000), "new": (1, 2**20)})
+    ranks = env_number("WORLD_SIZE") > 1  # started by torchrun
+    if args.rss and (ranks or args.device not in ("auto", "cpu")):
+        raise ValueError(f"--rss measures one process on a CPU; run it without torchrun and --device {args.device}")
+    if args.out and (args.rss or ranks):
+        raise ValueError("--out is for the main table; leave it out with --rss and under torchrun")
     if args.out:
         check_path(args.out)  # better now than after the first length
-    if args.rounds < 1 or args.new < 1 or any(int(n) < 2 for n in args.lengths.split(",")):
-        p.error(
-            f"--rounds {args.rounds} and --new {args.new} must be at least 1, --lengths {args.lengths} at least 2 each"
-        )
+    ckpt = open_checkpoint(args)
+    if args.prefill:
+        slim.start(ckpt).prefill([7] * args.prefill)
+        return print(peak_bytes())
+    lengths = read_lengths(args.lengths, 2, ckpt.config.max_len, "the model's context")
     if args.rss:
-        return rss_table(args)
-    if env_number("WORLD_SIZE") > 1:  # started by torchrun
-        return rank_table(args)
-    device = pick_device(args.device)
-    if args.memory_gib and device.type != "cuda":
-        p.error("--memory-gib limits the memory of a CUDA device; there is none in use")
-    if args.memory_gib:
-        torch.cuda.set_per_process_memory_fraction(
-            args.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device
-        )
-    engine = make_engine(args.shape, args.device, args.dtype, args.schedule, args.chunk)
-    config, schedule, dtype, chunk = engine.config, engine.ckpt.schedule, engine.kv.dtype, engine.ckpt.chunk
-    reference = None if args.no_transformers else make_transformers(engine, SHAPES[args.shape])
-    flop_peak, copy_peak = peaks(device, dtype)
+        check_memory(ckpt, max(lengths), 0)
+        rss_table(args, lengths)
+    elif ranks:
+        rank_table(slim.start(ckpt), lengths)
+    else:
+        main_table(args, ckpt, lengths)
+
+
+def limit_memory(gib: float, device) -> None:
+    if device.type != "cuda" or not gib > 0:
+        raise ValueError(f"--memory-gib {gib} limits the memory of a CUDA device; it must be above 0, and such in use")
+    share = gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def main_table(args, ckpt: Checkpoint, lengths: list[int]) -> None:
+    """Measure every length and print what was found."""
+    if args.memory_gib is not None:
+        limit_memory(args.memory_gib, ckpt.device)
+    engine = slim.start(ckpt)
+    reference = make_reference(args, engine)
+    flop_peak, copy_peak = peaks(ckpt.device, ckpt.dtype)
     facts = {
-        **hardware(device),
-        "shape": args.shape,
-        "dtype": args.dtype,
-        "chunk": chunk,
-        "schedule": format_schedule(schedule),
-        "new": args.new,
-        "rounds": args.rounds,
-        "memory_gib": args.memory_gib,
-        "matmul_peak": flop_peak,
-        "copy_peak": copy_peak,
-    }
-    print(
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; "
-        f"{args.shape} {args.dtype}, schedule {facts['schedule']}, chunk {chunk}"
-    )
-    print(
-        f"matmul peak {flop_peak / 1e12:.2f} TFLOP/s, copy peak {copy_peak / 1e9:.1f} GB/s; medians of "
-        f"{args.rounds} rounds, {args.new} tokens decoded\n"
-    )
+        **hardware(ckpt.device), "shape": args.shape, "ckpt": args.ckpt, "dtype": dtype_name(ckpt.dtype),
+        "chunk": ckpt.chunk, "schedule": format_schedule(ckpt.schedule), "new": args.new, "rounds": args.rounds,
+        "memory_gib": args.memory_gib, "matmul_peak": flop_peak, "copy_peak": copy_peak,
+        "flops": {n: prefill_flops(ckpt.config, n, ckpt.schedule) for n in lengths},
+    }  # fmt: skip
+    print_facts(facts)
     print(table(HEAD, []), flush=True)
     results = {}
-    for length in map(int, args.lengths.split(",")):
-        results[length] = measure(engine, reference, length, schedule, args.new, args.rounds)
-        print("\n".join(report(length, results[length], config, schedule, flop_peak, copy_peak)), flush=True)
+    for length in lengths:
+        results[length] = measure(engine, reference, length, ckpt.schedule, args.new, args.rounds)
+        print("\n".join(report(length, results[length], ckpt.config, ckpt.schedule, flop_peak, copy_peak)), flush=True)
         if args.out:  # after every length, so a stopped run keeps what it has
             Path(args.out).write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
     lines = [line for length, result in results.items() for line in report_parts(length, result)]
     print("\n" + table(["prompt", "who", *(f"{part}, ms" for part in PARTS), "sum", "without the waits"], lines) + "\n")
+    swapped = [n for n, result in results.items() if "slim, swaps" in result and "error" not in result["slim"]]
+    print("\n".join(swap_cost(n, results[n], args.new) for n in swapped))
+
+
+def print_facts(facts: dict) -> None:
     print(
-        "\n".join(
-            swap_cost(length, result, args.new)
-            for length, result in results.items()
-            if "slim, swaps" in result and "error" not in result["slim"]
-        )
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; "
+        f"{facts['ckpt'] or facts['shape']} {facts['dtype']}, schedule {facts['schedule']}, chunk {facts['chunk']}"
+    )
+    print(
+        f"matmul peak {facts['matmul_peak'] / 1e12:.2f} TFLOP/s, copy peak {facts['copy_peak'] / 1e9:.1f} GB/s; "
+        f"medians of {facts['rounds']} rounds, {facts['new']} tokens decoded\n"
     )
 
 

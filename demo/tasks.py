@@ -151,29 +151,37 @@ def make(kind, n_tokens, seed, tokenizer, n_questions=None, depth=None, n_facts=
         n_questions = 4 if kind == "multi" else 1
     if n_facts is None:
         n_facts = 4 if kind == "single" else max(4, min(64, n_tokens // 24))
-
-    # 1. The facts, as many as fit in 85 % of the document.
-    world = World(rng)
-    relation = rng.choice(NUMBERS)
+    world, relation = World(rng), rng.choice(NUMBERS)
     budget = n_tokens - cost(header := f"archive of the harbour, volume {rng.randint(1, 99)}.")
-    spent, keep = 0, 0
-    items = []                                   # [sort key, text, fact number or None]
+    items, spent = make_facts(world, kind, relation, n_facts, budget, cost)
+    chosen = choose_questions(world, kind, n_questions, weights)
+    items += make_filler(rng, budget - spent, cost)
+    items.sort(key=lambda it: it[0])
+    if depth is not None:
+        move_to_depth(items, depth, chosen[0], world)
+    document, spans = header, {}
+    for _, text, i in items:
+        if i is not None:
+            spans[i] = (len(document) + 1, len(document) + len(text))
+        document += text
+    return Sample(document, [Question(q, a, [spans[i] for i in used], k) for k, q, a, used in chosen])
+
+
+def gap(rng):
+    """What stands before a sentence."""
+    return "\n" if rng.random() < 0.15 else " "
+
+
+def make_facts(world, kind, relation, n_facts, budget, cost):
+    """The facts, as many as fit in 85 % of the document: items [sort key, text, fact number], and
+    the tokens they take. An item's number is None where it is no fact (see make_filler)."""
+    rng, items, spent, keep = world.rng, [], 0, 0
     while len(items) < n_facts:
         asks_before = len(world.asks)
-        r = rng.random()
-        if kind == "single" or kind == "lookalike":
-            world.add_number(kind, [relation] if kind == "lookalike" else NUMBERS)
-        elif kind == "two_hop" or (kind in ("mixed", "multi") and r < 0.3):
-            world.add_chain(2)
-        elif kind == "three_hop" or (kind in ("mixed", "multi") and r < 0.4):
-            world.add_chain(3)
-        elif kind == "latest" or (kind in ("mixed", "multi") and r < 0.55):
-            world.add_updates()
-        else:
-            world.add_number()
+        add_group(world, kind, relation)
         new = []
         for i in range(keep, len(world.facts)):
-            text = ("\n" if rng.random() < 0.15 else " ") + world.facts[i][1]
+            text = gap(rng) + world.facts[i][1]
             new.append([rng.random(), text, i])
         if "update" in new[0][1]:                # updates stay in order
             for item, u in zip(new, sorted(item[0] for item in new)):
@@ -184,52 +192,67 @@ def make(kind, n_tokens, seed, tokenizer, n_questions=None, depth=None, n_facts=
             break
         spent, keep = spent + price, len(world.facts)
         items += new
+    return items, spent
 
-    # 2. The questions.
-    if kind in ("mixed", "multi"):
-        by_kind = {}
-        for a in world.asks:
-            by_kind.setdefault(a[0], []).append(a)
-        weights = weights or {}
-        names = sorted(by_kind)
-        w = [weights.get(k, 1.0) for k in names]
-        if sum(w) == 0:
-            w = [1.0] * len(w)
-        chosen = [rng.choice(by_kind[rng.choices(names, w)[0]]) for _ in range(n_questions)]
+
+def add_group(world, kind, relation):
+    """Add the next group of facts that a document of this kind has."""
+    r = world.rng.random()
+    if kind == "single" or kind == "lookalike":
+        world.add_number(kind, [relation] if kind == "lookalike" else NUMBERS)
+    elif kind == "two_hop" or (kind in ("mixed", "multi") and r < 0.3):
+        world.add_chain(2)
+    elif kind == "three_hop" or (kind in ("mixed", "multi") and r < 0.4):
+        world.add_chain(3)
+    elif kind == "latest" or (kind in ("mixed", "multi") and r < 0.55):
+        world.add_updates()
     else:
-        asks = [a for a in world.asks if a[0] == kind]
-        chosen = [rng.choice(asks) for _ in range(n_questions)]
+        world.add_number()
 
-    # 3. Filler up to the length, then everything in the order of the sort keys.
-    misses = 0
+
+def choose_questions(world, kind, n, weights):
+    rng = world.rng
+    if kind not in ("mixed", "multi"):
+        asks = [a for a in world.asks if a[0] == kind]
+        return [rng.choice(asks) for _ in range(n)]
+    by_kind = {}
+    for a in world.asks:
+        by_kind.setdefault(a[0], []).append(a)
+    names = sorted(by_kind)
+    w = [(weights or {}).get(k, 1.0) for k in names]
+    if sum(w) == 0:
+        w = [1.0] * len(w)
+    return [rng.choice(by_kind[rng.choices(names, w)[0]]) for _ in range(n)]
+
+
+def make_filler(rng, room, cost):
+    """Items of filler, until four sentences did not fit into the tokens that are left."""
+    items, misses = [], 0
     while misses < 4:
-        text = ("\n" if rng.random() < 0.15 else " ") + filler(rng)
+        text = gap(rng) + filler(rng)
         price = cost(text)
-        if spent + price <= budget:
-            spent += price
+        if price <= room:
+            room -= price
             items.append([rng.random(), text, None])
         else:
             misses += 1
-    items.sort(key=lambda it: it[0])
-    if depth is not None:                        # sort keys become places in the text: 0 .. 1
-        total, so_far = sum(len(text) for _, text, _ in items), 0
+    return items
+
+
+def move_to_depth(items, depth, question, world):
+    """Move the fact that answers a question to this part (0..1) of the text; items are in order and stay so."""
+    total, so_far = sum(len(text) for _, text, _ in items), 0
+    for it in items:                             # sort keys become places in the text: 0 .. 1
+        it[0], so_far = so_far / total, so_far + len(it[1])
+    target = question[3][0]
+    item = next(it for it in items if it[2] == target)
+    if question[0] == "latest":                  # the earlier updates must stay before the last one
+        group = world.facts[target][0]
         for it in items:
-            it[0], so_far = so_far / total, so_far + len(it[1])
-        target = chosen[0][3][0]
-        item = next(it for it in items if it[2] == target)
-        if chosen[0][0] == "latest":             # the earlier updates must stay before the last one
-            group = world.facts[target][0]
-            for it in items:
-                if it[2] is not None and world.facts[it[2]][0] == group:
-                    it[0] *= depth
-        item[0] = depth
-        items.sort(key=lambda it: it[0])
-    document, spans = header, {}
-    for _, text, i in items:
-        if i is not None:
-            spans[i] = (len(document) + 1, len(document) + len(text))
-        document += text
-    return Sample(document, [Question(q, a, [spans[i] for i in used], k) for k, q, a, used in chosen])
+            if it[2] is not None and world.facts[it[2]][0] == group:
+                it[0] *= depth
+    item[0] = depth
+    items.sort(key=lambda it: it[0])
 
 
 def prompt(document, question):

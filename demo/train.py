@@ -241,15 +241,50 @@ def train(args):
     c = Config(vocab_size=tokenizer.get_piece_size(), hidden_size=args.hidden, num_hidden_layers=args.layers,
                intermediate_size=3 * args.hidden, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads)
     model = Llama(c).to(device)
+    opts, rng = make_optimizers(model, args), random.Random(args.seed)
+    s = start(model, opts, rng, args)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
+    last_log = last_save = time.time()
+    losses, stop = [], []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))   # asked to end: save first
+    while s["seconds"] < args.minutes * 60 and s["step"] < args.steps and not stop:
+        begun = time.time()
+        stage, (rows, weights, answers) = next_batch(rng, c, tokenizer, s["stage"], args)
+        ids = torch.tensor(rows, device=device)
+        weight = torch.tensor(weights, device=device)[:, 1:].flatten()
+        n_local = args.local_layers if rng.random() < args.local else 0
+        set_rates(opts, s, args)
+        right, loss = step(model, opts, ids, weight, n_local)
+        if answers is None:
+            count_copies(s, right.flatten()[weight > 0.5].float().mean().item())
+        else:
+            count_answers(s, stage, answers, right, args)
+        losses.append(loss)
+        s["step"] += 1
+        s["seconds"] += time.time() - begun
+        if time.time() - last_log > 20 or s["step"] < 4:
+            print_progress(s, losses, time.time() - begun)
+            last_log, losses = time.time(), []
+        if time.time() - last_save > args.save_minutes * 60:
+            save(model, opts, rng, s, args)
+            last_save = time.time()
+    save(model, opts, rng, s, args)
+
+
+def make_optimizers(model, args):
+    """Muon for the matrices, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    opts = [torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
+    return [torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
             torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    base = [args.muon_lr, args.adam_lr]
-    rng = random.Random(args.seed)
-    s = dict(step=0, stage=-1, passed=0.0, seconds=0.0, acc={})   # stage -1: copying; passed: running accuracy
+
+
+def start(model, opts, rng, args):
+    """What a run counts: afresh, or as --state left it, which also fills model, opts and rng.
+    stage -1: copying; passed: running accuracy."""
+    s = dict(step=0, stage=-1, passed=0.0, seconds=0.0, acc={})
     if os.path.exists(args.state):
-        saved = torch.load(args.state, map_location=device, weights_only=True)
+        saved = torch.load(args.state, map_location=args.device, weights_only=True)
         model.load_state_dict(saved["model"])
         for o, d in zip(opts, saved["opts"]):
             o.load_state_dict(d)
@@ -257,90 +292,81 @@ def train(args):
         s = saved["state"]
         print("resumed at", s["step"], s["stage"], flush=True)
     elif args.init:                                       # weights only: the rates warm up afresh
-        model.load_state_dict(load_export(args.init, device).state_dict())
+        model.load_state_dict(load_export(args.init, args.device).state_dict())
         s["stage"] = LENGTHS.index(args.max_length)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
+    return s
+
+
+def next_batch(rng, c, tokenizer, stage, args):
+    """Copying, the current length, or (a part of the time) a shorter one: the stage of its length, and the batch."""
+    if stage < 0:
+        return stage, copy_batch(rng, c, args.tokens)
+    if rng.random() > args.newest:                         # short documents teach more per second
+        known = range(min(2, stage), stage + 1)
+        stage = rng.choices(known, [LENGTHS[i] ** -0.5 for i in known])[0]
     mix = dict(lookalike=args.w_plain, two_hop=args.w_two, three_hop=args.w_three, latest=args.w_latest)
-    last_log = last_save = time.time()
-    losses, stop = [], []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))   # asked to end: save first
-    while s["seconds"] < args.minutes * 60 and s["step"] < args.steps and not stop:
-        start = time.time()
-        # 1. A batch: copying, the current length, or (a part of the time) a shorter one.
-        if s["stage"] < 0:
-            rows, weights, answers = copy_batch(rng, c, args.tokens)
-        else:
-            stage = s["stage"]
-            if rng.random() > args.newest:                 # short documents teach more per second
-                known = range(min(2, stage), stage + 1)
-                stage = rng.choices(known, [LENGTHS[i] ** -0.5 for i in known])[0]
-            rows, weights, answers = document_batch(rng, tokenizer, LENGTHS[stage], args.tokens, mix)
-        ids = torch.tensor(rows, device=device)
-        weight = torch.tensor(weights, device=device)[:, 1:].flatten()
-        T = ids.shape[1] - 1
-        n_local = args.local_layers if rng.random() < args.local else 0
+    return stage, document_batch(rng, tokenizer, LENGTHS[stage], args.tokens, mix)
 
-        # 2. The rate: a short warm-up, lower with longer documents, and down to a twentieth
-        #    over the last part of the time.
-        left = min(1 - s["seconds"] / (args.minutes * 60), 1 - s["step"] / args.steps)
-        scale = RATE[max(0, s["stage"])] * min(1.0, (s["step"] + 1) / 30, 0.05 + 0.95 * left / args.decay)
-        for o, lr in zip(opts, base):
-            o.param_groups[0]["lr"] = lr * scale
 
-        # 3. The step.
-        model.train()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            logits = model(ids[:, :-1], n_local=n_local)
-        target = ids[:, 1:].flatten()
-        logits = logits.flatten(0, 1).float()
-        loss_each = F.cross_entropy(logits, target, reduction="none")
-        loss = (loss_each * weight).sum() / weight.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
-        for o in opts:
-            o.step()
-            o.zero_grad(set_to_none=True)
+def set_rates(opts, s, args):
+    """A short warm-up, lower with longer documents, and down to a twentieth over the last part of the time."""
+    left = min(1 - s["seconds"] / (args.minutes * 60), 1 - s["step"] / args.steps)
+    scale = RATE[max(0, s["stage"])] * min(1.0, (s["step"] + 1) / 30, 0.05 + 0.95 * left / args.decay)
+    for o, lr in zip(opts, (args.muon_lr, args.adam_lr)):
+        o.param_groups[0]["lr"] = lr * scale
 
-        # 4. Accuracy by kind, and the next length when this one is mastered.
-        right = (logits.argmax(-1) == target).view(ids.shape[0], T)
-        if answers is None:
-            hit = right.flatten()[weight > 0.5].float().mean().item()
-            s["passed"] = 0.8 * s["passed"] + 0.2 * hit
-            if s["passed"] > 0.85:
-                s["stage"], s["passed"] = 0, 0.0
-                print(f"step {s['step']}: copying works", flush=True)
-        else:
-            first = []
-            for row, a, b, kind, fresh in answers:
-                if not fresh:
-                    continue
-                exact = bool(right[row, a - 1:b - 1].all())
-                if kind in ("lookalike", "single"):
-                    first.append(bool(right[row, a]))      # the token after the space
-                key = f"{LENGTHS[stage]}/{kind}"
-                s["acc"][key] = 0.97 * s["acc"].get(key, exact) + 0.03 * exact
-            if stage == s["stage"] and first:
-                s["passed"] = 0.9 * s["passed"] + 0.1 * sum(first) / len(first)
-                if s["passed"] > PASS[s["stage"]] and s["stage"] < LENGTHS.index(args.max_length):
-                    s["stage"], s["passed"] = s["stage"] + 1, 0.5
-                    minutes = s["seconds"] / 60
-                    print(f"step {s['step']}: on to {LENGTHS[s['stage']]} tokens after {minutes:.1f} min", flush=True)
-        losses.append(loss.item())
-        s["step"] += 1
-        s["seconds"] += time.time() - start
-        if time.time() - last_log > 20 or s["step"] < 4:
-            now = LENGTHS[max(0, s["stage"])]
-            lengths = LENGTHS[2:max(0, s["stage"]) + 1]
-            accs = " ".join(k + "=" + "/".join(f"{100 * s['acc'].get(f'{n}/{k}', 0):.0f}" for n in lengths)
-                            for k in ("single", "lookalike", "two_hop", "three_hop", "latest"))
-            print(f"{s['seconds'] / 60:6.1f} min step {s['step']} stage {now if s['stage'] >= 0 else 'copy'} "
-                  f"loss {sum(losses) / len(losses):.3f} first {s['passed']:.3f} {accs} "
-                  f"{time.time() - start:.2f}s", flush=True)
-            last_log, losses = time.time(), []
-        if time.time() - last_save > args.save_minutes * 60:
-            save(model, opts, rng, s, args)
-            last_save = time.time()
-    save(model, opts, rng, s, args)
+
+def step(model, opts, ids, weight, n_local):
+    """One step of both optimizers: where the likeliest token was the right one [B, T-1], and the loss."""
+    model.train()
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+        logits = model(ids[:, :-1], n_local=n_local)
+    target = ids[:, 1:].flatten()
+    logits = logits.flatten(0, 1).float()
+    loss_each = F.cross_entropy(logits, target, reduction="none")
+    loss = (loss_each * weight).sum() / weight.sum()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(opts[1].param_groups[0]["params"], 1.0)
+    for o in opts:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return (logits.argmax(-1) == target).view(len(ids), -1), loss.item()
+
+
+def count_copies(s, hit):
+    """Go on from copying to documents once it works."""
+    s["passed"] = 0.8 * s["passed"] + 0.2 * hit
+    if s["passed"] > 0.85:
+        s["stage"], s["passed"] = 0, 0.0
+        print(f"step {s['step']}: copying works", flush=True)
+
+
+def count_answers(s, stage, answers, right, args):
+    """Accuracy by kind, and the next length when this one is mastered."""
+    first = []
+    for row, a, b, kind, fresh in answers:
+        if not fresh:
+            continue
+        exact = bool(right[row, a - 1:b - 1].all())
+        if kind in ("lookalike", "single"):
+            first.append(bool(right[row, a]))              # the token after the space
+        key = f"{LENGTHS[stage]}/{kind}"
+        s["acc"][key] = 0.97 * s["acc"].get(key, exact) + 0.03 * exact
+    if stage == s["stage"] and first:
+        s["passed"] = 0.9 * s["passed"] + 0.1 * sum(first) / len(first)
+        if s["passed"] > PASS[s["stage"]] and s["stage"] < LENGTHS.index(args.max_length):
+            s["stage"], s["passed"] = s["stage"] + 1, 0.5
+            minutes = s["seconds"] / 60
+            print(f"step {s['step']}: on to {LENGTHS[s['stage']]} tokens after {minutes:.1f} min", flush=True)
+
+
+def print_progress(s, losses, seconds):
+    now = LENGTHS[max(0, s["stage"])]
+    lengths = LENGTHS[2:max(0, s["stage"]) + 1]
+    accs = " ".join(k + "=" + "/".join(f"{100 * s['acc'].get(f'{n}/{k}', 0):.0f}" for n in lengths)
+                    for k in ("single", "lookalike", "two_hop", "three_hop", "latest"))
+    print(f"{s['seconds'] / 60:6.1f} min step {s['step']} stage {now if s['stage'] >= 0 else 'copy'} "
+          f"loss {sum(losses) / len(losses):.3f} first {s['passed']:.3f} {accs} {seconds:.2f}s", flush=True)
 
 
 def save(model, opts, rng, s, args):
