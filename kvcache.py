@@ -64,10 +64,9 @@ def last_block_len(n_prompt: int, block_len: int) -> int:
 
 
 def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu", pin: bool = False) -> Tensor:
-    """Return memory that `what` is to fill, zeros unless pinned; raise MemoryError with the size if there is no room.
+    """Return memory for `what`, zeros unless pinned; raise MemoryError with the size if there is no room.
 
-    On a CPU it comes from the operating system and goes back there at once; malloc would keep what is freed, and
-    a slab that grows would leave holes as large as itself.
+    On a CPU it is mapped, so what is freed goes back at once; malloc would keep a hole for every slab that grew.
     """
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     try:
@@ -216,6 +215,11 @@ class KVCache:
         if rows <= TAIL_GROWTH:
             return 0
         return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + self.slabs[0].nbytes
+
+    def swap_bytes(self) -> int:
+        """Return the CPU memory that a step takes if it exchanges every block."""
+        leaving = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:])
+        return leaving * self.home_memory.entry_bytes
 
     def grow_tail(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every layer's tail."""

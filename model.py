@@ -211,11 +211,15 @@ class Model:
 
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
-        c, w = self.config, self.weights.layers[layer]
+        w = self.weights.layers[layer]
         for part in x.split(self.chunk):
-            hidden = F.rms_norm(part, (c.dim,), w.ffn_norm, c.norm_eps)
-            gate, up = F.linear(hidden, w.w_gate_up).chunk(2, dim=-1)  # (t, F)
-            self.add(part, F.silu(gate).mul_(up), w.w_down)
+            self.add(part, self.hidden(w, part), w.w_down)
+
+    def hidden(self, w: Layer, x: Tensor) -> Tensor:
+        """Return the FFN's inner states (t, F) of rows x (t, C)."""
+        x = F.rms_norm(x, (self.config.dim,), w.ffn_norm, self.config.norm_eps)
+        gate, up = F.linear(x, w.w_gate_up).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     # ---- where all heads, FFN columns or words come together --------------------------------
 

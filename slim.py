@@ -23,7 +23,7 @@ from torch import Tensor
 
 import tokenizer
 from kvcache import KVCache
-from loading.plan import Checkpoint, check_memory, env_number, format_bytes, free_bytes, step_bytes
+from loading.plan import KERNEL_BYTES, Checkpoint, check_memory, env_number, fits, format_bytes, step_bytes
 from loading.saved import check_contents, read_saved, write_saved
 from loading.schedule import resolve_schedule
 from loading.settings import check_count, check_sampling
@@ -92,13 +92,13 @@ class Engine:
         """
         ids, ckpt = self.check_ids(ids), self.ckpt
         check_count(tail, "tail")
-        n_prompt = max(1, len(ids) - tail)
+        tail = min(tail, len(ids) - 1)
         if schedule is not None:
             ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len))
-        self.check_room(ckpt, n_prompt, len(ids) - n_prompt, room)
+        self.check_room(ckpt, len(ids), room, tail)
         self.forget()
         started = time.perf_counter()
-        self.kv.reset(n_prompt, ckpt.schedule, len(ids) - n_prompt + room)
+        self.kv.reset(len(ids) - tail, ckpt.schedule, tail + room)
         logits = self.run(ids)[0]
         self.prefill_s = time.perf_counter() - started
         return logits
@@ -117,9 +117,9 @@ class Engine:
         end = self.kv.length + len(ids)
         need = self.kv.growth_bytes(end + room)
         if need or len(ids) > 1:
-            revived = max((stage.n_slots for stage in self.kv.stages[1:]), default=0) * self.kv.block_len
-            need += step_bytes(self.ckpt, len(ids), end, len(ids), revived)
-            if self.lacks(need):
+            slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
+            need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
+            if self.lacks(need, self.kv.swap_bytes()):
                 raise ValueError(
                     f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device}, more than is free; "
                     "ask less, or start again with more room"
@@ -129,17 +129,15 @@ class Engine:
         self.pending = []
         return logits if all_logits else logits[0]
 
-    def lacks(self, n_bytes: int) -> bool:
-        return n_bytes > free_bytes(self.kv.device)
+    def lacks(self, n_bytes: int, host: int) -> bool:
+        return not fits(self.kv.device, n_bytes, host)
 
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         self.usable = False
         self.steps += 1
         logits = self.model.step(torch.tensor(ids), n_logits).clone()  # a normal tensor, which callers may write to
         if not logits.sum().isfinite():  # waits for the device too, so the seconds in stats are of finished work
-            raise ValueError(
-                f"the logits are not finite numbers: bad weights, or {self.kv.dtype} too narrow; try a wider --dtype"
-            )
+            raise ValueError(f"the logits are not finite: bad weights, or {self.kv.dtype} too narrow; widen --dtype")
         self.usable = True
         self.ids += ids
         return logits
@@ -191,17 +189,19 @@ class Engine:
         header, file = read_saved(path)
         check_contents(path, header, file, self.ckpt)
         layout, ids = header["kv"], self.check_ids(header["ids"])
-        self.check_room(self.ckpt, layout["n_prompt"], len(ids) - layout["n_prompt"], room)
+        self.check_room(self.ckpt, len(ids), room, len(ids) - layout["n_prompt"])
         self.forget()
         self.kv.load_state(layout, file.get_tensor, self.ckpt.schedule, room)
         self.ids, self.pending, self.prefill_s = ids, header["pending"], header["prefill_s"]
         self.usable, self.steps = True, self.steps + 1
         return header["extra"]
 
-    def check_room(self, ckpt: Checkpoint, n_prompt: int, n_after: int, room: int) -> None:
-        """Raise ValueError unless a conversation and room after it fit in the place of the present one."""
+    def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int) -> None:
+        """Raise ValueError unless n tokens, of which a tail is never pruned, fit in the place of the present ones."""
         check_count(room, "room")
-        check_memory(ckpt, n_prompt, n_after + room, loaded=weight_bytes(ckpt.config, ckpt.dtype) + self.kv.gpu_bytes())
+        loaded, held = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES, self.kv.stats()
+        loaded, held = loaded + held["kv_gpu_bytes"], held["kv_cpu_bytes"] + held["aux_cpu_bytes"]
+        check_memory(ckpt, n, room, tail, loaded, held)
 
     def check_ids(self, ids) -> list[int]:
         try:

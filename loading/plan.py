@@ -160,6 +160,8 @@ def prefill_flops(c: Config, n_prompt: int, schedule: dict, block_len: int = 64)
 
 # ---- memory -----------------------------------------------------------------------------
 
+KERNEL_BYTES = 2**26  # what kernels take for themselves, code and scratch, and the holes that malloc keeps
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -180,62 +182,91 @@ class Plan:
         return total + (f", and {format_bytes(self.host)} for what is pruned" if self.host else "")
 
 
-def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0) -> Plan:
-    """Return what a prompt of n_prompt tokens and n_new more will take."""
+def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0) -> Plan:
+    """Return what a prompt of n_prompt tokens, of which the last `tail` are never pruned, and n_new more will take."""
     c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
-    stages = stage_layout(c.n_layers, n_prompt, ckpt.schedule, block_len)
-    row, tail = 2 * c.n_kv_heads * c.head_dim * item, last_block_len(n_prompt, block_len) + n_new
-    kv = sum(len(layers) * (slots * block_len + tail) for layers, slots in stages) * row
+    stages = stage_layout(c.n_layers, n_prompt - tail, ckpt.schedule, block_len)
+    n_last = last_block_len(n_prompt - tail, block_len) + tail
+    row = 2 * c.n_kv_heads * c.head_dim * item
+    kv = sum(len(layers) * (slots * block_len + n_last + n_new) for layers, slots in stages) * row
     host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row  # a home for every slot
     host += (stages[0][1] - stages[-1][1]) * block_len * ckpt.aux_dim * item
-    above = stages[min(1, len(stages) - 1)][1] * block_len + tail
-    return Plan(weight_bytes(c, ckpt.dtype), kv, step_bytes(ckpt, n_prompt, n_prompt, above), host)
+    slots = [n for _, n in stages]
+    temporary = step_bytes(ckpt, slots, n_last, n_last, first=True)
+    if n_new:
+        temporary = max(temporary, step_bytes(ckpt, slots, 1, n_last + n_new))
+    return Plan(weight_bytes(c, ckpt.dtype), kv, temporary + KERNEL_BYTES, host)
 
 
-def step_bytes(ckpt: Checkpoint, n_rows: int, n_keys: int, above: int = 0, revived: int = 0) -> int:
-    """Return the temporaries of a step of n_rows among n_keys.
+def step_bytes(ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, first=False, n_logits: int = 1) -> int:
+    """Return the most that a step's temporaries take at a time.
 
-    above: rows that the first boundary copies; revived: rows that may come back there, whose attention has a mask.
+    slots: of every stage; n_rows: the step's rows in a tail of n_tail; first: the prompt's step, which has a row
+    for every token of a block. In a later one, as many are planned to be revived as there are slots.
     """
-    c, item, wide = ckpt.config, ckpt.dtype.itemsize, max(4, ckpt.dtype.itemsize)
-    chunk = min(ckpt.chunk, n_rows + revived)
-    hidden = (n_rows + above + 2 * revived) * c.dim * item  # x, its survivors
-    angles = (n_rows + revived) * c.head_dim * 16  # cos and sin
-    attention = chunk * 3 * (c.n_heads + c.n_kv_heads) * c.head_dim * 4  # q, k, v, output
-    mask = min(chunk, revived) * n_keys * (1 + wide)  # as bool and as numbers
-    scores = min(ckpt.window, rows_at_once(c.n_heads, n_keys)) * c.n_heads * n_keys * 3  # products, softmax, a copy
-    scores = (scores + n_keys * c.n_kv_heads * c.head_dim) * wide  # and the keys, widened or laid out anew
-    return hidden + angles + mask + max(attention, scores, chunk * 4 * c.hidden_dim * item)
+    c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
+    wide, row = max(4, item), c.dim * item
+    last = n_logits * c.vocab_size * (2 * wide if item == wide else item + 2 * wide)  # of the head, wide, a copy
+    most, below = last + n_rows * row, 0
+    for i, n in enumerate(slots):
+        revived = 0 if first or i == 0 else n * block_len
+        rows, keys = n_rows + (n * block_len if first else revived), n * block_len + n_tail
+        x, chunk = rows * row, min(ckpt.chunk, rows)
+        places = rows * (c.rotary_dim * wide + 40)  # cos, sin, positions
+        places += ckpt.window * c.n_heads * c.head_dim * wide  # newest queries
+        making = rows * c.rotary_dim // 2 * 5 * 8  # those in float64
+        if i:  # x of both stages and, with revived rows, those and all together; before it, the mean keys of units
+            units = slots[i - 1] * block_len // ckpt.settings.unit_len * (ckpt.rule.sees == "keys")
+            most = max(most, below + x + (2 * revived * row + below if revived else 0))
+            most = max(most, below + units * c.n_kv_heads * c.head_dim * 2 * wide)
+        heads = c.n_heads + 2 * c.n_kv_heads
+        attention = chunk * (row + heads * c.head_dim * (item + 3 * wide))  # q, k, v; turned; output in two parts
+        mask = min(chunk, revived) * keys * (1 + item)  # as bool and as numbers
+        scored = i + 1 < len(slots) and ckpt.rule.sees == "weights"
+        few = min(ckpt.window, rows_at_once(c.n_heads, keys)) if scored else 1
+        scores = few * c.n_heads * keys * 3 * wide  # products, softmax, a copy
+        scores += keys * c.n_kv_heads * c.head_dim * wide  # keys, widened or laid out anew
+        ffn = chunk * (row + 3 * c.hidden_dim * item)
+        most = max(most, x + making, x + places + max(attention + mask, scores, ffn))
+        below = x
+    return most
 
 
 class NoRoom(ValueError):
     """Memory is too small for what is asked."""
 
 
-def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, loaded: int = 0) -> Plan:
-    """Return the plan; raise NoRoom if it does not fit, naming a flag that helps. loaded: bytes in place."""
-    need = plan(ckpt, n_prompt, n_new)
-    if fits(need, ckpt.device, loaded):
-        return need
+def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, tail: int = 0, loaded: int = 0, held: int = 0) -> Plan:
+    """Return the plan; raise NoRoom if it does not fit, naming a flag that helps.
+
+    loaded, held: bytes that are there already, on the device and of what is pruned.
+    """
+
+    def room(way: Checkpoint) -> bool:
+        need = plan(way, n_prompt, n_new, tail)
+        return fits(ckpt.device, need.total - loaded, need.host - held)
+
+    if room(ckpt):
+        return plan(ckpt, n_prompt, n_new, tail)
     default = auto_schedule(ckpt.config.n_layers)
     small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
     ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
-    found = [flag for flag, way in ways.items() if fits(plan(way, n_prompt, n_new), ckpt.device, loaded)]
+    found = [flag for flag, way in ways.items() if room(way)]
     advice = "no flag makes it fit: use a shorter prompt or a smaller model"
     if found:
         advice = f"it would fit with {found[0]}"
-    free = format_bytes(free_bytes(ckpt.device))
+    need, free = plan(ckpt, n_prompt, n_new, tail), format_bytes(free_bytes(ckpt.device))
     raise NoRoom(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
 
 
-def fits(need: Plan, device: torch.device, loaded: int) -> bool:
-    """Say whether a plan fits; for a GPU, its host part must fit into CPU memory too."""
+def fits(device: torch.device, n_bytes: int, host: int) -> bool:
+    """Say whether so many bytes are free on a device, and as many as `host` says on the CPU."""
     if device.type == "cpu":
-        return need.total + need.host - loaded <= free_bytes(device)
-    return need.total - loaded <= free_bytes(device) and need.host <= free_bytes(torch.device("cpu"))
+        return n_bytes + host <= free_bytes(device)
+    return n_bytes <= free_bytes(device) and host <= free_bytes(torch.device("cpu"))
 
 
 def free_bytes(device: torch.device) -> int:

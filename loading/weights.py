@@ -13,7 +13,7 @@ from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
 SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
-MAPPED_BYTES = 2**25  # of a file, read before it is mapped anew
+MAPPED_BYTES = 2**23  # of a file, read before it is mapped anew
 
 
 class MappedFile:
@@ -179,6 +179,6 @@ def fingerprint(c: Config, tensors: dict) -> str:
     digest = hashlib.sha256(repr(c).encode())
     for name in sorted(tensor_shapes(c)):
         part = tensors[name].get_slice(name)
-        first = part[:1].contiguous().view(torch.uint8).numpy().tobytes()
+        first = tensors[name].get_tensor(name)[:1].contiguous().view(torch.uint8).numpy().tobytes()
         digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode() + first)
     return digest.hexdigest()[:16]

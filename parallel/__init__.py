@@ -357,9 +357,9 @@ class Engine(slim.Engine):
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))
 
-    def lacks(self, n_bytes: int) -> bool:
+    def lacks(self, n_bytes: int, host: int) -> bool:
         """Say whether any rank lacks what it needs: with an uneven FFN not all need the same."""
-        return bool(self.ranks.max(torch.tensor(float(super().lacks(n_bytes)))))
+        return bool(self.ranks.max(torch.tensor(float(super().lacks(n_bytes, host)))))
 
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         """Run a step; return rank 0's logits on every rank that may sample from them."""

@@ -542,13 +542,13 @@ def test_ranks_refuse_together(tmp_path):
 
 def test_a_question_that_one_rank_cannot_take_is_refused_and_the_next_answered(tmp_path):
     (tmp_path / "typed").write_text("a question that is too long\nx\n")
-    calls = iter([0])
+    calls = iter([False])
 
-    def free(device):
-        return next(calls, 2**40)
+    def fits(*args):
+        return next(calls, True)
 
     group = Group(tmp_path, 2, command(*QUIET, "--chat", "--max-new-tokens", "4", stdin=tmp_path / "typed",
-                                       patches=[(1, slim, "free_bytes", free)]))  # fmt: skip
+                                       patches=[(1, slim, "fits", fits)]))  # fmt: skip
     assert group.codes() == [0, 0], group.text("err")
     assert group.text("err").count("slim: error: ") == 1 and "more than is free" in group.text("err", 0)
     assert len(group.text("out", 0)) > 1
@@ -562,7 +562,7 @@ def test_a_question_that_one_rank_needs_more_memory_for_is_refused_by_all(folder
         engine.prefill(draw(300))
         with monkeypatch.context() as patch:
             if engine.ranks.rank == 1:
-                patch.setattr(slim, "step_bytes", lambda *args: 2**60)
+                patch.setattr(slim, "step_bytes", lambda *args, **options: 2**60)
             with pytest.raises(ValueError, match="more than is free"):
                 engine.extend(draw(20, seed=2))
         return engine.extend(draw(20, seed=2)).tolist()
