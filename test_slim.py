@@ -752,6 +752,21 @@ def positions_in_slab(kv, stage, length):
     return in_slots + list(range(kv.tail_start, length))
 
 
+def test_copies_start_after_the_ffn_that_hides_them(tiny, monkeypatch):
+    engine, calls = slim.load(tiny, **SLIM), []
+    engine.prefill(draw(200))
+    for owner, name in ((model.Model, "attention"), (model.Model, "ffn"), (KVCache, "activate"), (KVCache, "move_layer")):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, m=method, n=name: calls.append(n) or m(*args))
+    select = prune.select
+    for sign in (-1, 1):  # blocks are revived, then others come back from home
+        monkeypatch.setattr(prune, "select", lambda scores, blocks, k: select(sign * scores, blocks, k))
+        engine.extend([1])
+    order = [name for i, name in enumerate(calls) if name != calls[i - 1]]
+    assert order.count("move_layer") == 2 * len(engine.kv.stages[1:])
+    assert all(order[i - 2 : i] == ["activate", "ffn"] for i, name in enumerate(order) if name == "move_layer"), order
+
+
 def test_host_memory_grows_in_pieces_and_is_used_again(monkeypatch):
     monkeypatch.setattr(kvcache, "PIECE_BYTES", 1024)  # 8 entries of 128 bytes
     memory = HostMemory((4, 8), torch.float32, False)
