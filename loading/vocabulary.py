@@ -44,6 +44,7 @@ LLAMA3_SPECIAL = {
 }
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as themselves
 BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
+TO_BYTES = dict.fromkeys(range(256), 0x10FFFF) | {ord(c): b for c, b in BYTE_OF.items()}  # others cannot be encoded
 
 
 @dataclass
@@ -149,7 +150,7 @@ def _parse(folder, path, blob, settings):
         try:
             data = _json(path, blob)
             return _from_tekken(path, data) if "vocab" in data else _from_json(path, data)
-        except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        except (LookupError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
             raise _bad(path, f"not laid out like a tokenizer.json or tekken.json ({error!r:.100})") from None
     if blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
         return _from_sentencepiece(folder, path, blob, settings)
@@ -259,7 +260,7 @@ def _ranks(path, model, added):
     names = vocab.keys() & BYTE_OF | {left + right for left, right in pairs}
     if alone := {*vocab, *(part for pair in pairs for part in pair)} - names - added:
         raise _bad(path, f"{len(alone)} vocabulary entries come from no merge, such as {min(alone)!r:.60}", ONLY)
-    return {bytes(BYTE_OF[char] for char in name): vocab[name] for name in names}
+    return {name.translate(TO_BYTES).encode("latin-1"): vocab[name] for name in names}
 
 
 def _bos_id(post):
