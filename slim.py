@@ -25,7 +25,7 @@ import tokenizer
 from kvcache import KVCache
 from loading.plan import KERNEL_BYTES, Checkpoint, check_memory, env_number, fits, format_bytes, step_bytes
 from loading.saved import check_contents, read_saved, write_saved
-from loading.schedule import resolve_schedule
+from loading.schedule import format_schedule, resolve_schedule
 from loading.settings import check_count, check_sampling
 from loading.weights import load_weights, weight_bytes
 from model import Model
@@ -63,6 +63,7 @@ def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model,
     c, s = ckpt.config, ckpt.settings
     kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap)
     kv.reset(n_prompt, ckpt.schedule, n_new)
+    ckpt.weights_hash  # kept: a save must not need files that may be gone by then
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
     return Engine(ckpt, Model(c, weights, kv, ckpt.rule, s.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk))
 
@@ -173,7 +174,7 @@ class Engine:
         if not self.model.rule.name:
             raise ValueError("the scoring function has no name; give it one: score=prune.Rule('name', function)")
         layout, tensors = self.kv.state()
-        identity = replace(self.ckpt, schedule=self.kv.schedule).identity
+        identity = self.ckpt.identity | {"schedule": format_schedule(self.kv.schedule)}
         header = {
             "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
             "ids": self.ids, "pending": self.pending, "prefill_s": self.prefill_s, "extra": extra or {},

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -1134,6 +1135,18 @@ def test_nothing_is_saved_before_there_is_something_or_where_it_cannot_be(tiny, 
     with pytest.raises(ValueError, match="nowhere"):
         engine.save(tmp_path / "nowhere" / "talk.slim")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversation_is_saved_though_the_weights_file_is_gone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading.weights, "MAPPED_BYTES", 0)  # a file is opened anew for each tensor, as a large one is
+    shutil.copytree(tiny, tmp_path / "model")
+    engine = slim.load(tmp_path / "model", **SLIM)
+    engine.prefill(draw(150), schedule="dense")
+    shutil.rmtree(tmp_path / "model")
+    engine.save(tmp_path / "talk.slim")
+    other = slim.load(tiny, **SLIM | dict(schedule="dense"))
+    other.resume(tmp_path / "talk.slim")
+    assert torch.equal(other.extend([1]), engine.extend([1]))
 
 
 @pytest.mark.parametrize("when", ["writing", "naming"])
