@@ -97,6 +97,9 @@ class HostMemory:
             self.piece = None  # the old memory goes before the new comes
             self.grow(n)
 
+    def left_bytes(self) -> int:
+        return (len(self.piece) - self.used) * self.entry_bytes
+
     def take(self, n: int) -> Tensor:
         """Return n entries that lie together (n, *shape)."""
         if self.used + n > len(self.piece):

@@ -116,14 +116,14 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
-        need = self.kv.growth_bytes(end + room)
-        if need or len(ids) > 1:
+        need, swap = self.kv.growth_bytes(end + room), self.kv.swap_bytes()
+        if need or len(ids) > 1 or swap > self.kv.home_memory.left_bytes():
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
             need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
-            if self.lacks(need, self.kv.swap_bytes()):
+            if self.lacks(need, swap):
                 raise ValueError(
-                    f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device}, more than is free; "
-                    "ask less, or start again with more room"
+                    f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device} and {format_bytes(swap)} "
+                    "for blocks exchanged, more than is free; ask less, or start again with more room"
                 )
         self.kv.grow_tail(end + room)
         logits = self.run(ids, len(ids) if all_logits else 1)

@@ -1374,6 +1374,20 @@ def test_a_long_follow_ups_rows_are_planned_before_the_step(tiny, monkeypatch):
     assert engine.usable and engine.extend([1]).isfinite().all()
 
 
+def test_homes_beyond_those_planned_are_checked_before_a_token(tiny, monkeypatch):
+    """Over many tokens each block may get a home, and the plan has one for each slot."""
+    by_chance = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]), window=1)
+    engine = slim.load(tiny, "cpu", "float32", {1: 64, 3: 32}, by_chance, block_len=8, unit_len=4)
+    engine.prefill(draw(800), room=100)
+    set_free(monkeypatch, 0)  # after a prefill that had all that was planned
+    with pytest.raises(ValueError, match="1 more tokens need .* for blocks exchanged"):
+        for i in range(100):
+            engine.extend([i % 64])
+    assert 0 < i and engine.usable
+    monkeypatch.undo()
+    assert engine.extend([1]).isfinite().all()
+
+
 def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
     engine, made = slim.load(tiny, "cpu", schedule="dense"), []
     engine.ckpt.stop.clear()

@@ -189,7 +189,7 @@ def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0) -> Plan
     n_last = last_block_len(n_prompt - tail, block_len) + tail
     row = 2 * c.n_kv_heads * c.head_dim * item
     kv = sum(len(layers) * (slots * block_len + n_last + n_new) for layers, slots in stages) * row
-    host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row  # a home for every slot
+    host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row  # a home for every slot; `extend` checks for more
     host += (stages[0][1] - stages[-1][1]) * block_len * ckpt.aux_dim * item
     slots = [n for _, n in stages]
     temporary = step_bytes(ckpt, slots, n_last, n_last, first=True)
