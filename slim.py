@@ -190,19 +190,23 @@ class Engine:
         header, file = read_saved(path)
         check_contents(path, header, file, self.ckpt)
         layout, ids = header["kv"], self.check_ids(header["ids"])
-        self.check_room(self.ckpt, len(ids), room, len(ids) - layout["n_prompt"])
+        homes = sum(file.get_slice(name).get_shape()[0] for name in file.keys() if ".home." in name)
+        self.check_room(self.ckpt, len(ids), room, len(ids) - layout["n_prompt"], homes)
         self.forget()
         self.kv.load_state(layout, file.get_tensor, self.ckpt.schedule, room)
         self.ids, self.pending, self.prefill_s = ids, header["pending"], header["prefill_s"]
         self.usable, self.steps = True, self.steps + 1
         return header["extra"]
 
-    def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int) -> None:
-        """Raise ValueError unless n tokens, of which a tail is never pruned, fit in the place of the present ones."""
+    def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int, homes: int = 0) -> None:
+        """Raise ValueError unless n tokens, of which a tail is never pruned, fit in the place of the present ones.
+
+        homes: blocks' keys and values of one layer on the CPU that the conversation has already.
+        """
         check_count(room, "room")
         loaded, held = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES, self.kv.stats()
         loaded, held = loaded + held["kv_gpu_bytes"], held["kv_cpu_bytes"] + held["aux_cpu_bytes"]
-        check_memory(ckpt, n, room, tail, loaded, held)
+        check_memory(ckpt, n, room, tail, loaded, held, homes * self.kv.home_memory.entry_bytes)
 
     def check_ids(self, ids) -> list[int]:
         try:

@@ -1388,6 +1388,22 @@ def test_homes_beyond_those_planned_are_checked_before_a_token(tiny, monkeypatch
     assert engine.extend([1]).isfinite().all()
 
 
+def test_resuming_counts_the_homes_in_the_file(tiny, tmp_path, monkeypatch):
+    rule = dataclasses.replace(prune.RULES["peak"], name="chance", score=lambda weights: torch.rand(weights.shape[::2]))
+    engine = slim.load(tiny, "cpu", "float32", {1: 64, 3: 32}, rule, block_len=8, unit_len=4, window=1)
+    engine.prefill(draw(2000))
+    for i in range(60):
+        engine.extend([i])
+    engine.save(tmp_path / "talk.slim")
+    need = loading.plan.plan(engine.ckpt, 2060, 0, 60)
+    assert engine.stats["kv_cpu_bytes"] > 2 * need.host
+    engine.prefill(draw(5))
+    set_free(monkeypatch, need.total + need.host - need.weights - loading.plan.KERNEL_BYTES)
+    with pytest.raises(ValueError, match="not enough memory"):
+        engine.resume(tmp_path / "talk.slim")
+    assert len(engine.ids) == 5
+
+
 def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
     engine, made = slim.load(tiny, "cpu", schedule="dense"), []
     engine.ckpt.stop.clear()

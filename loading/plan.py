@@ -189,7 +189,8 @@ def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0) -> Plan
     n_last = last_block_len(n_prompt - tail, block_len) + tail
     row = 2 * c.n_kv_heads * c.head_dim * item
     kv = sum(len(layers) * (slots * block_len + n_last + n_new) for layers, slots in stages) * row
-    host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row  # a home for every slot; `extend` checks for more
+    # a home for every slot; `extend` checks for more
+    host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row
     host += (stages[0][1] - stages[-1][1]) * block_len * ckpt.aux_dim * item
     slots = [n for _, n in stages]
     temporary = step_bytes(ckpt, slots, n_last, n_last, first=True)
@@ -236,15 +237,18 @@ class NoRoom(ValueError):
     """Memory is too small for what is asked."""
 
 
-def check_memory(ckpt: Checkpoint, n_prompt: int, n_new: int, tail: int = 0, loaded: int = 0, held: int = 0) -> Plan:
+def check_memory(
+    ckpt: Checkpoint, n_prompt: int, n_new: int, tail: int = 0, loaded: int = 0, held: int = 0, homes: int = 0
+) -> Plan:
     """Return the plan; raise NoRoom if it does not fit, naming a flag that helps.
 
-    loaded, held: bytes that are there already, on the device and of what is pruned.
+    loaded, held: bytes that are there already, on the device and of what is pruned; homes: the least that is
+    pruned, of a saved conversation with more homes than slots.
     """
 
     def room(way: Checkpoint) -> bool:
         need = plan(way, n_prompt, n_new, tail)
-        return fits(ckpt.device, need.total - loaded, need.host - held)
+        return fits(ckpt.device, need.total - loaded, max(need.host, homes) - held)
 
     if room(ckpt):
         return plan(ckpt, n_prompt, n_new, tail)
