@@ -63,7 +63,6 @@ def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model,
     c, s = ckpt.config, ckpt.settings
     kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap)
     kv.reset(n_prompt, ckpt.schedule, n_new)
-    ckpt.weights_hash  # kept: a save must not need files that may be gone by then
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
     return Engine(ckpt, Model(c, weights, kv, ckpt.rule, s.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk))
 
@@ -117,13 +116,14 @@ class Engine:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
         need, swap = self.kv.growth_bytes(end + room), self.kv.swap_bytes()
-        if need or len(ids) > 1 or swap > self.kv.home_memory.left_bytes():
+        scarce = end % 8 == 0 and swap > self.kv.home_memory.left_bytes()  # to ask takes 1 ms, so not at every token
+        if need or scarce or len(ids) > 1:
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
             need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
             if self.lacks(need, swap):
                 raise ValueError(
                     f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device} and {format_bytes(swap)} "
-                    "for blocks exchanged, more than is free; ask less, or start again with more room"
+                    "for pruned blocks, more than is free; ask less, or start again with more room"
                 )
         self.kv.grow_tail(end + room)
         logits = self.run(ids, len(ids) if all_logits else 1)

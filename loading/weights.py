@@ -1,6 +1,7 @@
 """Safetensors files, memory-mapped: checked by name, shape and dtype, then copied once to where they are used."""
 
 import hashlib
+import math
 import os
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +17,11 @@ SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
 MAPPED_BYTES = 2**23  # of a file, read before it is mapped anew
 
 
+def stamp(path) -> tuple:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 class MappedFile:
     """A safetensors file. What is read of a mapped file counts as this process's memory, so it is mapped anew at times.
 
@@ -23,22 +29,17 @@ class MappedFile:
     """
 
     def __init__(self, path):
-        self.path, self.read, self.version = path, 0, self.stamp(path)
-        self.file = safe_open(path, framework="pt", device="cpu")
+        self.path, self.version = path, stamp(path)
+        self.file, self.read = safe_open(path, framework="pt", device="cpu"), math.inf
         self.keys, self.metadata, self.get_slice = self.file.keys, self.file.metadata, self.file.get_slice
-
-    @staticmethod
-    def stamp(path) -> tuple:
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def get_tensor(self, name: str) -> Tensor:
         """Return a tensor, mapped, not read yet."""
         if self.read > MAPPED_BYTES:
-            if self.stamp(self.path) != self.version:
+            if stamp(self.path) != self.version:
                 raise ValueError(f"{self.path} changed while it was read; try again")
-            self.__init__(self.path)
-        tensor = self.file.get_tensor(name)
+            self.part, self.read = safe_open(self.path, framework="pt", device="cpu"), 0
+        tensor = self.part.get_tensor(name)
         self.read += tensor.nbytes
         return tensor
 
@@ -179,6 +180,6 @@ def fingerprint(c: Config, tensors: dict) -> str:
     digest = hashlib.sha256(repr(c).encode())
     for name in sorted(tensor_shapes(c)):
         part = tensors[name].get_slice(name)
-        first = tensors[name].get_tensor(name)[:1].contiguous().view(torch.uint8).numpy().tobytes()
+        first = part[:1].contiguous().view(torch.uint8).numpy().tobytes()
         digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode() + first)
     return digest.hexdigest()[:16]
