@@ -77,8 +77,7 @@ def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu"
         memory = mmap.mmap(-1, max(n_bytes, 1), access=mmap.ACCESS_COPY)  # private to this process
         return torch.frombuffer(memory, dtype=torch.uint8)[:n_bytes].view(dtype).view(shape)
     except (RuntimeError, OSError, OverflowError) as error:  # torch has no type of its own for host memory
-        problem = str(error).splitlines()[0]
-        raise MemoryError(f"no room for {n_bytes / 2**20:,.0f} MiB of {what} ({problem:.100})") from None
+        raise MemoryError(f"no room for {n_bytes >> 20:,} MiB of {what} ({str(error).splitlines()[0]:.100})") from None
 
 
 class HostMemory:
@@ -96,9 +95,6 @@ class HostMemory:
         if self.piece is None or not n <= len(self.piece) <= 2 * max(n, PIECE_BYTES // self.entry_bytes):
             self.piece = None  # the old memory goes before the new comes
             self.grow(n)
-
-    def left_bytes(self) -> int:
-        return (len(self.piece) - self.used) * self.entry_bytes
 
     def take(self, n: int) -> Tensor:
         """Return n entries that lie together (n, *shape)."""
@@ -214,15 +210,13 @@ class KVCache:
 
     def growth_bytes(self, end: int) -> int:
         """Return the memory that `grow_tail` will ask for: longer tails, and one slab twice."""
-        rows = end - self.tail_start - self.tail_rows + TAIL_GROWTH
-        if rows <= TAIL_GROWTH:
-            return 0
-        return self.n_layers * rows * self.slabs[0][:, :, 0].nbytes + self.slabs[0].nbytes
+        rows, row = end - self.tail_start - self.tail_rows, self.n_layers * self.slabs[0][:, :, 0].nbytes
+        return (rows + TAIL_GROWTH) * row + self.slabs[0].nbytes if rows > 0 else 0
 
     def swap_bytes(self) -> int:
-        """Return the CPU memory that a step takes if it exchanges every block."""
-        leaving = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:])
-        return leaving * self.home_memory.entry_bytes
+        """Return the CPU memory that a step takes if it exchanges every block, beyond that which `reset` made ready."""
+        n, homes = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:]), self.home_memory
+        return n * homes.entry_bytes if homes.used + n > len(homes.piece) else 0
 
     def grow_tail(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every layer's tail."""

@@ -32,13 +32,9 @@ def share(budget: float | Fraction) -> Fraction:
     return Fraction(budget).limit_denominator(10**6)
 
 
-def is_tokens(budget) -> bool:
-    return type(budget) is int
-
-
 def tokens(budget: Budget, n_prompt: int, block_len: int) -> int:
     """Return a budget in tokens; a share keeps at least LEAST_BLOCKS, and all of a prompt below SHARED_FROM tokens."""
-    if is_tokens(budget):
+    if type(budget) is int:
         return budget
     if n_prompt < SHARED_FROM:
         return n_prompt

@@ -116,8 +116,7 @@ class Engine:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
         need, swap = self.kv.growth_bytes(end + room), self.kv.swap_bytes()
-        scarce = end % 8 == 0 and swap > self.kv.home_memory.left_bytes()  # to ask takes 1 ms, so not at every token
-        if need or scarce or len(ids) > 1:
+        if need or len(ids) > 1 or swap and end % 8 == 0:  # to ask takes 1 ms, so not at every token
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
             need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
             if self.lacks(need, swap):
@@ -199,10 +198,7 @@ class Engine:
         return header["extra"]
 
     def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int, homes: int = 0) -> None:
-        """Raise ValueError unless n tokens, of which a tail is never pruned, fit in the place of the present ones.
-
-        homes: blocks' keys and values of one layer on the CPU that the conversation has already.
-        """
+        """Raise ValueError unless n tokens fit in place of those here; homes: blocks pruned already, times layers."""
         check_count(room, "room")
         loaded, held = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES, self.kv.stats()
         loaded, held = loaded + held["kv_gpu_bytes"], held["kv_cpu_bytes"] + held["aux_cpu_bytes"]

@@ -10,6 +10,10 @@ AUTO = ((9, Fraction(1, 4)), (19, Fraction(1, 8)), (28, Fraction(1, 16)))  # bou
 PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}  # tokens at 10, 20 and 30 of 32 layers
 
 
+def is_tokens(budget) -> bool:
+    return type(budget) is int
+
+
 def at_depth(n_layers: int, layer: int, of: int) -> int:
     """Return the layer that lies as deep in n_layers as `layer` in `of`, rounded half up."""
     return int(n_layers * layer / of + 0.5)
@@ -54,7 +58,7 @@ def parse_schedule(text: str) -> dict[int, prune.Budget] | str:
 
 def format_schedule(schedule: dict[int, prune.Budget]) -> str:
     """Write a schedule as --schedule takes it."""
-    budgets = {layer: n if prune.is_tokens(n) else prune.share(n) for layer, n in schedule.items()}
+    budgets = {layer: n if is_tokens(n) else prune.share(n) for layer, n in schedule.items()}
     return ",".join(f"{layer}:{n}" for layer, n in budgets.items()) or "dense"
 
 
@@ -69,7 +73,7 @@ def check_schedule(schedule: dict[int, prune.Budget], n_layers: int, block_len: 
     A budget is a whole number of tokens, at least 2 blocks, or a share within 0..1, both excluded.
     """
     layers = list(schedule)
-    if not all(map(prune.is_tokens, layers)) or not all(type(n) in (int, float, Fraction) for n in schedule.values()):
+    if not all(map(is_tokens, layers)) or not all(type(n) in (int, float, Fraction) for n in schedule.values()):
         raise ValueError(f"schedule {schedule} must map whole layer numbers to token budgets or shares of the prompt")
     check_increasing(layers)
     for layer, budget in schedule.items():
@@ -77,17 +81,17 @@ def check_schedule(schedule: dict[int, prune.Budget], n_layers: int, block_len: 
             raise ValueError(
                 f"schedule boundary {layer} is outside 1..{n_layers - 1}, the boundaries of a {n_layers}-layer model"
             )
-        if prune.is_tokens(budget) and budget < 2 * block_len:
+        if is_tokens(budget) and budget < 2 * block_len:
             raise ValueError(
                 f"schedule budget {budget} at layer {layer} is below 2 blocks = {2 * block_len} tokens; "
                 "raise it or lower --block-len"
             )
-        if not prune.is_tokens(budget) and not (budget == budget and 1e-6 <= prune.share(min(max(budget, 0), 2)) < 1):
+        if not is_tokens(budget) and not (budget == budget and 1e-6 <= prune.share(min(max(budget, 0), 2)) < 1):
             raise ValueError(
                 f"schedule budget {budget!s:.20} at layer {layer} is not a share within 0..1; give one such as 1/4"
             )
     for kind in (True, False):
-        budgets = [n for n in schedule.values() if prune.is_tokens(n) is kind]
+        budgets = [n for n in schedule.values() if is_tokens(n) is kind]
         if any(b >= a for a, b in zip(budgets, budgets[1:])):
             shown = ", ".join(str(n if kind else prune.share(n)) for n in budgets)
             raise ValueError(f"schedule budgets {shown} do not decrease; a later boundary must keep fewer tokens")
