@@ -379,15 +379,17 @@ def test_yarn_stretches_the_context_and_warns_where_it_is_not_needed(cli):
 
 
 def test_the_chat_template_the_system_text_and_stops(cli):
-    """Answers to the same question differ by what the template makes of it; a broken template is one line."""
+    """What is read differs by what the template makes of it; a broken template is one line."""
     few = ["--ask", "CAB?", "--max-new-tokens", "12", "--quiet"]
     raw = cli(*few)[1]
     template = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}[{{ messages[-1].content }}]"
     think = "{% if enable_thinking is false %}no{% endif %}"
     edit_json_file(cli.folder / "tokenizer_config.json", chat_template=template + think)
     plain = cli(*few)[1]
-    others = [cli(*few, *more)[1] for more in (["--system", "ABBA"], ["--no-think"], ["--raw"])]
-    assert others[2] == raw and len({plain, *others}) == 4
+    assert cli(*few, "--raw")[1] == raw
+    ways = [], ["--system", "ABBA"], ["--no-think"], ["--raw"]
+    answers = [json.loads(cli(*few, "--json", *way)[1]) for way in ways]
+    assert len({(a["prompt_tokens"], a["text"]) for a in answers}) == 4
     stop = plain[3:6]
     assert cli(*few, "--stop", "never there", "--stop", stop)[1] == plain[: plain.index(stop)] + "\n"
     edit_json_file(cli.folder / "tokenizer_config.json", chat_template="{{ raise_exception('one turn only') }}")
