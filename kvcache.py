@@ -344,12 +344,10 @@ class KVCache:
         if self.pin:
             torch.cuda.synchronize(self.device)  # copies may still write what is read here
         layout = {key: getattr(self, key) for key in ("n_prompt", "length", "planned", *COUNTERS)}
-        layout["stages"] = [
-            {"slots": s.slots, "home": list(s.home), "aux": list(s.aux), "recent": s.recent is not None}
-            for s in self.stages
-        ]  # fmt: skip
-        tensors = {}
+        layout["stages"], tensors = [], {}
         for i, stage in enumerate(self.stages):
+            blocks = {"slots": stage.slots, "home": list(stage.home), "aux": list(stage.aux)}
+            layout["stages"].append({**blocks, "recent": stage.recent is not None})
             for layer in stage.layers:
                 n = stage.n_slots * self.block_len + self.length - self.tail_start
                 tensors[f"layer.{layer}"] = self.slabs[layer][:, :, :n]

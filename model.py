@@ -105,6 +105,7 @@ class Model:
     def __init__(self, config: Config, weights: Weights, kv: KVCache, rule: prune.Rule, unit_len, window, gamma, chunk):
         self.config, self.weights, self.kv, self.rule = config, weights, kv, rule
         self.unit_len, self.window, self.gamma, self.chunk = unit_len, window, gamma, chunk
+        self.wide = torch.promote_types(kv.dtype, torch.float32)  # of scores, RoPE and logits
         self.on_chunk = lambda layer, rows, keys: None
         self.on_scores = lambda layer, scores: None
         self.on_select = lambda stage, candidates, scores, active: None
@@ -120,8 +121,8 @@ class Model:
         kv.grow_tail(end)
         x = self.embed(ids.to(kv.device))  # (T, C)
         blocks = [] if start else list(kv.stages[0].slots)  # prompt blocks with rows in x, ascending
-        shape, wide = (min(self.window, len(ids)), kv.stages[0].n_slots), torch.promote_types(kv.dtype, torch.float32)
-        scores = torch.full(shape, -torch.inf, dtype=wide, device=kv.device)  # (w, N): what each newest token gives
+        shape = min(self.window, len(ids)), kv.stages[0].n_slots  # (w, N): what each newest token gives each block
+        scores = torch.full(shape, -torch.inf, dtype=self.wide, device=kv.device)
         for i, stage in enumerate(kv.stages):
             rows = self.locate(stage, blocks, max(start, kv.tail_start), end, len(scores))
             above = kv.stages[i + 1] if i + 1 < len(kv.stages) else None
@@ -137,8 +138,7 @@ class Model:
                 self.ffn(layer, x)
                 kv.move()
         kv.length = end
-        logits = self.head(F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.head(F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)).to(self.wide)
 
     def locate(self, stage: Stage, blocks: list[int], first_tail: int, end: int, w: int) -> Rows:
         """Say where the rows of prompt blocks and of tail positions first_tail..end-1 belong in a stage."""
@@ -159,15 +159,14 @@ class Model:
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
-        kv, r = self.kv, self.config.rope_scaling
-        wide = torch.promote_types(kv.dtype, torch.float32)
-        long = int(kv.planned > r.get("original_max_position_embeddings", 0))
+        r = self.config.rope_scaling
+        long = int(self.kv.planned > r.get("original_max_position_embeddings", 0))
         angle = pos[:, None, None] * self.weights.inv_freq[long]  # (T, 1, R/2) in float64: exact at any position
-        cos, sin = (y.mul(r.get("attention_factor", 1.0)).to(wide) for y in (angle.cos(), angle.sin()))
+        cos, sin = (y.mul(r.get("attention_factor", 1.0)).to(self.wide) for y in (angle.cos(), angle.sin()))
         if "llama_4_scaling_beta" not in r:
             return cos, sin, None
         times = pos[:, None, None].double().div(r["original_max_position_embeddings"]).floor()
-        return cos, sin, times.log1p().mul(r["llama_4_scaling_beta"]).add(1).to(wide)
+        return cos, sin, times.log1p().mul(r["llama_4_scaling_beta"]).add(1).to(self.wide)
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Add attention to x (T, C) in place, appending keys and values.
@@ -253,11 +252,11 @@ class Model:
             # a key behind the last of these rows got no weight
             of_slots = F.pad(of_keys, (0, max(0, n_slot_rows - of_keys.shape[-1])))[..., :n_slot_rows]
             of_blocks = of_slots.reshape(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
-            new, shape = self.rule.score(of_blocks), of_blocks.shape[::2]
+            new, shape = self.rule.score(of_blocks), (len(q), stage.n_slots)
             if not isinstance(new, Tensor) or new.shape != shape or not new.is_floating_point():
                 raise ValueError(
                     f"the scoring function returned {new!r:.60}; of weights {tuple(of_blocks.shape)} it must return "
-                    f"floating-point scores {tuple(shape)}, one per query and block"
+                    f"floating-point scores {shape}, one per query and block"
                 )
             where = rows.scoring[a : a + few, None], stage.blocks
             scores[where] = torch.maximum(scores[where], new.to(scores.dtype))

@@ -5,10 +5,8 @@ what the critical tokens know spreads over the whole sequence, so whole blocks o
 tokens can leave the hidden states. At a *boundary* the candidate blocks are ranked, and the
 best within a token budget stay for the layers above.
 
-Two rules rank them. `peak`, the default: a block's score is the largest softmax attention weight
-that any of the newest queries, in any head of any layer so far, gives to one of its tokens.
-`paper`: SlimInfer's, the mean query of the boundary's layer against the mean keys of a block's
-units. A rule of your own is a `Rule`, passed as `slim.load(..., score=yours)`.
+Two rules rank them: `peak`, the default, and `paper`, which is SlimInfer's. A rule of your own is
+a `Rule`, passed as `slim.load(..., score=yours)`.
 
 Shapes: W window queries, H heads, G KV heads, D head_dim, N blocks, B block_len.
 """
@@ -110,9 +108,7 @@ def peak(weights: Tensor) -> Tensor:
 
 def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
     """Average the post-RoPE keys (N, B, G, D) of every unit: (N, B / unit_len, G, D), in at least float32."""
-    n, block_len, g, d = keys.shape
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    return keys.view(n, block_len // unit_len, unit_len, g, d).mean(2, dtype=dtype)  # (N, U, G, D)
+    return keys.unflatten(1, (-1, unit_len)).mean(2, dtype=torch.promote_types(keys.dtype, torch.float32))
 
 
 def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
@@ -141,8 +137,8 @@ def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:
     """
     wrong = not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(blocks),)
     if wrong or (scores := scores.cpu()).isnan().any():
-        shown, n = f"{scores!r:.60}", len(blocks)
-        raise ValueError(f"the scoring function returned {shown}; it must return ({n},) float scores, none of them NaN")
+        need = f"({len(blocks)},) float scores, none of them NaN"
+        raise ValueError(f"the scoring function returned {scores!r:.60}; it must return {need}")
     blocks, order = torch.tensor(blocks).sort()  # slots hold blocks in any order; the sink comes first
     scores = scores[order]
     scores[0] = torch.inf

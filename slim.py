@@ -200,9 +200,9 @@ class Engine:
     def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int, homes: int = 0) -> None:
         """Raise ValueError unless n tokens fit in place of those here; homes: blocks pruned already, times layers."""
         check_count(room, "room")
-        loaded, held = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES, self.kv.stats()
-        loaded, held = loaded + held["kv_gpu_bytes"], held["kv_cpu_bytes"] + held["aux_cpu_bytes"]
-        check_memory(ckpt, n, room, tail, loaded, held, homes * self.kv.home_memory.entry_bytes)
+        kv, homes = self.kv.stats(), homes * self.kv.home_memory.entry_bytes
+        loaded = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES + kv["kv_gpu_bytes"]
+        check_memory(ckpt, n, room, tail, loaded, kv["kv_cpu_bytes"] + kv["aux_cpu_bytes"], homes)
 
     def check_ids(self, ids) -> list[int]:
         try:

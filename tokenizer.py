@@ -76,15 +76,15 @@ class Tokenizer:
         if self.template is None:
             ids = self.encode(_str(user_text) if begin else "\n" + _str(user_text))
             return [self.bos_id, *ids] if begin and self.bos_id is not None else ids
-        earlier = [] if begin else [_message("user", CUT), _message("assistant", CUT)]
-        turn = _message("user", self._hide(user_text) + ("" if end else CUT))
+        earlier = [] if begin else [{"role": "user", "content": CUT}, {"role": "assistant", "content": CUT}]
+        turn = {"role": "user", "content": self._hide(user_text) + ("" if end else CUT)}
         return self._render([*earlier, turn], cuts=len(earlier) + (not end), part=len(earlier))
 
     def rest(self, user_text: str) -> list[int]:
         """Return the ids that continue and close a turn left open."""
         if self.template is None:
             return self.encode("\n" + _str(user_text))
-        return self._render([_message("user", CUT + "\n\n" + self._hide(user_text))], cuts=1, part=1)
+        return self._render([{"role": "user", "content": CUT + "\n\n" + self._hide(user_text)}], cuts=1, part=1)
 
     def chat_messages(self, messages: list[dict], **variables) -> list[int]:
         """Return the ids of a whole conversation, {"role": ..., "content": str} each, ready for the next answer.
@@ -98,7 +98,7 @@ class Tokenizer:
 
     def _render(self, messages, cuts=0, part=0, **variables):
         if self.system is not None and messages[0]["role"] != "system":
-            messages = [_message("system", self._hide(self.system)), *messages]
+            messages = [{"role": "system", "content": self._hide(self.system)}, *messages]
         text = self.template.render(messages, **self.variables | variables)
         for m in messages:
             if m is messages[-1] and m["role"] == "user" or m["role"] == "system" and self.system is not None:
@@ -132,10 +132,6 @@ class Tokenizer:
     def bytes(self, token: int) -> bytes:
         """Return the bytes of one token, b'' for a special one. Raises TypeError unless it is a whole number."""
         return self.encoder.pieces.get(operator.index(token), b"")
-
-
-def _message(role, content):
-    return {"role": role, "content": content}
 
 
 def _valid(text):
