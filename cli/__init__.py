@@ -47,11 +47,15 @@ def program(argv=None) -> int:
     try:
         return run(args, progress)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except (ValueError, OSError, MemoryError) as error:
         with contextlib.suppress(OSError):  # standard error may be what cannot be written
             progress.complain(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk: Python would try again at its end, and exit with 120
+            drop_output()
         return 2
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
@@ -62,6 +66,11 @@ def program(argv=None) -> int:
         progress.clear()
         print("slim: interrupted", file=sys.stderr)
         return 130
+
+
+def drop_output() -> None:
+    """Send what is still to be written to standard output nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def set_template(tok, args) -> None:

@@ -640,7 +640,7 @@ def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, 
 def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
-    for command, code in (("--chat >/dev/full", 2), ("--chat <&-", 2)):
+    for command, code in (("--chat >/dev/full", 2), ("--json --chat >/dev/full", 2), ("--chat <&-", 2)):
         program = f"{sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt"
         run = f"printf 'CAB?\\nABBA?\\n' | {program} --max-new-tokens 3 --quiet {command}"
         done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
