@@ -45,7 +45,9 @@ def program(argv=None) -> int:
     args = parse_args(argv)
     progress = Progress(args.quiet)
     try:
-        return run(args, progress)
+        code = run(args, progress)
+        sys.stdout.flush()  # here, where an error can be told
+        return code
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         drop_output()
         return 141
