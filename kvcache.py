@@ -25,13 +25,13 @@ of aux (`restore`), run through stage 1 beside the token, and get keys in a free
 choice changes again, its keys and values go home; from then on they are only copied back (`move`).
 
 A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the keys.
-Prompt keys never change, so a block goes home once and is only read from there. Copies run on a CUDA
+Prompt keys never change, so a block is copied home once and from then on only copied back. Copies run on a CUDA
 stream of their own in layer order, and a layer waits for its own copies only (paper, section on
 asynchronous KV management). Blocks that leave or return together are one copy a layer. On a CPU the
 same code runs without streams.
 
 Invariants: a stage's slots are always full; a block with keys in a stage is in a slot, at home, or
-both; a block without is in aux of that stage's boundary or of one below.
+both; a block without keys is in aux, at that stage's boundary or at a lower one.
 
 Shapes: S slab rows, B block_len, G KV heads, D head_dim, C dim, w newest tokens, H heads, N prompt blocks.
 """
@@ -59,14 +59,14 @@ def stage_layout(n_layers: int, n_prompt: int, schedule: dict[int, Budget], bloc
 
 
 def last_block_len(n_prompt: int, block_len: int) -> int:
-    """Return the prompt's part of the tail, its last block."""
+    """Return how many tokens the prompt's last block has; it begins the tail."""
     return n_prompt - (-(-n_prompt // block_len) - 1) * block_len
 
 
 def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu", pin: bool = False) -> Tensor:
     """Return memory for `what`, zeros unless pinned; raise MemoryError with the size if there is no room.
 
-    On a CPU it is mapped, so what is freed goes back at once; malloc would keep a hole for every slab that grew.
+    On a CPU it is mapped, so freed memory goes back at once; malloc would keep a hole for every slab that grew.
     """
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     try:
@@ -86,14 +86,14 @@ class HostMemory:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool):
         self.shape, self.dtype, self.pin = shape, dtype, pin
         self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self.piece: Tensor | None = None  # (entries, *shape), the newest; older ones live as long as what lies in them
+        self.piece: Tensor | None = None  # (entries, *shape), the newest; older ones live while entries use them
         self.used = 0  # entries of the piece
 
     def reset(self, n: int) -> None:
-        """Start afresh with room for n entries; keep the piece that is there unless too small or far too large."""
+        """Forget all entries and make room for n; keep the present piece unless it is too small or far too large."""
         self.used = 0
         if self.piece is None or not n <= len(self.piece) <= 2 * max(n, PIECE_BYTES // self.entry_bytes):
-            self.piece = None  # the old memory goes before the new comes
+            self.piece = None  # frees the old memory before the new is allocated
             self.grow(n)
 
     def take(self, n: int) -> Tensor:
@@ -116,17 +116,17 @@ class CopyStream:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and overlap else None
 
     def mark(self):
-        """Return an event at this point of the current stream: the copy stream inside `after`, else that of compute."""
+        """Return an event at this point of the current stream: that of copies inside `after`, else of compute."""
         return torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
 
     def after(self, event):
-        """Enter the stream: what is copied inside starts after an event of the compute stream."""
+        """Enter the copy stream; copies issued inside start after this event of the compute stream."""
         if self.stream is not None:
             self.stream.wait_event(event)
-        return torch.cuda.stream(self.stream)  # of None: changes nothing
+        return torch.cuda.stream(self.stream)  # without a copy stream this changes nothing
 
     def wait(self, event) -> None:
-        """Let compute issued from now on start after an event of the stream."""
+        """Make compute that is issued from now on start after this event of the copy stream."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
@@ -134,9 +134,9 @@ class CopyStream:
         target.copy_(source, non_blocking=self.stream is not None)
 
     def to_device(self, entries: list[Tensor], sent) -> Tensor:
-        """Return entries of pinned memory as one tensor on the device; `sent` is the event after they came there."""
+        """Return entries of pinned memory as one tensor on the device; `sent`: the event after they were written."""
         if sent is not None:
-            sent.synchronize()  # of an earlier step, so it is past
+            sent.synchronize()  # usually of an earlier step, so there is no wait
         pin = self.device.type == "cuda"
         together = torch.empty(len(entries), *entries[0].shape, dtype=entries[0].dtype, pin_memory=pin)
         return torch.stack(entries, out=together).to(self.device, non_blocking=self.stream is not None)
@@ -158,7 +158,7 @@ class Stage:
     recent: Tensor | None = None  # of the newest tokens at this boundary: scores (w, N), or queries (w, H, D)
 
     def remember(self, newest: Tensor, window: int) -> None:
-        """Add what the newest tokens brought to this boundary (w, ...), and keep `window` of them."""
+        """Add the newest tokens' scores or queries (w, ...) here; keep those of the last `window` tokens."""
         self.recent = torch.cat([newest[:0] if self.recent is None else self.recent, newest])[-window:]
 
 
@@ -195,7 +195,7 @@ class KVCache:
         self.activate(self.stages[0], set(range(n_slots)))
         self.tail_start, self.tail_rows = n_slots * self.block_len, last_block_len(n_prompt, self.block_len) + room
         self.length, self.n_prompt, self.planned = 0, n_prompt, n_prompt + room
-        self.slabs, self.copied = [], [None] * self.n_layers  # the old slabs go before the new ones come
+        self.slabs, self.copied = [], [None] * self.n_layers  # frees the old slabs before the new are allocated
         self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
         for counter in COUNTERS:
             setattr(self, counter, 0)
@@ -206,7 +206,7 @@ class KVCache:
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
         # zeros, not empty: a masked key is still multiplied by its zero weight, and 0 * NaN is NaN
         shape = 2, self.n_kv_heads, stage.n_slots * self.block_len + n_tail, self.head_dim
-        return allocate("keys and values", shape, self.dtype, self.device).zero_()  # which also takes the memory now
+        return allocate("keys and values", shape, self.dtype, self.device).zero_()  # writing takes the memory now
 
     def growth_bytes(self, end: int) -> int:
         """Return the memory that `grow_tail` will ask for: longer tails, and one slab twice."""
@@ -230,8 +230,8 @@ class KVCache:
                 n = min(old.shape[2], new.shape[2])  # old is the longer one if it grew before memory ran out
                 new[:, :, :n] = old[:, :, :n]
                 self.slabs[layer] = new
-                del old  # before the next slab comes
-        self.tail_rows = n_tail  # only now: without memory for all, the conversation stays as it is
+                del old  # before the next slab is allocated
+        self.tail_rows = n_tail  # only now: if memory runs out above, the conversation stays as it is
 
     # ---- keys and values ------------------------------------------------------------
 
@@ -286,8 +286,8 @@ class KVCache:
     def move(self) -> None:
         """Copy what `activate` decided, layer by layer; each layer's event fires when its own copies are done.
 
-        Called after the FFN is issued, which hides the copies. They start after the compute before `activate`:
-        the last read of every slot overwritten here and the last write of every block that leaves.
+        Called once the FFN, which hides the copies, is issued. They start after the compute issued before `activate`,
+        so after the last read of every slot that they overwrite and the last write of every block that leaves.
         """
         for stage, leaving, homes, returning, event in self.moves:
             sent = stage.home_sent
@@ -383,7 +383,7 @@ class KVCache:
         return (self.upload(first)[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
 
     def upload(self, numbers: list[int]) -> Tensor:
-        """Return whole numbers (n,) on the device, without waiting for it."""
+        """Return numbers as a tensor (n,) on the device, without waiting for the copy."""
         return torch.tensor(numbers, dtype=torch.long, pin_memory=self.pin).to(self.device, non_blocking=True)
 
     def stats(self) -> dict:

@@ -89,8 +89,8 @@ class Rows:
     slab_rows: Tensor  # (T,) where their keys go
     key_offset: int  # row i, unless revived, sees the first key_offset + i + 1 keys of the slab
     pos: Tensor  # (T,)
-    n_revived: int  # leading rows that are revived, so later keys than theirs are in the slab
-    key_pos: Tensor | None  # (S,) positions in the slab, only if there are revived rows: their mask goes by position
+    n_revived: int  # leading rows that are revived: the slab holds later keys than theirs
+    key_pos: Tensor | None  # (S,) positions in the slab, for the mask of revived rows; None without them
     scoring: Tensor  # (t,) which of the w newest tokens have a row here; pruning may have removed some
 
 
@@ -172,7 +172,7 @@ class Model:
         """Add attention to x (T, C) in place, appending keys and values.
 
         Returns the queries (w, H, D) of the newest rows, never of revived ones, and for a single
-        new row its weights (1, H, S), which cost nothing.
+        new row also its weights (1, H, S), which attention computes anyway.
         """
         c, w, kv = self.config, self.weights.layers[layer], self.kv
         h, g, d = c.n_heads, c.n_kv_heads, c.head_dim
@@ -212,15 +212,15 @@ class Model:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
         w = self.weights.layers[layer]
         for part in x.split(self.chunk):
-            self.add(part, self.hidden(w, part), w.w_down)
+            self.add(part, self.ffn_inner(w, part), w.w_down)
 
-    def hidden(self, w: Layer, x: Tensor) -> Tensor:
+    def ffn_inner(self, w: Layer, x: Tensor) -> Tensor:
         """Return the FFN's inner states (t, F) of rows x (t, C)."""
         x = F.rms_norm(x, (self.config.dim,), w.ffn_norm, self.config.norm_eps)
         gate, up = F.linear(x, w.w_gate_up).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    # ---- where all heads, FFN columns or words come together --------------------------------
+    # ---- what `parallel` overrides: sums over heads and FFN columns, and a cut vocabulary ------
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.weights.embed[ids]
@@ -249,7 +249,7 @@ class Model:
         for a in range(0, t, few):
             q = queries[len(queries) - t :][a : a + few]
             of_keys = attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
-            # a key behind the last of these rows got no weight
+            # keys after the last of these rows have no weight: pad with zeros
             of_slots = F.pad(of_keys, (0, max(0, n_slot_rows - of_keys.shape[-1])))[..., :n_slot_rows]
             of_blocks = of_slots.reshape(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
             new, shape = self.rule.score(of_blocks), (len(q), stage.n_slots)
@@ -268,10 +268,10 @@ class Model:
         kv, stage, b = self.kv, self.kv.stages[i], self.kv.block_len
         # choose
         active = self.choose(i)
-        # rows return: active blocks that were pruned when the prompt came through
+        # rows return: active blocks without keys here; first, so that they need not wait for the copies below
         revived = sorted(active - stage.held - set(blocks))
         returned = kv.restore(stage, revived) if revived else x[:0]
-        # rows leave: blocks that are not active wait on the CPU
+        # rows leave: those of blocks that are not active go to aux
         first_row = {block: j * b for j, block in enumerate(blocks)}
         kv.offload(stage, x, {block: row for block, row in first_row.items() if block not in active})
         kept = [block for block in blocks if block in active]
@@ -282,8 +282,8 @@ class Model:
         first_row |= {block: len(x) + j * b for j, block in enumerate(revived)}
         blocks_above = sorted(kept + revived)
         tail = torch.arange(len(blocks) * b, len(x), device=kv.device)
-        index = torch.cat([kv.block_rows([first_row[block] for block in blocks_above]), tail])
-        return torch.cat([x, returned])[index] if revived else x[index], blocks_above
+        order = torch.cat([kv.block_rows([first_row[block] for block in blocks_above]), tail])
+        return torch.cat([x, returned])[order] if revived else x[order], blocks_above
 
     def choose(self, i: int) -> set[int]:
         """Return the blocks to be active in stage i: the new choice, or those active now if the two overlap enough."""
@@ -380,15 +380,15 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def rows_at_once(n_heads: int, n_keys: int) -> int:
-    """Return how many rows' weights are made at a time, so that they take at most 16 MiB, or one row's."""
+    """Return how many rows' weights to compute at a time: as many as fit in 16 MiB, at least one."""
     return max(1, 2**22 // (n_heads * n_keys))
 
 
 def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return scale times (G, m, K) times (G, K, n), b in the dtype of the KV, in at least float32."""
     if b.is_cuda and b.dtype.itemsize < 4:
-        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale  # widening b would read and write it again
-    wide = torch.promote_types(b.dtype, torch.float32)  # half-precision products are slow on a CPU and round the logits
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale  # no copy of b in float32
+    wide = torch.promote_types(b.dtype, torch.float32)  # on a CPU half precision is slow, and it rounds the logits
     a, b = a.to(wide), b.to(wide)
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 

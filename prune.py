@@ -22,8 +22,8 @@ from torch import Tensor
 
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
-SHARED_FROM = 1024  # tokens: of a shorter prompt every share is the whole, as there is nothing to gain
-LEAST_BLOCKS = 8  # blocks that a share keeps at least: with 4, prompts of 2,048 tokens lost chains of facts
+SHARED_FROM = 1024  # tokens: a share prunes no shorter prompt, as there is nothing to gain
+LEAST_BLOCKS = 8  # the fewest that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
 
 
 def share(budget: float | Fraction) -> Fraction:

@@ -10,7 +10,7 @@ refuses it with one line that says why. An `Engine` holds one conversation: `pre
 if __name__ == "__main__":
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends the program and nothing else
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: end without a traceback
 
 import operator
 import time
@@ -52,7 +52,7 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
     if env_number("WORLD_SIZE") > 1:  # started by torchrun
-        import parallel
+        import parallel  # here, because it imports this module
 
         return parallel.start(ckpt, n_prompt, n_new, progress)
     check_memory(ckpt, n_prompt, n_new)
@@ -72,10 +72,10 @@ class Engine:
 
     def __init__(self, ckpt: Checkpoint, model: Model):
         self.ckpt, self.model, self.config, self.kv = ckpt, model, ckpt.config, model.kv
-        self.ids: list[int] = []  # run so far in this conversation
+        self.ids: list[int] = []  # tokens run so far in this conversation
         self.pending: list[int] = []  # generated, but not yet run through the model
         self.usable = False  # False before a prefill, while a step runs, and after one that was interrupted
-        self.steps = 0  # of all conversations: tells a generator that it is no longer alone
+        self.steps = 0  # of all conversations; shows a generator that another caller ran one
         self.prefill_s = 0.0
 
     @cached_property
@@ -137,7 +137,7 @@ class Engine:
         self.steps += 1
         logits = self.model.step(torch.tensor(ids), n_logits).clone()  # a normal tensor, which callers may write to
         if not logits.sum().isfinite():  # waits for the device too, so the seconds in stats are of finished work
-            raise ValueError(f"the logits are not finite: bad weights, or {self.kv.dtype} too narrow; widen --dtype")
+            raise ValueError(f"the logits are not finite: bad weights, or a --dtype ({self.kv.dtype}) too narrow")
         self.usable = True
         self.ids += ids
         return logits

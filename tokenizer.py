@@ -1,7 +1,7 @@
 """Text <-> token ids, and conversations by the model's own chat template.
 
 Invariants:
-- `encode` adds no BOS and never makes a special token out of text: only templates and `bos_id` place those.
+- `encode` adds no BOS and makes no special token out of text; those come from templates and `bos_id` alone.
 - `decode(encode(text)) == text`, unless the tokenizer itself normalizes (NFC; U+2581 in sentencepiece)
   or its vocabulary lacks some of the 256 bytes (SmolLM2): those are dropped, as Hugging Face does.
 - `stream` never yields part of a UTF-8 character; its pieces add up to the text of all the ids.
@@ -36,14 +36,14 @@ class Tokenizer:
         self.v, self.encoder = v, encoder
         self.special, self.bos_id = v.special, v.bos_id
         self.template = template  # without one, text is continued as it is
-        self.system: str | None = None  # what a conversation opens with, besides what the template itself says
+        self.system: str | None = None  # opens a conversation, besides what the template itself adds
         self.variables = {}  # for the template, such as {"enable_thinking": False}
         self.dummy_prefix = encoder.inside is not encoder.start  # sentencepiece puts a space before a text
         self.vocab_size: int = 1 + max([*encoder.pieces, *v.special.values()])
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text, without BOS. Lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
-        return self.encoder.start(_valid(_str(text)))
+        return self.encoder.start(_without_surrogates(_str(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids that start a text (for ids that continue one: `stream`)."""
@@ -126,7 +126,7 @@ class Tokenizer:
             part = part.rstrip() if parts[i + 1 : i + 2] and parts[i + 1] in self.v.lstrip else part
             part = re.sub(f"{HIDDEN}(\\d+){HIDDEN}", lambda number: names.get(int(number[1]), ""), part)
             starts = self.v.legacy if i else opens
-            ids += (self.encoder.start if starts else self.encoder.inside)(_valid(part))
+            ids += (self.encoder.start if starts else self.encoder.inside)(_without_surrogates(part))
         return ids
 
     def bytes(self, token: int) -> bytes:
@@ -134,7 +134,7 @@ class Tokenizer:
         return self.encoder.pieces.get(operator.index(token), b"")
 
 
-def _valid(text):
+def _without_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
