@@ -107,9 +107,9 @@ def stretch(c: dict, factor: float, path) -> dict:
         raise ValueError(f"--rope-yarn {factor:g}: {path} scales RoPE itself, by {kind!r:.60}; leave --rope-yarn out")
     trained = positive(c.get("max_position_embeddings"), f"{path}: key 'max_position_embeddings'", int, 2**40)
     if (c.get("model_type"), trained) == ("qwen3", 40960):
-        trained = 32768  # the rest was meant for answers, and Qwen3's authors stretch from here
+        trained = 32768  # Qwen3's authors stretch from here; they keep the rest for answers
     rope = {**rope, "rope_type": "yarn", "factor": factor, ORIGINAL: trained}
-    rest = {k: v for k, v in c.items() if k not in ("rope_scaling", ORIGINAL)}  # no older word contradicts it
+    rest = {k: v for k, v in c.items() if k not in ("rope_scaling", ORIGINAL)}  # so that no older key contradicts it
     return {**rest, "rope_parameters": rope, "max_position_embeddings": int(trained * factor)}
 
 

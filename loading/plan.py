@@ -35,14 +35,14 @@ class Checkpoint:
     @staticmethod
     def open(ckpt, device="auto", dtype="auto", schedule="auto", score="peak", **settings) -> "Checkpoint":
         """Find a checkpoint and check it, its tensors and the settings; see `slim.load`."""
-        options, rule, place = Settings(**settings), pick_rule(score), pick_device(device)
+        options, rule, device = Settings(**settings), pick_rule(score), pick_device(device)
         folder = find_checkpoint(ckpt)
         config = read_config(folder / "config.json", options.rope_yarn)
-        kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options.block_len)
+        dtype, schedule = pick_dtype(dtype, config, device), resolve_schedule(schedule, config, options.block_len)
         tensors = open_shards(folder)
         check_tensors(folder, config, tensors)
         stop = stop_tokens(folder, config.vocab_size)
-        return Checkpoint(folder, config, tensors, stop, place, kind, budgets, rule, options)
+        return Checkpoint(folder, config, tensors, stop, device, dtype, schedule, rule, options)
 
     @property
     def identity(self) -> dict:
@@ -105,7 +105,7 @@ def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bfloat16() -> bool:
-    """Say whether this CPU has instructions for bfloat16; without them a prefill takes some six times as long."""
+    """Say whether this CPU has instructions for bfloat16; without them a prefill takes about six times as long."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
     return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -267,7 +267,7 @@ def check_memory(
 
 
 def fits(device: torch.device, n_bytes: int, host: int) -> bool:
-    """Say whether so many bytes are free on a device, and as many as `host` says on the CPU."""
+    """Say whether n_bytes are free on the device, and `host` bytes on the CPU."""
     if device.type == "cpu":
         return n_bytes + host <= free_bytes(device)
     return n_bytes <= free_bytes(device) and host <= free_bytes(torch.device("cpu"))

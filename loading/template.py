@@ -25,7 +25,7 @@ class Template:
     def render(self, messages: list[dict], **variables) -> str:
         """Return the text of a conversation, ready for the next answer. Raises ValueError if the template fails."""
         if len(self.source.encode("utf-8", "replace")) > MOST:
-            raise self.error(f"is larger than {MOST:,} bytes")
+            raise self.error(f"it is larger than {MOST:,} bytes")
         job = {"source": self.source, "messages": messages, "variables": {**self.tokens, **variables}}
         job = {"seconds": SECONDS, "job": job}
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
@@ -34,7 +34,7 @@ class Template:
             done = subprocess.run(command, input=data, capture_output=True, env=env, timeout=6 * SECONDS, check=False)
             answer = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError):
-            raise self.error(f"wanted more than {SECONDS} s or the memory it may have") from None
+            raise self.error(f"it took more than {SECONDS} s or more memory than it may") from None
         if "error" in answer:
             raise self.error(" ".join(answer["error"].split())[:300])
         return answer["text"]
@@ -65,7 +65,7 @@ def read_template(folder: Path, settings: dict) -> Template | None:
         return None
     if not wrong and not isinstance(source, str):
         wrong = f"it is of type {type(source).__name__}, not text"
-    if wrong:  # said when it is used: --raw does without
+    if wrong:  # raised when the template is used; --raw does not use it
         source = f"{{{{ raise_exception('{wrong}') }}}}"
     tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()
               if key.endswith("_token")}  # fmt: skip
@@ -101,7 +101,7 @@ def render(source: str, messages: list[dict], variables: dict) -> str:
         text.append(piece)
         most -= len(piece)
         if most < 0:
-            raise TemplateError("it writes without end")
+            raise TemplateError("it writes too much text")
     return "".join(text)
 
 

@@ -57,8 +57,8 @@ class Vocabulary:
     added: dict[str, int] = field(default_factory=dict)  # tokens that are not special: text gives them too
     proto: bytes = b""  # a sentencepiece model instead
     legacy: bool = False  # sentencepiece puts a space after special tokens too, as Llama 2's tokenizer did
-    lstrip: set[str] = field(default_factory=set)  # special tokens that white space before them belongs to
-    rstrip: set[str] = field(default_factory=set)  # and after them
+    lstrip: set[str] = field(default_factory=set)  # special tokens that swallow the white space before them
+    rstrip: set[str] = field(default_factory=set)  # and those that swallow the white space after them
 
 
 def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
@@ -77,7 +77,7 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
     ):
         raise _bad(path, "has an added token without a name or id, or a BOS that is none of them")
     if bad := [i for i in v.ranks.values() if type(i) is not int or not 0 <= i < 2**32]:
-        raise _bad(path, f"has the id {bad[0]!r:.60}, which is no whole number from 0 up")
+        raise _bad(path, f"has the id {bad[0]!r:.60}, which is not a whole number from 0 up")
     if len({*v.ranks.values()}) < len(v.ranks) or len({*names.values()}) < len(names):
         raise _bad(path, "vocabulary gives an id twice")
     return v
@@ -210,7 +210,7 @@ def _from_json(path, data):
     model, normalizer, special, added = data["model"], data.get("normalizer"), {}, {}
     odd = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)}
     if model.get("byte_fallback") or "Metaspace" in str(data.get("pre_tokenizer")):
-        raise _bad(path, "byte_fallback or Metaspace, so sentencepiece in disguise", "put its tokenizer.model there")
+        raise _bad(path, "byte_fallback or Metaspace, so made from sentencepiece", "put its tokenizer.model there")
     if model.get("type", "BPE") != "BPE" or odd or normalizer not in (None, {"type": "NFC"}):
         raise _bad(path, f"model {model.get('type')!s:.60} {odd or ''!s:.60} with normalizer {normalizer!s:.200}", ONLY)
     match data.get("pre_tokenizer"):
