@@ -137,7 +137,7 @@ class Engine:
         self.steps += 1
         logits = self.model.step(torch.tensor(ids), n_logits).clone()  # a normal tensor, which callers may write to
         if not logits.sum().isfinite():  # waits for the device too, so the seconds in stats are of finished work
-            raise ValueError(f"the logits are not finite: bad weights, or a --dtype ({self.kv.dtype}) too narrow")
+            raise ValueError(f"the logits are not finite: bad weights, or {self.kv.dtype} too narrow; widen --dtype")
         self.usable = True
         self.ids += ids
         return logits
