@@ -67,15 +67,20 @@ def run(args, work: str, schedule: str, score: str, n: int, file: str) -> dict:
     command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ValueError(why.removeprefix("memory.py: error: "))
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="memory.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", default="smollm2-135m-instruct")
     p.add_argument("--dtype", default="float32")
-    p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096", help="with commas")
+    p.add_argument("--lengths", type=numbers, default="4096", help="with commas")
     p.add_argument("--new", type=int, default=16, help="tokens that follow one by one")
     for name in ("--one", "--schedule", "--score", "--file"):
         p.add_argument(name, help=argparse.SUPPRESS)
