@@ -15,6 +15,8 @@ The words of this engine:
     aux       the hidden states of blocks pruned at a boundary, on the CPU
     revive    to run a pruned block's rows from aux, because a later token chose it
     rule      what ranks the blocks (prune.py)
+    budget    how many tokens of the prompt stay at a boundary
+    unit      a part of a block whose mean key the paper's rule looks at
 
     slab of one layer     | slot 0 | slot 1 | slot 2 |  ...  | tail: last block, new tokens -> |
     holds, in any order   | block 0| block 9| block 4|       | positions from tail_start on    |

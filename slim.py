@@ -60,6 +60,7 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
 
 
 def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model, Engine) -> "Engine":
+    """Lay out the KV, load the weights, join them; `parallel` passes classes of its own."""
     c, s = ckpt.config, ckpt.settings
     kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap)
     kv.reset(n_prompt, ckpt.schedule, n_new)
