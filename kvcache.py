@@ -66,16 +66,14 @@ def last_block_len(n_prompt: int, block_len: int) -> int:
 
 
 def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu", pin: bool = False) -> Tensor:
-    """Return memory for `what`, zeros unless pinned; raise MemoryError with the size if there is no room.
+    """Return memory for `what`, not written yet; raise MemoryError with the size if there is no room.
 
     On a CPU it is mapped, so freed memory goes back at once; malloc would keep a hole for every slab that grew.
     """
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     try:
-        if pin:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
-        if torch.device(device).type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=device)
+        if pin or torch.device(device).type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pin)
         memory = mmap.mmap(-1, max(n_bytes, 1), access=mmap.ACCESS_COPY)  # private to this process
         return torch.frombuffer(memory, dtype=torch.uint8)[:n_bytes].view(dtype).view(shape)
     except (RuntimeError, OSError, OverflowError) as error:  # torch has no type of its own for host memory

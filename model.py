@@ -260,6 +260,7 @@ class Model:
                 )
             where = rows.scoring[a : a + few, None], stage.blocks
             scores[where] = torch.maximum(scores[where], new.to(scores.dtype))
+            del of_keys, of_slots, of_blocks  # the largest temporaries: gone before the next rows' come
 
     # ---- a boundary ---------------------------------------------------------------------
 

@@ -116,8 +116,10 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
-        need, swap = self.kv.growth_bytes(end + room), self.kv.swap_bytes()
-        if need or len(ids) > 1 or swap and end % 8 == 0:  # to ask takes 1 ms, so not at every token
+        need = self.kv.growth_bytes(end + room)
+        look = need or len(ids) > 1 or end % 8 == 0  # asking what is free takes 1 ms: not for every token
+        swap = self.kv.swap_bytes() if look else 0
+        if need or swap or len(ids) > 1:
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
             need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
             if self.lacks(need, swap):

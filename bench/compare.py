@@ -73,17 +73,17 @@ def run_transformers(args, ids: list[int], n: int) -> dict:
 
 def figures(times: list[float]) -> dict:
     steps = [1000 * (b - a) for a, b in zip(times[1:], times[2:])]
-    return {"first_s": times[1] - times[0], "steps_ms": steps, "peak_bytes": peak_bytes()}
+    return {"first_s": times[1] - times[0], "steps_ms": steps, "peak_bytes": memory_bytes()}
 
 
-def peak_bytes() -> int:
-    """Return the peak memory of this process; raise OSError where /proc does not tell.
+def memory_bytes(name: str = "VmHWM") -> int:
+    """Return the memory of this process: its peak, VmHWM, or VmRSS, that of now; raise OSError if /proc lacks it.
 
     Not `ru_maxrss`: in a child it starts at what its parent had.
     """
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
     if not found:
-        raise OSError("/proc/self/status has no VmHWM, the peak memory of a process")
+        raise OSError(f"/proc/self/status has no {name}, the memory of a process")
     return 1024 * int(found[1])
 
 

@@ -8,8 +8,6 @@ is imported and has multiplied two matrices; planned are weights, keys and value
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,26 +16,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slim
+from bench.compare import Parser, check_numbers, last_line, memory_bytes, read_lengths
 from loading.plan import KERNEL_BYTES, Checkpoint, format_bytes, plan, step_bytes
 
 WORK = "prompt", "follow-ups", "save", "resume"
+SETTINGS = ("dense", "peak"), ("auto", "peak"), ("auto", "paper")  # schedule and score
 
 
-def memory(name: str) -> int:
-    """Return a line of /proc/self/status in bytes."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def measure(args) -> dict:
+def measure(args, work: str, schedule: str, score: str, n: int, file: str) -> dict:
     """Do one kind of work; return its peak and what was planned, in bytes."""
     torch.ones(512, 512) @ torch.ones(512, 512)
-    before = memory("VmRSS")
-    ckpt = Checkpoint.open(args.ckpt, "cpu", args.dtype, args.schedule, args.score)
-    n, new = args.n, args.new
+    before = memory_bytes("VmRSS")
+    ckpt, new = Checkpoint.open(args.ckpt, "cpu", args.dtype, schedule, score), args.new
     ids = [5 + (i * 7919 + i * i * 31) % (ckpt.config.vocab_size - 5) for i in range(n + new)]
-    if args.work == "resume":
+    if work == "resume":
         engine = slim.start(ckpt)
-        engine.resume(args.file, room=new)
+        engine.resume(file, room=new)
         need = plan(ckpt, n, 2 * new, new)
     else:
         engine = slim.start(ckpt, n, new)
@@ -46,68 +40,53 @@ def measure(args) -> dict:
     for token in ids[n:]:
         engine.extend([token])
     planned = need.total + need.host
-    kv = engine.kv
-    if args.work == "follow-ups":
+    if work == "follow-ups":
         for _ in range(3):
-            slots, n_tail = [stage.n_slots for stage in kv.stages], kv.length + n // 4 - kv.tail_start
-            step = step_bytes(ckpt, slots, n // 4, n_tail)
-            there = sum(engine.stats[key] for key in ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes"))
-            there += need.weights + KERNEL_BYTES
-            planned = there + kv.growth_bytes(kv.length + n // 4) + kv.swap_bytes() + step
+            planned = need.weights + KERNEL_BYTES + planned_for(engine, n // 4)
             engine.extend(ids[: n // 4])
-    if args.work == "save":
-        engine.save(args.file)
-    return {"peak": memory("VmHWM") - before, "planned": planned, "revived": engine.stats["revived"]}
+    if work == "save":
+        engine.save(file)
+    return {"peak": memory_bytes() - before, "planned": planned}
 
 
-def run(args, work: str, schedule: str, score: str, n: int, file: str) -> dict:
-    """Measure in a process of its own."""
-    options = {"one": work, "schedule": schedule, "score": score, "n": n, "file": file}
-    options |= {name: getattr(args, name) for name in ("ckpt", "dtype", "new")}
-    command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise ValueError(why.removeprefix("memory.py: error: "))
-    return json.loads(done.stdout.splitlines()[-1])
+def planned_for(engine: slim.Engine, n: int) -> int:
+    """Return the bytes of a conversation and of what n more tokens are checked for."""
+    kv, end = engine.kv, engine.kv.length + n
+    there = sum(engine.stats[key] for key in ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes"))
+    step = step_bytes(engine.ckpt, [stage.n_slots for stage in kv.stages], n, end - kv.tail_start)
+    return there + kv.growth_bytes(end) + kv.swap_bytes() + step
 
 
-def numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
+def print_table(args) -> None:
+    """Measure every kind of work in a process of its own."""
+    context = Checkpoint.open(args.ckpt, "cpu", args.dtype).config.max_len
+    most = (context - args.new) * 4 // 7  # three follow-ups of a quarter each
+    lengths = read_lengths(args.lengths, 4, most, f"as follow-ups must fit into the model's context of {context:,} too")
+    print("| tokens | schedule, score | work | peak | planned | peak / planned |\n" + "|---" * 6 + "|", flush=True)
+    options = [f"--{name}={getattr(args, name)}" for name in ("ckpt", "dtype", "new")]
+    for n in lengths:
+        for setting in SETTINGS:
+            with tempfile.TemporaryDirectory() as folder:
+                for work in WORK:
+                    one = json.dumps([work, *setting, n, f"{folder}/text.slim"])
+                    r = json.loads(last_line([sys.executable, __file__, *options, f"--one={one}"]))
+                    cells = f"{n:,}", ", ".join(setting), work, format_bytes(r["peak"]), format_bytes(r["planned"])
+                    print("| " + " | ".join(cells) + f" | {r['peak'] / r['planned']:.2f} |", flush=True)
 
 
-def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="memory.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(prog="memory.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", default="smollm2-135m-instruct")
     p.add_argument("--dtype", default="float32")
-    p.add_argument("--lengths", type=numbers, default="4096", help="with commas")
+    p.add_argument("--lengths", default="4096", help="prompts in tokens, with commas")
     p.add_argument("--new", type=int, default=16, help="tokens that follow one by one")
-    for name in ("--one", "--schedule", "--score", "--file"):
-        p.add_argument(name, help=argparse.SUPPRESS)
-    p.add_argument("--n", type=int, help=argparse.SUPPRESS)
-    args = p.parse_args()
-    args.work = args.one
-    if min(args.new, *args.lengths) < 1:
-        p.error(f"--new {args.new} and each of --lengths must be at least 1")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
+    p.add_argument("--one", help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
     try:
-        if args.one:
-            return print(json.dumps(measure(args)))
-        print("| tokens | schedule, score | work | peak | planned | peak / planned |\n" + "|---" * 6 + "|", flush=True)
-        for n in args.lengths:
-            for schedule, score in (("dense", "peak"), ("auto", "peak"), ("auto", "paper")):
-                with tempfile.TemporaryDirectory() as folder:
-                    for work in WORK:
-                        r = run(args, work, schedule, score, n, f"{folder}/text.slim")
-                        cells = f"{n:,}", f"{schedule}, {score}", work, *map(format_bytes, (r["peak"], r["planned"]))
-                        print("| " + " | ".join(cells) + f" | {r['peak'] / r['planned']:.2f} |", flush=True)
+        check_numbers(args, {"new": (1, 2**20)})
+        print(json.dumps(measure(args, *json.loads(args.one)))) if args.one else print_table(args)
     except (ValueError, OSError) as error:
-        print(f"memory.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        p.error(error)
 
 
 if __name__ == "__main__":

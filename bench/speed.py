@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import prune
 import slim
-from bench.compare import Parser, check_numbers, last_line, peak_bytes, read_lengths, weights_read
+from bench.compare import Parser, check_numbers, last_line, memory_bytes, read_lengths, weights_read
 from kvcache import CopyStream
 from loading.config import parse_config
 from loading.plan import (
@@ -580,7 +580,7 @@ def run(args) -> None:
     ckpt = open_checkpoint(args)
     if args.prefill:
         slim.start(ckpt).prefill([7] * args.prefill)
-        return print(peak_bytes())
+        return print(memory_bytes())
     lengths = read_lengths(args.lengths, 2, ckpt.config.max_len, "the model's context")
     if args.rss:
         check_memory(ckpt, max(lengths), 0)

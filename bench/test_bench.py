@@ -10,7 +10,7 @@ import transformers
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 import slim
-from bench import compare, speed
+from bench import compare, memory, speed
 
 COMPARE = f"--text=book.txt --skip=0 --ckpt={ROOT / 'demo'} --lengths=9 --new=2 --contestants=dense".split()
 WRONG = {
@@ -24,6 +24,10 @@ WRONG = {
 SPEED_WRONG = {
     "--schedule=bogus": "'bogus'", "--device=cuda": "--device cuda", "--dtype=float8": "'float8'", "--lengths=1": "'1'",
     "--lengths=64,": "''", "--lengths=1025": "context", "--shape=mini": "not allowed", "--out=x": "--out",
+}  # fmt: skip
+MEMORY_WRONG = {
+    "--lengths=x": "'x'", "--lengths=3": "'3'", "--lengths=900": "context", "--new=0": "--new 0",
+    "--ckpt=nope": "'nope'", "--dtype=int8": "'int8'", "--schedule=x": "unrecognized",
 }  # fmt: skip
 
 
@@ -47,10 +51,17 @@ def text(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "read_rate", lambda: 1e9)
 
 
-@pytest.mark.parametrize("module, option", [(compare, o) for o in WRONG] + [(speed, o) for o in SPEED_WRONG])
+ALL_WRONG = [(compare, o) for o in WRONG] + [(speed, o) for o in SPEED_WRONG] + [(memory, o) for o in MEMORY_WRONG]
+
+
+@pytest.mark.parametrize("module, option", ALL_WRONG)
 def test_bad_input_is_one_line_and_nothing_runs(module, option, folders, monkeypatch, capsys):
     monkeypatch.setattr(module, "last_line", lambda *_: pytest.fail("a run began"))
-    usual, said = (COMPARE, WRONG) if module is compare else ([f"--ckpt={folders[True]}", "--rss"], SPEED_WRONG)
+    usual, said = {
+        compare: (COMPARE, WRONG),
+        speed: ([f"--ckpt={folders[True]}", "--rss"], SPEED_WRONG),
+        memory: ([f"--ckpt={folders[True]}", "--lengths=9"], MEMORY_WRONG),
+    }[module]
     with pytest.raises(SystemExit, match="2"):
         module.main([*usual, option])
     out, err = capsys.readouterr()
@@ -81,7 +92,7 @@ def test_a_runs_peak_memory_is_its_own(monkeypatch):
     """And not what the process had that started it."""
     monkeypatch.chdir(ROOT)
     big = torch.ones(2**27)  # 512 MiB
-    found = compare.last_line([sys.executable, "-c", "from bench import compare; print(compare.peak_bytes())"])
+    found = compare.last_line([sys.executable, "-c", "from bench import compare; print(compare.memory_bytes())"])
     assert 0 < int(found) < big.nbytes
 
 

@@ -246,23 +246,24 @@ def check_memory(
     pruned, of a saved conversation with more homes than slots.
     """
 
-    def room(way: Checkpoint) -> bool:
-        need = plan(way, n_prompt, n_new, tail)
+    need = plan(ckpt, n_prompt, n_new, tail)
+
+    def room(need: Plan) -> bool:
         return fits(ckpt.device, need.total - loaded, max(need.host, homes) - held)
 
-    if room(ckpt):
-        return plan(ckpt, n_prompt, n_new, tail)
+    if room(need):
+        return need
     default = auto_schedule(ckpt.config.n_layers)
     small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
     ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
-    found = [flag for flag, way in ways.items() if room(way)]
+    found = [flag for flag, way in ways.items() if room(plan(way, n_prompt, n_new, tail))]
     advice = "no flag makes it fit: use a shorter prompt or a smaller model"
     if found:
         advice = f"it would fit with {found[0]}"
-    need, free = plan(ckpt, n_prompt, n_new, tail), format_bytes(free_bytes(ckpt.device))
+    free = format_bytes(free_bytes(ckpt.device))
     raise NoRoom(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
 
 

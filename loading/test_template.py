@@ -324,7 +324,8 @@ def test_white_space_beside_some_special_tokens_belongs_to_them(tmp_path, side):
 BAD = {  # what the line must name: a template
     "no tools, please": "{{ raise_exception('no tools, please') }}",
     "more memory than it may": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "writes too much text": "{% for a in range(9999) %}{% for b in range(9999) %}{{ messages }}{% endfor %}{% endfor %}",
+    "writes too much text": "{% for a in range(99999) %}{% for b in range(99999) %}{{ messages }}"
+    "{% endfor %}{% endfor %}",
     "MemoryError": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "Recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "OverflowError": "{% for i in range(10**9) %}{% endfor %}",
