@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from datetime import timedelta
@@ -39,10 +40,10 @@ LIMIT = 60  # seconds until ranks count as hanging
 # ---- ranks ------------------------------------------------------------------------------
 
 
-def become(rank: int, n: int, port: int, folder: Path, work, args) -> None:
+def become(rank: int, n: int, ports, folder: Path, work, args) -> None:
     """Turn a forked process into a rank; leave what it returns, and what it prints, in files."""
     where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
-    where |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    where |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=ports.get())
     where |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
     os.environ.update({key: str(value) for key, value in where.items()})
     for name in ("out", "err"):
@@ -61,19 +62,24 @@ def become(rank: int, n: int, port: int, folder: Path, work, args) -> None:
 
 
 class Group:
-    """n forked ranks that run work(*args)."""
+    """n forked ranks that run work(*args).
+
+    The store, torchrun's part, has a thread: it starts after the last fork and ends with the ranks. A rank that is
+    forked while that thread holds a lock may wait for it forever.
+    """
 
     def __init__(self, folder: Path, n: int, work, *args):
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
-        port = self.store.port
-        self.folder = folder / f"ranks-{port}"
-        self.folder.mkdir()
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=folder))
         fork = multiprocessing.get_context("fork")
+        ports = fork.SimpleQueue()
         self.ranks = [
-            fork.Process(target=become, args=(r, n, port, self.folder, work, args), daemon=True) for r in range(n)
+            fork.Process(target=become, args=(r, n, ports, self.folder, work, args), daemon=True) for r in range(n)
         ]
         for rank in self.ranks:
             rank.start()
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for _ in self.ranks:
+            ports.put(self.store.port)
 
     def codes(self) -> list[int]:
         """Wait for all; return their exit codes, of a signal its negative."""
@@ -83,6 +89,7 @@ class Group:
         hanging = [rank for rank in self.ranks if rank.is_alive()]
         for rank in hanging:
             rank.kill()
+        self.store = None
         assert not hanging, f"{len(hanging)} ranks hang: {self.text('err')}"
         return [rank.exitcode for rank in self.ranks]
 
