@@ -26,11 +26,10 @@ boundary it is not chosen: its rows leave x for aux (`offload`). Later a token c
 of aux (`restore`), run through stage 1 beside the token, and get keys in a freed slot (`activate`). When the
 choice changes again, its keys and values go home; from then on they are only copied back (`move`).
 
-A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the keys.
-Prompt keys never change, so a block is copied home once and from then on only copied back. Copies run on a CUDA
-stream of their own in layer order, and a layer waits for its own copies only (paper, section on
-asynchronous KV management). Blocks that leave or return together are one copy a layer. On a CPU the
-same code runs without streams.
+A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the keys. Prompt keys
+never change, so a block is copied home once and from then on only copied back. Copies run on a CUDA stream of their
+own in layer order, and a layer waits for its own copies only (paper, section on asynchronous KV management). Blocks
+that leave or return together are one copy a layer. On a CPU the same code runs without streams.
 
 Invariants: a stage's slots are always full; a block with keys in a stage is in a slot, at home, or
 both; a block without keys is in aux, at that stage's boundary or at a lower one.
@@ -60,6 +59,11 @@ def stage_layout(n_layers: int, n_prompt: int, schedule: dict[int, Budget], bloc
     return [(range(a, b), n - 1) for a, b, n in zip(edges, edges[1:], sizes)]
 
 
+def aux_blocks(slots: list[int]) -> int:
+    """Return how many blocks a first step sends to aux, and one that then exchanges those of every stage."""
+    return slots[0] - slots[-1] + sum(slots[1:-1])
+
+
 def last_block_len(n_prompt: int, block_len: int) -> int:
     """Return how many tokens the prompt's last block has; it begins the tail."""
     return n_prompt - (-(-n_prompt // block_len) - 1) * block_len
@@ -81,31 +85,40 @@ def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu"
 
 
 class HostMemory:
-    """Pinned CPU memory for entries of equal size, allocated in large pieces because pinning is slow."""
+    """CPU memory for entries of equal size, allocated in large pieces because pinning, for a GPU, is slow."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool):
         self.shape, self.dtype, self.pin = shape, dtype, pin
         self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self.piece: Tensor | None = None  # (entries, *shape), the newest; older ones live while entries use them
-        self.used = 0  # entries of the piece
+        self.least = PIECE_BYTES // self.entry_bytes if pin else 0  # entries that a further piece has
+        self.grow(0)
 
     def reset(self, n: int) -> None:
-        """Forget all entries and make room for n; keep the present piece unless it is too small or far too large."""
+        """Forget all entries and make room for n; keep a pinned piece unless it is too small or far too large."""
         self.used = 0
-        if self.piece is None or not n <= len(self.piece) <= 2 * max(n, PIECE_BYTES // self.entry_bytes):
-            self.piece = None  # frees the old memory before the new is allocated
+        if not n <= len(self.piece) <= 2 * max(n, self.least) * self.pin:
+            self.grow(0)  # frees the old memory before the new is allocated
             self.grow(n)
 
     def take(self, n: int) -> Tensor:
         """Return n entries that lie together (n, *shape)."""
-        if self.used + n > len(self.piece):
-            self.grow(max(n, PIECE_BYTES // self.entry_bytes))
+        self.reserve(n)
         self.used += n
         return self.piece[self.used - n : self.used]
 
+    def reserve(self, n: int) -> None:
+        """Make sure that n entries can be taken."""
+        if missing := self.missing(n):
+            self.grow(missing)
+
+    def missing(self, n: int) -> int:
+        """Return how many entries `reserve(n)` allocates."""
+        return max(n, self.least) if self.used + n > len(self.piece) else 0
+
     def grow(self, n: int) -> None:
+        """Allocate a new piece (n, *shape) and take from it; older ones live while entries use them."""
         self.piece = allocate("CPU memory for pruned blocks", (n, *self.shape), self.dtype, pin=self.pin)
-        self.used = 0
+        self.used = 0  # entries of the piece
 
 
 class CopyStream:
@@ -199,8 +212,8 @@ class KVCache:
         self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
         for counter in COUNTERS:
             setattr(self, counter, 0)
-        # Room for what the first step sends to the CPU, and a home for every slot: no copy waits for pinning.
-        self.aux_memory.reset(n_slots - self.stages[-1].n_slots)
+        # Room for what the first step sends to the CPU, and the first exchange of all: no copy waits for pinning.
+        self.aux_memory.reset(aux_blocks([n for _, n in layout]))
         self.home_memory.reset(sum(len(stage.layers) * stage.n_slots for stage in self.stages[1:]))
 
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
@@ -209,17 +222,23 @@ class KVCache:
         return allocate("keys and values", shape, self.dtype, self.device).zero_()  # writing takes the memory now
 
     def growth_bytes(self, end: int) -> int:
-        """Return the memory that `grow_tail` will ask for: longer tails, and one slab twice."""
+        """Return the memory that `make_room` will ask for: longer tails, and one slab twice."""
         rows, row = end - self.tail_start - self.tail_rows, self.n_layers * self.slabs[0][:, :, 0].nbytes
         return (rows + TAIL_GROWTH) * row + self.slabs[0].nbytes if rows > 0 else 0
 
-    def swap_bytes(self) -> int:
-        """Return the CPU memory that a step takes if it exchanges every block, beyond that which `reset` made ready."""
-        n, homes = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:]), self.home_memory
-        return n * homes.entry_bytes if homes.used + n > len(homes.piece) else 0
+    def exchange(self) -> list[tuple[HostMemory, int]]:
+        """Return how many homes and entries of aux a step takes if it exchanges every block."""
+        homes = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:])
+        return [(self.home_memory, homes), (self.aux_memory, sum(s.n_slots for s in self.stages[1:-1]))]
 
-    def grow_tail(self, end: int) -> None:
-        """Make room for the tokens up to position `end` in every layer's tail."""
+    def swap_bytes(self) -> int:
+        """Return the CPU memory that it will ask for."""
+        return sum(memory.missing(n) * memory.entry_bytes for memory, n in self.exchange())
+
+    def make_room(self, end: int) -> None:
+        """Make room for the tokens up to position `end` in every tail, and for all that their step sends to the CPU."""
+        for memory, n in self.exchange():
+            memory.reserve(n)
         if end - self.tail_start <= self.tail_rows:
             return
         n_tail = end - self.tail_start + TAIL_GROWTH
@@ -368,8 +387,7 @@ class KVCache:
                 rows = tensor(f"layer.{layer}")
                 self.slabs[layer][:, :, : rows.shape[2]] = rows
             for block in saved["home"]:
-                entry = self.home_memory.take(len(stage.layers))
-                stage.home[block] = entry.copy_(tensor(f"stage.{i}.home.{block}"))
+                stage.home[block] = self.home_memory.take(len(stage.layers)).copy_(tensor(f"stage.{i}.home.{block}"))
             for block in saved["aux"]:
                 stage.aux[block] = self.aux_memory.take(1)[0].copy_(tensor(f"stage.{i}.aux.{block}"))
             stage.recent = tensor(f"stage.{i}.recent").to(self.device, copy=True) if saved["recent"] else None
@@ -398,12 +416,9 @@ class KVCache:
             "prompt_tokens": self.n_prompt,
             "tokens": self.length,
             "kept": [stage.n_slots * self.block_len + in_tail for stage in self.stages],
-            "kv_gpu_bytes": self.gpu_bytes(),
+            "kv_gpu_bytes": sum(slab.nbytes for slab in self.slabs),
             "kv_cpu_bytes": sum(len(s.home) * len(s.layers) for s in self.stages) * self.home_memory.entry_bytes,
             "aux_cpu_bytes": sum(len(s.aux) for s in self.stages) * self.aux_memory.entry_bytes,
             "kv_dense_bytes": (self.tail_start + self.tail_rows) * row,
             **{counter: getattr(self, counter) for counter in COUNTERS},
         }
-
-    def gpu_bytes(self) -> int:
-        return sum(slab.nbytes for slab in self.slabs)

@@ -1,14 +1,12 @@
 """The LLaMA model and its one step, which serves prefill, decode and follow-up.
 
-A step takes new token ids and returns the logits after the last. It goes layer by layer,
-and chunk by chunk inside a layer, because a boundary ranks blocks by the queries of the
-*last* tokens: the usual loop, each chunk through all layers, could not prune. `x` holds
-all rows and is updated in place, so the biggest temporary is one chunk's FFN.
+A step takes new token ids and returns the logits after the last. It goes layer by layer, and chunk by chunk inside a
+layer, because a boundary ranks blocks by the queries of the *last* tokens: the usual loop, each chunk through all
+layers, could not prune. `x` holds all rows and is updated in place, so the biggest temporary is one chunk's FFN.
 
-A boundary p stands inside layer p-1, after its attention and before its FFN (SlimInfer,
-arXiv 2508.06447). There rows leave `x` (pruned) and return to it (revived). Rows are always
-in ascending position: first those of prompt blocks, then those of the tail. The first step
-has rows for every block; a decoded token has one tail row.
+A boundary p stands inside layer p-1, after its attention and before its FFN (SlimInfer, arXiv 2508.06447). There rows
+leave `x` (pruned) and return to it (revived). Rows are always in ascending position: first those of prompt blocks,
+then those of the tail. The first step has rows for every block; a decoded token has one tail row.
 
 Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab,
 N prompt blocks, B block_len, w newest tokens that rank the blocks.
@@ -118,7 +116,7 @@ class Model:
         """
         kv, w, start = self.kv, self.weights, self.kv.length
         end = start + len(ids)
-        kv.grow_tail(end)
+        kv.make_room(end)
         x = self.embed(ids.to(kv.device))  # (T, C)
         blocks = [] if start else list(kv.stages[0].slots)  # prompt blocks with rows in x, ascending
         shape = min(self.window, len(ids)), kv.stages[0].n_slots  # (w, N): what each newest token gives each block

@@ -1,9 +1,8 @@
 """Which blocks of a prompt stay: the method itself, as pure functions.
 
-SlimInfer (arXiv 2508.06447) rests on *information diffusion*: on its way up the layers,
-what the critical tokens know spreads over the whole sequence, so whole blocks of prompt
-tokens can leave the hidden states. At a *boundary* the candidate blocks are ranked, and the
-best within a token budget stay for the layers above.
+SlimInfer (arXiv 2508.06447) rests on *information diffusion*: on its way up the layers, what the critical tokens know
+spreads over the whole sequence, so whole blocks of prompt tokens can leave the hidden states. At a *boundary* the
+candidate blocks are ranked, and the best within a token budget stay for the layers above.
 
 Two rules rank them: `peak`, the default, and `paper`, which is SlimInfer's. A rule of your own is
 a `Rule`, passed as `slim.load(..., score=yours)`.

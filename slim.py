@@ -36,11 +36,10 @@ def load(
 ) -> "Engine":
     """Load a checkpoint and return an Engine.
 
-    schedule: "auto", "paper", "dense", {} or {boundary: tokens, or a share of the prompt};
-    score: a name in prune.RULES, a prune.Rule, or a function of attention weights; n_prompt,
-    n_new: tokens to check memory and pin it for, so that the first token does not wait;
-    progress(done, total) follows the weights, in bytes; settings: fields of loading.settings.Settings.
-    Raises ValueError or FileNotFoundError, in one line, before anything is allocated.
+    schedule: "auto", "paper", "dense", {} or {boundary: tokens, or a share of the prompt}; score: a name in
+    prune.RULES, a prune.Rule, or a function of attention weights; n_prompt, n_new: tokens to check memory and pin it
+    for, so that the first token does not wait; progress(done, total) follows the weights, in bytes; settings: fields
+    of loading.settings.Settings. Raises ValueError or FileNotFoundError, in one line, before anything is allocated.
     """
     return start(Checkpoint.open(ckpt, device, dtype, schedule, score, **settings), n_prompt, n_new, progress)
 
@@ -116,10 +115,8 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
-        need = self.kv.growth_bytes(end + room)
-        look = need or len(ids) > 1 or end % 8 == 0  # asking what is free takes 1 ms: not for every token
-        swap = self.kv.swap_bytes() if look else 0
-        if need or swap or len(ids) > 1:
+        need, swap = self.kv.growth_bytes(end + room), self.kv.swap_bytes()
+        if need or swap or len(ids) > 1:  # not for every token: asking what is free takes 1 ms
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
             need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
             if self.lacks(need, swap):
@@ -127,7 +124,7 @@ class Engine:
                     f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device} and {format_bytes(swap)} "
                     "for pruned blocks, more than is free; ask less, or start again with more room"
                 )
-        self.kv.grow_tail(end + room)
+        self.kv.make_room(end + room)
         logits = self.run(ids, len(ids) if all_logits else 1)
         self.pending = []
         return logits if all_logits else logits[0]
@@ -200,12 +197,12 @@ class Engine:
         self.usable, self.steps = True, self.steps + 1
         return header["extra"]
 
-    def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int, homes: int = 0) -> None:
-        """Raise ValueError unless n tokens fit in place of those here; homes: blocks pruned already, times layers."""
+    def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int, homes: int | None = None) -> None:
+        """Raise ValueError unless n tokens fit in place of those here; see `check_memory`."""
         check_count(room, "room")
-        kv, homes = self.kv.stats(), homes * self.kv.home_memory.entry_bytes
+        kv = self.kv.stats()
         loaded = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES + kv["kv_gpu_bytes"]
-        check_memory(ckpt, n, room, tail, loaded, kv["kv_cpu_bytes"] + kv["aux_cpu_bytes"], homes)
+        check_memory(ckpt, n, room, tail, homes, loaded, kv["kv_cpu_bytes"] + kv["aux_cpu_bytes"])
 
     def check_ids(self, ids) -> list[int]:
         try:
@@ -229,10 +226,9 @@ class Engine:
     ) -> Iterator[int]:
         """Return an iterator of new ids after a prompt, or after a follow-up to the conversation so far.
 
-        temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability;
-        schedule and tail as in `prefill`. Ends at max_new_tokens or before a stop token, which is not
-        yielded. Raises ValueError at once for wrong arguments, and later if the engine was used
-        for something else in between.
+        temperature 0 is greedy; top_p keeps the likeliest tokens of that total probability; schedule and tail as in
+        `prefill`. Ends at max_new_tokens or before a stop token, which is not yielded. Raises ValueError at once for
+        wrong arguments, and later if the engine was used for something else in between.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
         check_count(tail, "tail")

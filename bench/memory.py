@@ -32,7 +32,8 @@ def measure(args, work: str, schedule: str, score: str, n: int, file: str) -> di
     if work == "resume":
         engine = slim.start(ckpt)
         engine.resume(file, room=new)
-        need = plan(ckpt, n, 2 * new, new)
+        homes = engine.stats["kv_cpu_bytes"] // engine.kv.home_memory.entry_bytes
+        need = plan(ckpt, n + new, new, new, homes)
     else:
         engine = slim.start(ckpt, n, new)
         engine.prefill(ids[:n], room=new)

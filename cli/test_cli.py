@@ -591,16 +591,16 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
 
 
 def test_a_chat_goes_on_off_the_main_thread_and_after_a_question_without_memory(cli, tmp_path, monkeypatch):
-    out, asked, grow = io.StringIO(), [], kvcache.KVCache.grow_tail
+    out, asked, grow = io.StringIO(), [], kvcache.KVCache.make_room
 
-    def grow_tail(self, end):
+    def make_room(self, end):
         if end - self.length > 1:
             asked.append(end)
             if len(asked) == 4:  # the text, twice for the first question, and this one
                 raise MemoryError("no room for 1 MiB of keys and values")
         return grow(self, end)
 
-    monkeypatch.setattr(kvcache.KVCache, "grow_tail", grow_tail)
+    monkeypatch.setattr(kvcache.KVCache, "make_room", make_room)
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err := io.StringIO())
     monkeypatch.setattr(sys, "stdin", io.StringIO("CAB?\nCAB?\nCAB?\n/quit\n"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import prune
-from kvcache import last_block_len, stage_layout
+from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.config import read_config, stop_tokens
 from loading.find import find_checkpoint
 from loading.schedule import auto_schedule, format_schedule, resolve_schedule
@@ -182,39 +182,42 @@ class Plan:
         return total + (f", and {format_bytes(self.host)} for what is pruned" if self.host else "")
 
 
-def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0) -> Plan:
-    """Return what a prompt of n_prompt tokens, of which the last `tail` are never pruned, and n_new more will take."""
+def plan(ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0, homes: int | None = None) -> Plan:
+    """Return what a prompt of n_prompt tokens, of which the last `tail` are never pruned, and n_new more will take.
+
+    homes: those of a saved conversation, whose prompt is not run again. Without it, one for every slot; an answer
+    for which more blocks return takes more, and is checked as it does (`KVCache.swap_bytes`).
+    """
     c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
     stages = stage_layout(c.n_layers, n_prompt - tail, ckpt.schedule, block_len)
     n_last = last_block_len(n_prompt - tail, block_len) + tail
     row = 2 * c.n_kv_heads * c.head_dim * item
     kv = sum(len(layers) * (slots * block_len + n_last + n_new) for layers, slots in stages) * row
-    # a home for every slot; `extend` checks for more
-    host = sum(len(layers) * slots for layers, slots in stages[1:]) * block_len * row
-    host += (stages[0][1] - stages[-1][1]) * block_len * ckpt.aux_dim * item
     slots = [n for _, n in stages]
-    temporary = step_bytes(ckpt, slots, n_last, n_last, first=True)
-    if n_new:
-        temporary = max(temporary, step_bytes(ckpt, slots, 1, n_last + n_new))
-    return Plan(weight_bytes(c, ckpt.dtype), kv, temporary + KERNEL_BYTES, host)
+    host = max(homes or 0, sum(len(layers) * n for layers, n in stages[1:])) * block_len * row
+    host += aux_blocks(slots) * block_len * ckpt.aux_dim * item
+    first = step_bytes(ckpt, slots, n_last, n_last, first=True) if homes is None else 0
+    later = step_bytes(ckpt, slots, 1, n_last + n_new) if n_new else 0
+    return Plan(weight_bytes(c, ckpt.dtype), kv, max(first, later) + KERNEL_BYTES, host)
 
 
 def step_bytes(ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, first=False, n_logits: int = 1) -> int:
     """Return the most that a step's temporaries take at a time.
 
     slots: of every stage; n_rows: the step's rows in a tail of n_tail; first: the prompt's step, which has a row
-    for every token of a block. In a later one, as many are planned to be revived as there are slots.
+    for every token of a block. A later one is planned to revive as many blocks as can be.
     """
     c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
     wide, row = max(4, item), c.dim * item
+    product = wide if ckpt.device.type == "cpu" and item < wide else 0  # a CPU multiplies half precision in float32
     last = n_logits * c.vocab_size * (2 * wide if item == wide else item + 2 * wide)  # of the head, wide, a copy
     most, below = last + n_rows * row, 0
     for i, n in enumerate(slots):
-        revived = 0 if first or i == 0 else n * block_len
+        revived = 0 if first or i == 0 else min(n, slots[0] - n) * block_len
         rows, keys = n_rows + (n * block_len if first else revived), n * block_len + n_tail
         x, chunk = rows * row, min(ckpt.chunk, rows)
         places = rows * (c.rotary_dim * wide + 40)  # cos, sin, positions
-        places += ckpt.window * c.n_heads * c.head_dim * wide  # newest queries
+        places += 2 * ckpt.window * c.n_heads * c.head_dim * wide  # newest queries, joined with those before
         making = rows * c.rotary_dim // 2 * 5 * 8  # those in float64
         if i:  # x of both stages and, with revived rows, those and all together; before it, the mean keys of units
             units = slots[i - 1] * block_len // ckpt.settings.unit_len * (ckpt.rule.sees == "keys")
@@ -227,7 +230,7 @@ def step_bytes(ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, fir
         few = min(ckpt.window, rows_at_once(c.n_heads, keys)) if scored else 1
         scores = few * c.n_heads * keys * 3 * wide  # products, softmax, a copy
         scores += keys * c.n_kv_heads * c.head_dim * wide  # keys, widened or laid out anew
-        ffn = chunk * (row + 3 * c.hidden_dim * item)
+        ffn = chunk * (row + max(3 * item, 2 * (item + product)) * c.hidden_dim)
         most = max(most, x + making, x + places + max(attention + mask, scores, ffn))
         below = x
     return most
@@ -238,19 +241,17 @@ class NoRoom(ValueError):
 
 
 def check_memory(
-    ckpt: Checkpoint, n_prompt: int, n_new: int, tail: int = 0, loaded: int = 0, held: int = 0, homes: int = 0
+    ckpt: Checkpoint, n_prompt: int, n_new: int, tail: int = 0, homes: int | None = None, loaded: int = 0, held: int = 0
 ) -> Plan:
     """Return the plan; raise NoRoom if it does not fit, naming a flag that helps.
 
-    loaded, held: bytes that are there already, on the device and of what is pruned; homes: the least that is
-    pruned, of a saved conversation with more homes than slots.
+    loaded, held: bytes that are there already, on the device and of what is pruned; the others as in `plan`.
     """
 
-    need = plan(ckpt, n_prompt, n_new, tail)
-
     def room(need: Plan) -> bool:
-        return fits(ckpt.device, need.total - loaded, max(need.host, homes) - held)
+        return fits(ckpt.device, need.total - loaded, need.host - held)
 
+    need = plan(ckpt, n_prompt, n_new, tail, homes)
     if room(need):
         return need
     default = auto_schedule(ckpt.config.n_layers)
@@ -259,7 +260,7 @@ def check_memory(
     ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
-    found = [flag for flag, way in ways.items() if room(plan(way, n_prompt, n_new, tail))]
+    found = [flag for flag, way in ways.items() if room(plan(way, n_prompt, n_new, tail, homes))]
     advice = "no flag makes it fit: use a shorter prompt or a smaller model"
     if found:
         advice = f"it would fit with {found[0]}"
