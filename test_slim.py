@@ -1579,6 +1579,21 @@ def test_a_steps_memory_is_what_was_planned(schedule, score, dtype, prompt, late
         assert engine.stats["revived"] > slots[1] // 2
 
 
+def test_the_copies_of_blocks_that_move_are_in_the_plan(checkpoints):
+    """With a KV head for each head, a block's keys and values take more than its rows."""
+    turn = iter(range(1, 9))
+    rule = prune.Rule(
+        "", lambda weights: torch.arange(weights.shape[2]).float().mul((-1) ** next(turn))[None], window=1
+    )
+    rule = dataclasses.replace(rule, every_layer=False)
+    engine = slim.load(checkpoints["llama2-mha"][0], "cpu", "float32", {1: 2048}, rule, chunk=64)
+    engine.prefill(draw(4096), room=100)
+    n_tail = engine.kv.length + 1 - engine.kv.tail_start
+    planned = loading.plan.step_bytes(engine.ckpt, [stage.n_slots for stage in engine.kv.stages], 1, n_tail)
+    assert peak(lambda: engine.extend([2])) <= planned
+    assert engine.stats["revived"] > 20
+
+
 def test_the_memory_of_scoring_is_in_the_plan(tiny):
     """Of a rule of many queries on many keys: far above what the FFN takes."""
     engine = slim.load(tiny, "cpu", schedule={1: 64, 3: 32}, block_len=8, unit_len=4, window=64, chunk=64)

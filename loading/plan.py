@@ -231,7 +231,8 @@ def step_bytes(ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, fir
         scores = few * c.n_heads * keys * 3 * wide  # products, softmax, a copy
         scores += keys * c.n_kv_heads * c.head_dim * wide  # keys, widened or laid out anew
         ffn = chunk * (row + max(3 * item, 2 * (item + product)) * c.hidden_dim)
-        most = max(most, x + making, x + places + max(attention + mask, scores, ffn))
+        moving = 4 * revived * c.n_kv_heads * c.head_dim * item  # keys and values of a layer: gathered, laid out
+        most = max(most, x + making, x + places + max(attention + mask, scores, ffn, moving))
         below = x
     return most
 
