@@ -265,6 +265,8 @@ def check_memory(
     advice = "no flag makes it fit: use a shorter prompt or a smaller model"
     if found:
         advice = f"it would fit with {found[0]}"
+    if homes is not None:
+        advice = "this conversation cannot go on with other settings: free memory, or read the document again"
     free = format_bytes(free_bytes(ckpt.device))
     raise NoRoom(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
 
