@@ -232,8 +232,8 @@ class KVCache:
         return [(self.home_memory, homes), (self.aux_memory, sum(s.n_slots for s in self.stages[1:-1]))]
 
     def swap_bytes(self) -> int:
-        """Return the CPU memory that it will ask for."""
-        return sum(memory.missing(n) * memory.entry_bytes for memory, n in self.exchange())
+        """Return the CPU memory that it will take; what is reserved, but not pinned, is taken when it is written."""
+        return sum((memory.missing(n) if self.pin else n) * memory.entry_bytes for memory, n in self.exchange())
 
     def make_room(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every tail, and for all that their step sends to the CPU."""

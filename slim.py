@@ -116,7 +116,8 @@ class Engine:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
         need, swap = self.kv.growth_bytes(end + room), self.kv.swap_bytes()
-        if need or swap or len(ids) > 1:  # not for every token: asking what is free takes 1 ms
+        more = any(memory.missing(n) for memory, n in self.kv.exchange())
+        if need or more or len(ids) > 1:  # not for every token: asking what is free takes 1 ms
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
             need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
             if self.lacks(need, swap):

@@ -1408,6 +1408,20 @@ def test_homes_beyond_those_planned_are_checked_before_a_token(tiny, monkeypatch
     assert engine.extend([1]).isfinite().all()
 
 
+def test_a_follow_up_leaves_room_for_homes_that_are_not_written_yet(tiny, monkeypatch):
+    """The memory of a CPU is taken when it is written, so what is reserved still counts as free."""
+    engine = slim.load(tiny, "cpu", "float32", {1: 64, 3: 32}, block_len=8, unit_len=4)
+    engine.prefill(draw(800))
+    kv, slots = engine.kv, [stage.n_slots for stage in engine.kv.stages]
+    step = loading.plan.step_bytes(engine.ckpt, slots, 50, kv.length + 50 - kv.tail_start)
+    host = loading.plan.plan(engine.ckpt, 800).host - engine.stats["aux_cpu_bytes"]
+    set_free(monkeypatch, kv.growth_bytes(850) + step + host - 1)
+    with pytest.raises(ValueError, match="50 more tokens"):
+        engine.extend(draw(50))
+    set_free(monkeypatch, kv.growth_bytes(850) + step + host)
+    engine.extend(draw(50))
+
+
 def test_resuming_counts_the_homes_in_the_file(tiny, tmp_path, monkeypatch):
     rule = dataclasses.replace(prune.RULES["peak"], name="chance", score=lambda weights: torch.rand(weights.shape[::2]))
     engine = slim.load(tiny, "cpu", "float32", {1: 64, 3: 32}, rule, block_len=8, unit_len=4, window=1)
