@@ -95,7 +95,7 @@ class HostMemory:
 
     def reset(self, n: int) -> None:
         """Forget all entries and make room for n; keep a pinned piece unless it is too small or far too large."""
-        self.used = 0
+        self.used, self.spare = 0, None
         if not n <= len(self.piece) <= 2 * max(n, self.least) * self.pin:
             self.grow(0)  # frees the old memory before the new is allocated
             self.grow(n)
@@ -103,22 +103,29 @@ class HostMemory:
     def take(self, n: int) -> Tensor:
         """Return n entries that lie together (n, *shape)."""
         self.reserve(n)
+        if self.used + n > len(self.piece):
+            self.piece, self.used, self.spare = self.spare, 0, None  # older pieces live while entries use them
         self.used += n
         return self.piece[self.used - n : self.used]
 
     def reserve(self, n: int) -> None:
-        """Make sure that n entries can be taken."""
+        """Make sure that n entries can be taken, all at once or part by part."""
         if missing := self.missing(n):
-            self.grow(missing)
+            self.spare = self.new_piece(missing)
 
     def missing(self, n: int) -> int:
         """Return how many entries `reserve(n)` allocates."""
-        return max(n, self.least) if self.used + n > len(self.piece) else 0
+        ready = self.used + n <= len(self.piece) or self.spare is not None and n <= len(self.spare)
+        return 0 if ready else max(n, self.least)
 
     def grow(self, n: int) -> None:
-        """Allocate a new piece (n, *shape) and take from it; older ones live while entries use them."""
-        self.piece = allocate("CPU memory for pruned blocks", (n, *self.shape), self.dtype, pin=self.pin)
+        """Start over with a piece (n, *shape)."""
+        self.spare = None  # the next piece, if one is reserved: a piece is used up before
+        self.piece = self.new_piece(n)
         self.used = 0  # entries of the piece
+
+    def new_piece(self, n: int) -> Tensor:
+        return allocate("CPU memory for pruned blocks", (n, *self.shape), self.dtype, pin=self.pin)
 
 
 class CopyStream:

@@ -699,6 +699,7 @@ def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
 
 # ---- the KV store -----------------------------------------------------------------------
 
+
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=3, max_size=20), st.integers(1, 150), st.sampled_from([1, 2**26]))
 def test_every_block_comes_back_bit_exact_and_none_is_lost(tiny, steps, n_prompt, piece_bytes):
@@ -783,6 +784,48 @@ def test_host_memory_grows_in_pieces_and_is_used_again(monkeypatch):
     for n, want in ((8, 8), (5, 8), (16, 16), (5, 16), (4, 16), (40, 40), (5, 5)):
         pinned.reset(n), other.reset(n)
         assert (len(pinned.piece), len(other.piece), pinned.used) == (want, n, 0)  # pinning is slow: keep what is there
+
+
+def test_host_memory_is_used_up_before_more_is_taken(monkeypatch):
+    """A step reserves for an exchange of all blocks, and most exchange one."""
+    monkeypatch.setattr(kvcache, "PIECE_BYTES", 1024)
+    allocate, sizes = kvcache.allocate, []
+    monkeypatch.setattr(kvcache, "allocate", lambda *args, pin: sizes.append(args[1][0]) or allocate(*args))
+    for pin in (True, False):
+        memory = HostMemory((4, 8), torch.float32, pin)
+        memory.reset(20)
+        sizes.clear()
+        entries = []
+        for i in range(60):
+            memory.reserve(20)
+            entries += [memory.take(1).fill_(i), memory.take(2).fill_(i)]
+        assert sum(sizes) <= 3 * 60 + 20
+        assert all(entry.eq(i // 2).all() for i, entry in enumerate(entries))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_asks_for_host_memory(tiny, tmp_path, seed, monkeypatch):
+    """All that a step sends to the CPU is reserved before it, whatever it chooses and however the text went on."""
+    rng = random.Random(seed)
+    by_chance = prune.Rule("chance", lambda weights: torch.rand(weights.shape[::2]), window=1)
+    engine = slim.load(tiny, "cpu", "float32", {1: 160, 2: 96, 4: 32}, by_chance, block_len=8, unit_len=4)
+
+    def step(*args, step=engine.model.step):
+        engine.kv.make_room(engine.kv.length + len(args[0]))
+        with mock.patch.object(kvcache, "allocate", side_effect=AssertionError("a step asked for memory")):
+            return step(*args)
+
+    monkeypatch.setattr(engine.model, "step", step)
+    engine.prefill(draw(700, seed))
+    for _ in range(30):
+        work = rng.choice(["token", "token", "follow-up", "rewind", "resume"])
+        if work == "rewind":
+            engine.rewind()
+        if work == "resume":
+            engine.save(tmp_path / "talk.slim")
+            engine.resume(tmp_path / "talk.slim")
+        engine.extend(draw(20 if work == "follow-up" else 1))
+    assert engine.stats["revived"] > 50
 
 
 @pytest.mark.parametrize(
