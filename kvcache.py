@@ -91,20 +91,21 @@ class HostMemory:
         self.shape, self.dtype, self.pin = shape, dtype, pin
         self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
         self.least = PIECE_BYTES // self.entry_bytes if pin else 0  # entries that a further piece has
-        self.grow(0)
+        self.piece = self.spare = self.new_piece(0)  # (entries, *shape): the present and, if it is reserved, the next
+        self.used = 0  # entries of the piece; older pieces live while entries use them
 
     def reset(self, n: int) -> None:
         """Forget all entries and make room for n; keep a pinned piece unless it is too small or far too large."""
-        self.used, self.spare = 0, None
+        self.used, self.spare = 0, self.new_piece(0)
         if not n <= len(self.piece) <= 2 * max(n, self.least) * self.pin:
-            self.grow(0)  # frees the old memory before the new is allocated
-            self.grow(n)
+            self.piece = self.new_piece(0)  # frees the old memory before the new is allocated
+            self.piece = self.new_piece(n)
 
     def take(self, n: int) -> Tensor:
         """Return n entries that lie together (n, *shape)."""
         self.reserve(n)
         if self.used + n > len(self.piece):
-            self.piece, self.used, self.spare = self.spare, 0, None  # older pieces live while entries use them
+            self.piece, self.used, self.spare = self.spare, 0, self.spare[:0]
         self.used += n
         return self.piece[self.used - n : self.used]
 
@@ -115,14 +116,7 @@ class HostMemory:
 
     def missing(self, n: int) -> int:
         """Return how many entries `reserve(n)` allocates."""
-        ready = self.used + n <= len(self.piece) or self.spare is not None and n <= len(self.spare)
-        return 0 if ready else max(n, self.least)
-
-    def grow(self, n: int) -> None:
-        """Start over with a piece (n, *shape)."""
-        self.spare = None  # the next piece, if one is reserved: a piece is used up before
-        self.piece = self.new_piece(n)
-        self.used = 0  # entries of the piece
+        return 0 if n <= max(len(self.piece) - self.used, len(self.spare)) else max(n, self.least)
 
     def new_piece(self, n: int) -> Tensor:
         return allocate("CPU memory for pruned blocks", (n, *self.shape), self.dtype, pin=self.pin)
@@ -219,7 +213,7 @@ class KVCache:
         self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
         for counter in COUNTERS:
             setattr(self, counter, 0)
-        # Room for what the first step sends to the CPU, and the first exchange of all: no copy waits for pinning.
+        # Room for what the first step sends to the CPU, and the first exchange of all: neither waits for pinning.
         self.aux_memory.reset(aux_blocks([n for _, n in layout]))
         self.home_memory.reset(sum(len(stage.layers) * stage.n_slots for stage in self.stages[1:]))
 
@@ -233,18 +227,18 @@ class KVCache:
         rows, row = end - self.tail_start - self.tail_rows, self.n_layers * self.slabs[0][:, :, 0].nbytes
         return (rows + TAIL_GROWTH) * row + self.slabs[0].nbytes if rows > 0 else 0
 
-    def exchange(self) -> list[tuple[HostMemory, int]]:
+    def exchange_entries(self) -> list[tuple[HostMemory, int]]:
         """Return how many homes and entries of aux a step takes if it exchanges every block."""
         homes = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:])
         return [(self.home_memory, homes), (self.aux_memory, sum(s.n_slots for s in self.stages[1:-1]))]
 
     def swap_bytes(self) -> int:
         """Return the CPU memory that it will take; what is reserved, but not pinned, is taken when it is written."""
-        return sum((memory.missing(n) if self.pin else n) * memory.entry_bytes for memory, n in self.exchange())
+        return sum((memory.missing(n) if self.pin else n) * memory.entry_bytes for memory, n in self.exchange_entries())
 
     def make_room(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every tail, and for all that their step sends to the CPU."""
-        for memory, n in self.exchange():
+        for memory, n in self.exchange_entries():
             memory.reserve(n)
         if end - self.tail_start <= self.tail_rows:
             return
@@ -414,8 +408,7 @@ class KVCache:
     def stats(self) -> dict:
         """Return the conversation's counters: `kept` in prompt tokens per stage, the others in blocks or bytes.
 
-        kv_gpu_bytes is what the slabs take, room for new tokens included, and kv_dense_bytes what they would
-        take without pruning; CPU bytes are of blocks that are there, without the memory kept for more.
+        kv_gpu_bytes: of slabs, room for new tokens included; kv_dense_bytes: without pruning; CPU bytes: in use.
         """
         row = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
         in_tail = self.n_prompt - self.tail_start

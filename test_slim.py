@@ -1578,7 +1578,7 @@ def memory(name):
 engine, ids = slim.load("demo", "cpu", "float32", eval(sys.argv[1])), [1 + i % 100 for i in range(16384)]
 engine.prefill(ids[:1100])  # the kernels' own memory is not in the plan
 engine.kv.slabs, engine.kv.stages = [], []
-engine.kv.aux_memory.grow(0), engine.kv.home_memory.grow(0)
+engine.kv.aux_memory.reset(0), engine.kv.home_memory.reset(0)
 gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
