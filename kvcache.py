@@ -233,7 +233,7 @@ class KVCache:
         return [(self.home_memory, homes), (self.aux_memory, sum(s.n_slots for s in self.stages[1:-1]))]
 
     def swap_bytes(self) -> int:
-        """Return the CPU memory that it will take; what is reserved, but not pinned, is taken when it is written."""
+        """Return the CPU memory that such a step still takes; what is not pinned is taken when it is first written."""
         return sum((memory.missing(n) if self.pin else n) * memory.entry_bytes for memory, n in self.exchange_entries())
 
     def make_room(self, end: int) -> None:

@@ -112,11 +112,10 @@ class Model:
     def step(self, ids: Tensor, n_logits: int = 1) -> Tensor:
         """Run new token ids (T,) after what the KV holds; return the logits (n_logits, V) after the last ones.
 
-        Prefill when the KV is empty, else decode or follow-up. Mutates the KV.
+        Prefill when the KV is empty, else decode or follow-up. Mutates the KV, which must have room (`KVCache.make_room`).
         """
         kv, w, start = self.kv, self.weights, self.kv.length
         end = start + len(ids)
-        kv.make_room(end)
         x = self.embed(ids.to(kv.device))  # (T, C)
         blocks = [] if start else list(kv.stages[0].slots)  # prompt blocks with rows in x, ascending
         shape = min(self.window, len(ids)), kv.stages[0].n_slots  # (w, N): what each newest token gives each block

@@ -115,8 +115,8 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
-        need, swap = self.kv.growth_bytes(end + room), self.kv.exchange_entries()
-        if need or len(ids) > 1 or any(memory.missing(n) for memory, n in swap):  # asking what is free takes 1 ms
+        need, entries = self.kv.growth_bytes(end + room), self.kv.exchange_entries()
+        if need or len(ids) > 1 or any(memory.missing(n) for memory, n in entries):  # asking what is free takes 1 ms
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
             need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
             if self.lacks(need, swap := self.kv.swap_bytes()):

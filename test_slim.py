@@ -811,7 +811,6 @@ def test_no_step_asks_for_host_memory(tiny, tmp_path, seed, monkeypatch):
     engine = slim.load(tiny, "cpu", "float32", {1: 160, 2: 96, 4: 32}, by_chance, block_len=8, unit_len=4)
 
     def step(*args, step=engine.model.step):
-        engine.kv.make_room(engine.kv.length + len(args[0]))
         with mock.patch.object(kvcache, "allocate", side_effect=AssertionError("a step asked for memory")):
             return step(*args)
 

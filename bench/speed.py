@@ -502,7 +502,8 @@ def rank_table(engine: slim.Engine, lengths: list[int]) -> None:
             seconds = clock(engine.kv.device, work)
             calls, size = expected_traffic(engine, n)
             cells += [f"{ranks.calls:,}, {calls:,}", f"{ranks.bytes:,}, {size:,}", f"{seconds:.4f}"]
-        cells.insert(2, format_bytes(weight_bytes(engine.ckpt.config, engine.ckpt.dtype) + engine.stats["kv_gpu_bytes"]))
+        weights = weight_bytes(engine.ckpt.config, engine.ckpt.dtype)
+        cells.insert(2, format_bytes(weights + engine.stats["kv_gpu_bytes"]))
         lines.append("| " + " | ".join(cells) + " |")
     if ranks.rank == 0:
         print(table(head, lines), flush=True)

@@ -244,7 +244,7 @@ class NoRoom(ValueError):
 def check_memory(
     ckpt: Checkpoint, n_prompt: int, n_new: int, tail: int = 0, homes: int | None = None, loaded: int = 0, held: int = 0
 ) -> Plan:
-    """Return the plan; raise NoRoom if it does not fit, naming a flag that helps.
+    """Return the plan; raise NoRoom if it does not fit, naming a flag that helps if one does.
 
     loaded, held: bytes that are there already, on the device and of what is pruned; the others as in `plan`.
     """
@@ -255,20 +255,25 @@ def check_memory(
     need = plan(ckpt, n_prompt, n_new, tail, homes)
     if room(need):
         return need
+    if homes is not None:
+        advice = "this conversation cannot go on with other settings: free memory, or read the document again"
+    elif found := [flag for flag, way in smaller(ckpt).items() if room(plan(way, n_prompt, n_new, tail))]:
+        advice = f"it would fit with {found[0]}"
+    else:
+        advice = "no flag makes it fit: use a shorter prompt or a smaller model"
+    free = format_bytes(free_bytes(ckpt.device))
+    raise NoRoom(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
+
+
+def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
+    """Return flags that make a run smaller, each with the run that it makes."""
     default = auto_schedule(ckpt.config.n_layers)
     small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
     ways |= {f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)}
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
-    found = [flag for flag, way in ways.items() if room(plan(way, n_prompt, n_new, tail, homes))]
-    advice = "no flag makes it fit: use a shorter prompt or a smaller model"
-    if found:
-        advice = f"it would fit with {found[0]}"
-    if homes is not None:
-        advice = "this conversation cannot go on with other settings: free memory, or read the document again"
-    free = format_bytes(free_bytes(ckpt.device))
-    raise NoRoom(f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}")
+    return ways
 
 
 def fits(device: torch.device, n_bytes: int, host: int) -> bool:
