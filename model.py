@@ -112,7 +112,7 @@ class Model:
     def step(self, ids: Tensor, n_logits: int = 1) -> Tensor:
         """Run new token ids (T,) after what the KV holds; return the logits (n_logits, V) after the last ones.
 
-        Prefill when the KV is empty, else decode or follow-up. Mutates the KV, which must have room (`KVCache.make_room`).
+        Prefill when the KV is empty, else decode or follow-up. Mutates the KV; `KVCache.make_room` comes before.
         """
         kv, w, start = self.kv, self.weights, self.kv.length
         end = start + len(ids)
