@@ -51,7 +51,9 @@ PIECE_BYTES = 2**26  # of pinned memory, at least, where a first piece was too s
 BLOCKS_PER_COPY = 16  # blocks that leave x at a time: a copy of them is made on the device
 
 
-def stage_layout(n_layers: int, n_prompt: int, schedule: dict[int, Budget], block_len: int) -> list[tuple[range, int]]:
+def stage_layout(
+    n_layers: int, n_prompt: int, schedule: dict[int, Budget], block_len: int
+) -> list[tuple[range, int]]:
     """Return (layers, slots) of every stage; a boundary that prunes nothing starts no stage."""
     sizes = stage_blocks(n_prompt, schedule, block_len)
     pruning = {layer: n for layer, n, below in zip(schedule, sizes[1:], sizes) if n < below}
@@ -69,7 +71,9 @@ def last_block_len(n_prompt: int, block_len: int) -> int:
     return n_prompt - (-(-n_prompt // block_len) - 1) * block_len
 
 
-def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu", pin: bool = False) -> Tensor:
+def allocate(
+    what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu", pin: bool = False
+) -> Tensor:
     """Return memory for `what`, not written yet; raise MemoryError with the size if there is no room.
 
     On a CPU it is mapped, so freed memory goes back at once; malloc would keep a hole for every slab that grew.
@@ -80,8 +84,14 @@ def allocate(what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu"
             return torch.empty(shape, dtype=dtype, device=device, pin_memory=pin)
         memory = mmap.mmap(-1, max(n_bytes, 1), access=mmap.ACCESS_COPY)  # private to this process
         return torch.frombuffer(memory, dtype=torch.uint8)[:n_bytes].view(dtype).view(shape)
-    except (RuntimeError, OSError, OverflowError) as error:  # torch has no type of its own for host memory
-        raise MemoryError(f"no room for {n_bytes >> 20:,} MiB of {what} ({str(error).splitlines()[0]:.100})") from None
+    except (
+        RuntimeError,
+        OSError,
+        OverflowError,
+    ) as error:  # torch has no type of its own for host memory
+        raise MemoryError(
+            f"no room for {n_bytes >> 20:,} MiB of {what} ({str(error).splitlines()[0]:.100})"
+        ) from None
 
 
 class HostMemory:
@@ -90,8 +100,12 @@ class HostMemory:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool):
         self.shape, self.dtype, self.pin = shape, dtype, pin
         self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self.least = PIECE_BYTES // self.entry_bytes if pin else 0  # entries that a further piece has
-        self.piece = self.spare = self.new_piece(0)  # (entries, *shape): the present and, if it is reserved, the next
+        self.least = (
+            PIECE_BYTES // self.entry_bytes if pin else 0
+        )  # entries that a further piece has
+        self.piece = self.spare = self.new_piece(
+            0
+        )  # (entries, *shape): the present and, if it is reserved, the next
         self.used = 0  # entries of the piece; older pieces live while entries use them
 
     def reset(self, n: int) -> None:
@@ -131,7 +145,11 @@ class CopyStream:
 
     def mark(self):
         """Return an event at this point of the current stream: that of copies inside `after`, else of compute."""
-        return torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
+        return (
+            torch.cuda.current_stream(self.device).record_event()
+            if self.stream is not None
+            else None
+        )
 
     def after(self, event):
         """Enter the copy stream; copies issued inside start after this event of the compute stream."""
@@ -152,8 +170,12 @@ class CopyStream:
         if sent is not None:
             sent.synchronize()  # usually of an earlier step, so there is no wait
         pin = self.device.type == "cuda"
-        together = torch.empty(len(entries), *entries[0].shape, dtype=entries[0].dtype, pin_memory=pin)
-        return torch.stack(entries, out=together).to(self.device, non_blocking=self.stream is not None)
+        together = torch.empty(
+            len(entries), *entries[0].shape, dtype=entries[0].dtype, pin_memory=pin
+        )
+        return torch.stack(entries, out=together).to(
+            self.device, non_blocking=self.stream is not None
+        )
 
 
 @dataclass
@@ -164,16 +186,26 @@ class Stage:
     n_slots: int
     slots: list[int] = field(default_factory=list)  # slot -> block
     blocks: Tensor | None = None  # the same on the device
-    held: set[int] = field(default_factory=set)  # blocks whose keys this stage has, in a slot or at home
-    home: dict[int, Tensor] = field(default_factory=dict)  # block -> (layers, 2, G, B, D) on the CPU
-    aux: dict[int, Tensor] = field(default_factory=dict)  # block -> (B, C) on the CPU, pruned at this stage's boundary
+    held: set[int] = field(
+        default_factory=set
+    )  # blocks whose keys this stage has, in a slot or at home
+    home: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # block -> (layers, 2, G, B, D) on the CPU
+    aux: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # block -> (B, C) on the CPU, pruned at this stage's boundary
     home_sent: object = None  # the event after the newest copy to home
     aux_sent: object = None  # and to aux
-    recent: Tensor | None = None  # of the newest tokens at this boundary: scores (w, N), or queries (w, H, D)
+    recent: Tensor | None = (
+        None  # of the newest tokens at this boundary: scores (w, N), or queries (w, H, D)
+    )
 
     def remember(self, newest: Tensor, window: int) -> None:
         """Add the newest tokens' scores or queries (w, ...) here; keep those of the last `window` tokens."""
-        self.recent = torch.cat([newest[:0] if self.recent is None else self.recent, newest])[-window:]
+        self.recent = torch.cat([newest[:0] if self.recent is None else self.recent, newest])[
+            -window:
+        ]
 
 
 class KVCache:
@@ -185,15 +217,23 @@ class KVCache:
         self.copies = CopyStream(device, overlap)
         self.pin = device.type == "cuda"
         self.aux_memory = HostMemory((block_len, dim), dtype, self.pin)
-        self.home_memory = HostMemory((2, n_kv_heads, block_len, head_dim), dtype, self.pin)  # a block in one layer
+        self.home_memory = HostMemory(
+            (2, n_kv_heads, block_len, head_dim), dtype, self.pin
+        )  # a block in one layer
         self.moves: list = []  # what `activate` decided and `move` has to do
         self.stages: list[Stage] = []
-        self.slabs: list[Tensor] = []  # per layer (2, G, S, D): keys, values, a head's rows together
+        self.slabs: list[
+            Tensor
+        ] = []  # per layer (2, G, S, D): keys, values, a head's rows together
         self.copied: list = []  # per layer: the event after its newest copies, or None
         self.schedule: dict[int, Budget] = {}
-        self.n_prompt = self.length = 0  # tokens of the prompt; of the conversation, whose keys are complete
+        self.n_prompt = self.length = (
+            0  # tokens of the prompt; of the conversation, whose keys are complete
+        )
         self.planned = 0  # tokens of the prompt, its tail and the answer: decides between LongRoPE's factors, once
-        self.tail_start = self.tail_rows = 0  # first position of the tail; rows that slabs have for it
+        self.tail_start = self.tail_rows = (
+            0  # first position of the tail; rows that slabs have for it
+        )
         self.swaps = self.revived = self.to_cpu_bytes = self.to_gpu_bytes = 0
 
     # ---- a new conversation ---------------------------------------------------------
@@ -207,10 +247,18 @@ class KVCache:
         self.stages, self.moves = [Stage(layers, n_slots) for layers, n_slots in layout], []
         n_slots = self.stages[0].n_slots
         self.activate(self.stages[0], set(range(n_slots)))
-        self.tail_start, self.tail_rows = n_slots * self.block_len, last_block_len(n_prompt, self.block_len) + room
+        self.tail_start, self.tail_rows = (
+            n_slots * self.block_len,
+            last_block_len(n_prompt, self.block_len) + room,
+        )
         self.length, self.n_prompt, self.planned = 0, n_prompt, n_prompt + room
-        self.slabs, self.copied = [], [None] * self.n_layers  # frees the old slabs before the new are allocated
-        self.slabs = [self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers]
+        self.slabs, self.copied = (
+            [],
+            [None] * self.n_layers,
+        )  # frees the old slabs before the new are allocated
+        self.slabs = [
+            self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers
+        ]
         for counter in COUNTERS:
             setattr(self, counter, 0)
         # Room for what the first step sends to the CPU, and the first exchange of all: neither waits for pinning.
@@ -220,21 +268,32 @@ class KVCache:
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
         # zeros, not empty: a masked key is still multiplied by its zero weight, and 0 * NaN is NaN
         shape = 2, self.n_kv_heads, stage.n_slots * self.block_len + n_tail, self.head_dim
-        return allocate("keys and values", shape, self.dtype, self.device).zero_()  # writing takes the memory now
+        return allocate(
+            "keys and values", shape, self.dtype, self.device
+        ).zero_()  # writing takes the memory now
 
     def growth_bytes(self, end: int) -> int:
         """Return the memory that `make_room` will ask for: longer tails, and one slab twice."""
-        rows, row = end - self.tail_start - self.tail_rows, self.n_layers * self.slabs[0][:, :, 0].nbytes
+        rows, row = (
+            end - self.tail_start - self.tail_rows,
+            self.n_layers * self.slabs[0][:, :, 0].nbytes,
+        )
         return (rows + TAIL_GROWTH) * row + self.slabs[0].nbytes if rows > 0 else 0
 
     def exchange_entries(self) -> list[tuple[HostMemory, int]]:
         """Return how many homes and entries of aux a step takes if it exchanges every block."""
         homes = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:])
-        return [(self.home_memory, homes), (self.aux_memory, sum(s.n_slots for s in self.stages[1:-1]))]
+        return [
+            (self.home_memory, homes),
+            (self.aux_memory, sum(s.n_slots for s in self.stages[1:-1])),
+        ]
 
     def swap_bytes(self) -> int:
         """Return the CPU memory that such a step still takes; what is not pinned is taken when it is first written."""
-        return sum((memory.missing(n) if self.pin else n) * memory.entry_bytes for memory, n in self.exchange_entries())
+        return sum(
+            (memory.missing(n) if self.pin else n) * memory.entry_bytes
+            for memory, n in self.exchange_entries()
+        )
 
     def make_room(self, end: int) -> None:
         """Make room for the tokens up to position `end` in every tail, and for all that their step sends to the CPU."""
@@ -247,11 +306,15 @@ class KVCache:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled
                 new, old = self.new_slab(stage, n_tail), self.slabs[layer]
-                n = min(old.shape[2], new.shape[2])  # old is the longer one if it grew before memory ran out
+                n = min(
+                    old.shape[2], new.shape[2]
+                )  # old is the longer one if it grew before memory ran out
                 new[:, :, :n] = old[:, :, :n]
                 self.slabs[layer] = new
                 del old  # before the next slab is allocated
-        self.tail_rows = n_tail  # only now: if memory runs out above, the conversation stays as it is
+        self.tail_rows = (
+            n_tail  # only now: if memory runs out above, the conversation stays as it is
+        )
 
     # ---- keys and values ------------------------------------------------------------
 
@@ -266,7 +329,9 @@ class KVCache:
 
     def slot_rows(self, stage: Stage, layer: int) -> Tensor:
         """Return the slots of a layer as a view (2, G, N, B, D)."""
-        return self.slabs[layer][:, :, : stage.n_slots * self.block_len].unflatten(2, (-1, self.block_len))
+        return self.slabs[layer][:, :, : stage.n_slots * self.block_len].unflatten(
+            2, (-1, self.block_len)
+        )
 
     def wait(self, layer: int) -> None:
         """Make compute wait until the copies of this layer's slots are done.
@@ -314,19 +379,25 @@ class KVCache:
             with self.copies.after(event):
                 out, into = (self.upload([s for s, _ in pairs]) for pairs in (leaving, returning))
                 for i, layer in enumerate(stage.layers):
-                    self.move_layer(stage, i, layer, out, homes, into, [b for _, b in returning], sent)
+                    self.move_layer(
+                        stage, i, layer, out, homes, into, [b for _, b in returning], sent
+                    )
                     self.copied[layer] = stage.home_sent = self.copies.mark()
             self.to_cpu_bytes += homes.nbytes
             self.to_gpu_bytes += len(returning) * len(stage.layers) * self.home_memory.entry_bytes
         self.moves = []
 
-    def move_layer(self, stage: Stage, i: int, layer: int, out, homes, into, blocks: list[int], sent) -> None:
+    def move_layer(
+        self, stage: Stage, i: int, layer: int, out, homes, into, blocks: list[int], sent
+    ) -> None:
         """Copy slots `out` home, then blocks from home to slots `into`, in the stage's i-th layer: one copy each."""
         slots = self.slot_rows(stage, layer)  # (2, G, N, B, D)
         if len(out):
             self.copies.to_host(homes[i], slots[:, :, out].permute(2, 0, 1, 3, 4).contiguous())
         if blocks:
-            back = self.copies.to_device([stage.home[block][i] for block in blocks], sent)  # (n, 2, G, B, D)
+            back = self.copies.to_device(
+                [stage.home[block][i] for block in blocks], sent
+            )  # (n, 2, G, B, D)
             slots[:, :, into] = back.permute(1, 2, 0, 3, 4)
 
     # ---- rows that leave and return --------------------------------------------------
@@ -335,9 +406,14 @@ class KVCache:
         """Copy the blocks pruned at this stage's boundary to aux; first_row: where each begins in x (T, C)."""
         event, blocks = self.copies.mark(), list(first_row)  # the rows are the newest compute
         with self.copies.after(event):
-            for part in (blocks[i : i + BLOCKS_PER_COPY] for i in range(0, len(blocks), BLOCKS_PER_COPY)):
+            for part in (
+                blocks[i : i + BLOCKS_PER_COPY] for i in range(0, len(blocks), BLOCKS_PER_COPY)
+            ):
                 entries = self.aux_memory.take(len(part))  # (n, B, C)
-                self.copies.to_host(entries, x[self.block_rows([first_row[block] for block in part])].view_as(entries))
+                self.copies.to_host(
+                    entries,
+                    x[self.block_rows([first_row[block] for block in part])].view_as(entries),
+                )
                 stage.aux |= dict(zip(part, entries))
             stage.aux_sent = self.copies.mark()
         if self.copies.stream is not None:
@@ -388,10 +464,16 @@ class KVCache:
                 rows = tensor(f"layer.{layer}")
                 self.slabs[layer][:, :, : rows.shape[2]] = rows
             for block in saved["home"]:
-                stage.home[block] = self.home_memory.take(len(stage.layers)).copy_(tensor(f"stage.{i}.home.{block}"))
+                stage.home[block] = self.home_memory.take(len(stage.layers)).copy_(
+                    tensor(f"stage.{i}.home.{block}")
+                )
             for block in saved["aux"]:
-                stage.aux[block] = self.aux_memory.take(1)[0].copy_(tensor(f"stage.{i}.aux.{block}"))
-            stage.recent = tensor(f"stage.{i}.recent").to(self.device, copy=True) if saved["recent"] else None
+                stage.aux[block] = self.aux_memory.take(1)[0].copy_(
+                    tensor(f"stage.{i}.aux.{block}")
+                )
+            stage.recent = (
+                tensor(f"stage.{i}.recent").to(self.device, copy=True) if saved["recent"] else None
+            )
         for key in ("length", "planned", *COUNTERS):
             setattr(self, key, layout[key])
 
@@ -399,11 +481,15 @@ class KVCache:
 
     def block_rows(self, first: list[int]) -> Tensor:
         """Return first, first + 1, ... of block_len rows for each block: (len(first) * B,) on the device."""
-        return (self.upload(first)[:, None] + torch.arange(self.block_len, device=self.device)).flatten()
+        return (
+            self.upload(first)[:, None] + torch.arange(self.block_len, device=self.device)
+        ).flatten()
 
     def upload(self, numbers: list[int]) -> Tensor:
         """Return numbers as a tensor (n,) on the device, without waiting for the copy."""
-        return torch.tensor(numbers, dtype=torch.long, pin_memory=self.pin).to(self.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=torch.long, pin_memory=self.pin).to(
+            self.device, non_blocking=True
+        )
 
     def stats(self) -> dict:
         """Return the conversation's counters: `kept` in prompt tokens per stage, the others in blocks or bytes.
@@ -417,7 +503,8 @@ class KVCache:
             "tokens": self.length,
             "kept": [stage.n_slots * self.block_len + in_tail for stage in self.stages],
             "kv_gpu_bytes": sum(slab.nbytes for slab in self.slabs),
-            "kv_cpu_bytes": sum(len(s.home) * len(s.layers) for s in self.stages) * self.home_memory.entry_bytes,
+            "kv_cpu_bytes": sum(len(s.home) * len(s.layers) for s in self.stages)
+            * self.home_memory.entry_bytes,
             "aux_cpu_bytes": sum(len(s.aux) for s in self.stages) * self.aux_memory.entry_bytes,
             "kv_dense_bytes": (self.tail_start + self.tail_rows) * row,
             **{counter: getattr(self, counter) for counter in COUNTERS},

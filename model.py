@@ -21,7 +21,12 @@ from torch import Tensor
 import prune
 from kvcache import KVCache, Stage
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Config:
     qk_norm: bool = False  # an RMSNorm over each head's query and key, before RoPE
     fused: bool = False  # q, k, v are one tensor in the checkpoint, and gate and up another
     no_rope: tuple[int, ...] = ()  # layers without RoPE
-    tile: tuple[int, int] | None = None  # rows and columns of FP8 weights that share a scale in the checkpoint
+    tile: tuple[int, int] | None = (
+        None  # rows and columns of FP8 weights that share a scale in the checkpoint
+    )
 
 
 @dataclass
@@ -88,8 +95,12 @@ class Rows:
     key_offset: int  # row i, unless revived, sees the first key_offset + i + 1 keys of the slab
     pos: Tensor  # (T,)
     n_revived: int  # leading rows that are revived: the slab holds later keys than theirs
-    key_pos: Tensor | None  # (S,) positions in the slab, for the mask of revived rows; None without them
-    scoring: Tensor  # (t,) which of the w newest tokens have a row here; pruning may have removed some
+    key_pos: (
+        Tensor | None
+    )  # (S,) positions in the slab, for the mask of revived rows; None without them
+    scoring: (
+        Tensor  # (t,) which of the w newest tokens have a row here; pruning may have removed some
+    )
 
 
 class Model:
@@ -100,7 +111,17 @@ class Model:
     active)` each choice of stage i's blocks before it takes effect, scores (N,) in the candidates' order.
     """
 
-    def __init__(self, config: Config, weights: Weights, kv: KVCache, rule: prune.Rule, unit_len, window, gamma, chunk):
+    def __init__(
+        self,
+        config: Config,
+        weights: Weights,
+        kv: KVCache,
+        rule: prune.Rule,
+        unit_len,
+        window,
+        gamma,
+        chunk,
+    ):
         self.config, self.weights, self.kv, self.rule = config, weights, kv, rule
         self.unit_len, self.window, self.gamma, self.chunk = unit_len, window, gamma, chunk
         self.wide = torch.promote_types(kv.dtype, torch.float32)  # of scores, RoPE and logits
@@ -117,8 +138,13 @@ class Model:
         kv, w, start = self.kv, self.weights, self.kv.length
         end = start + len(ids)
         x = self.embed(ids.to(kv.device))  # (T, C)
-        blocks = [] if start else list(kv.stages[0].slots)  # prompt blocks with rows in x, ascending
-        shape = min(self.window, len(ids)), kv.stages[0].n_slots  # (w, N): what each newest token gives each block
+        blocks = (
+            [] if start else list(kv.stages[0].slots)
+        )  # prompt blocks with rows in x, ascending
+        shape = (
+            min(self.window, len(ids)),
+            kv.stages[0].n_slots,
+        )  # (w, N): what each newest token gives each block
         scores = torch.full(shape, -torch.inf, dtype=self.wide, device=kv.device)
         for i, stage in enumerate(kv.stages):
             rows = self.locate(stage, blocks, max(start, kv.tail_start), end, len(scores))
@@ -126,8 +152,14 @@ class Model:
             for layer in stage.layers:
                 queries, weights = self.attention(layer, x, rows)
                 at_boundary = above is not None and layer == stage.layers[-1]
-                if above is not None and self.rule.sees == "weights" and (at_boundary or self.rule.every_layer):
-                    self.score_layer(layer, stage, rows, rows.key_offset + len(x), queries, weights, scores)
+                if (
+                    above is not None
+                    and self.rule.sees == "weights"
+                    and (at_boundary or self.rule.every_layer)
+                ):
+                    self.score_layer(
+                        layer, stage, rows, rows.key_offset + len(x), queries, weights, scores
+                    )
                     self.on_scores(layer, scores)
                 if at_boundary:
                     above.remember(scores if self.rule.sees == "weights" else queries, self.window)
@@ -135,31 +167,44 @@ class Model:
                 self.ffn(layer, x)
                 kv.move()
         kv.length = end
-        return self.head(F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)).to(self.wide)
+        return self.head(
+            F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)
+        ).to(self.wide)
 
     def locate(self, stage: Stage, blocks: list[int], first_tail: int, end: int, w: int) -> Rows:
         """Say where the rows of prompt blocks and of tail positions first_tail..end-1 belong in a stage."""
         kv, b = self.kv, self.kv.block_len
         tail = torch.arange(first_tail, end, device=kv.device)
-        n_rows, tail_row = len(blocks) * b, stage.n_slots * b  # tail_row: where the tail begins in the slab
+        n_rows, tail_row = (
+            len(blocks) * b,
+            stage.n_slots * b,
+        )  # tail_row: where the tail begins in the slab
         slot = {block: s for s, block in enumerate(stage.slots)}
         pos = torch.cat([kv.block_rows([block * b for block in blocks]), tail])
-        slab_rows = torch.cat([kv.block_rows([slot[block] * b for block in blocks]), tail - kv.tail_start + tail_row])
+        slab_rows = torch.cat(
+            [kv.block_rows([slot[block] * b for block in blocks]), tail - kv.tail_start + tail_row]
+        )
         n_revived = n_rows if kv.length else 0  # in the first step rows and keys are the same
         key_pos = None
         if n_revived:
             tail_pos = torch.arange(kv.tail_start, end, device=kv.device)
             key_pos = torch.cat([kv.block_rows([block * b for block in stage.slots]), tail_pos])
         key_offset = tail_row + first_tail - kv.tail_start - n_rows
-        scoring = kv.upload([i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot])
+        scoring = kv.upload(
+            [i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot]
+        )
         return Rows(*self.rope(pos), slab_rows, key_offset, pos, n_revived, key_pos, scoring)
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
         r = self.config.rope_scaling
         long = int(self.kv.planned > r.get("original_max_position_embeddings", 0))
-        angle = pos[:, None, None] * self.weights.inv_freq[long]  # (T, 1, R/2) in float64: exact at any position
-        cos, sin = (y.mul(r.get("attention_factor", 1.0)).to(self.wide) for y in (angle.cos(), angle.sin()))
+        angle = (
+            pos[:, None, None] * self.weights.inv_freq[long]
+        )  # (T, 1, R/2) in float64: exact at any position
+        cos, sin = (
+            y.mul(r.get("attention_factor", 1.0)).to(self.wide) for y in (angle.cos(), angle.sin())
+        )
         if "llama_4_scaling_beta" not in r:
             return cos, sin, None
         times = pos[:, None, None].double().div(r["original_max_position_embeddings"]).floor()
@@ -175,14 +220,23 @@ class Model:
         h, g, d = c.n_heads, c.n_kv_heads, c.head_dim
         newest, weights = x.new_empty(0, h, d), None
         kv.wait(layer)
-        starts = [*range(0, rows.n_revived, self.chunk), *range(rows.n_revived, len(x), self.chunk), len(x)]
+        starts = [
+            *range(0, rows.n_revived, self.chunk),
+            *range(rows.n_revived, len(x), self.chunk),
+            len(x),
+        ]
         for a, b in zip(starts, starts[1:]):
             revived = a < rows.n_revived
             qkv = F.linear(F.rms_norm(x[a:b], (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
             qk, v = qkv.view(b - a, -1, d).split([h + g, g], dim=1)  # (t, H + G, D), (t, G, D)
             if w.q_norm is not None:
-                qk = torch.cat([F.rms_norm(qk[:, :h], (d,), w.q_norm, c.norm_eps),
-                                F.rms_norm(qk[:, h:], (d,), w.k_norm, c.norm_eps)], dim=1)  # fmt: skip
+                qk = torch.cat(
+                    [
+                        F.rms_norm(qk[:, :h], (d,), w.q_norm, c.norm_eps),
+                        F.rms_norm(qk[:, h:], (d,), w.k_norm, c.norm_eps),
+                    ],
+                    dim=1,
+                )
             if layer not in c.no_rope:
                 qk = rotate(qk, rows.cos[a:b], rows.sin[a:b])
             q, k = qk.split([h, g], dim=1)
@@ -193,7 +247,9 @@ class Model:
             self.on_chunk(layer, b - a, n)
             keys, values = kv.read(layer, n)  # (S, G, D)
             if revived:
-                out = masked_attention(q, keys, values, rows.key_pos <= rows.pos[a:b, None])  # (t, S)
+                out = masked_attention(
+                    q, keys, values, rows.key_pos <= rows.pos[a:b, None]
+                )  # (t, S)
             elif b - a == 1:
                 out, weights = row_attention(q, keys, values)
             else:
@@ -231,7 +287,9 @@ class Model:
 
     # ---- ranking ------------------------------------------------------------------------
 
-    def score_layer(self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, scores: Tensor):
+    def score_layer(
+        self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, scores: Tensor
+    ):
         """Let the rule score a layer's newest queries (w, H, D) on n keys; keep the maximum in scores (w, N).
 
         weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep their score from
@@ -245,10 +303,16 @@ class Model:
         few = rows_at_once(self.config.n_heads, n)
         for a in range(0, t, few):
             q = queries[len(queries) - t :][a : a + few]
-            of_keys = attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
+            of_keys = (
+                attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
+            )
             # keys after the last of these rows have no weight: pad with zeros
-            of_slots = F.pad(of_keys, (0, max(0, n_slot_rows - of_keys.shape[-1])))[..., :n_slot_rows]
-            of_blocks = of_slots.reshape(len(q), -1, stage.n_slots, self.kv.block_len)  # (t, H, N, B)
+            of_slots = F.pad(of_keys, (0, max(0, n_slot_rows - of_keys.shape[-1])))[
+                ..., :n_slot_rows
+            ]
+            of_blocks = of_slots.reshape(
+                len(q), -1, stage.n_slots, self.kv.block_len
+            )  # (t, H, N, B)
             new, shape = self.rule.score(of_blocks), (len(q), stage.n_slots)
             if not isinstance(new, Tensor) or new.shape != shape or not new.is_floating_point():
                 raise ValueError(
@@ -257,7 +321,11 @@ class Model:
                 )
             where = rows.scoring[a : a + few, None], stage.blocks
             scores[where] = torch.maximum(scores[where], new.to(scores.dtype))
-            del of_keys, of_slots, of_blocks  # the largest temporaries: gone before the next rows' come
+            del (
+                of_keys,
+                of_slots,
+                of_blocks,
+            )  # the largest temporaries: gone before the next rows' come
 
     # ---- a boundary ---------------------------------------------------------------------
 
@@ -271,7 +339,9 @@ class Model:
         returned = kv.restore(stage, revived) if revived else x[:0]
         # rows leave: those of blocks that are not active go to aux
         first_row = {block: j * b for j, block in enumerate(blocks)}
-        kv.offload(stage, x, {block: row for block, row in first_row.items() if block not in active})
+        kv.offload(
+            stage, x, {block: row for block, row in first_row.items() if block not in active}
+        )
         kept = [block for block in blocks if block in active]
         # KV moves: between slots and homes, while the FFN runs (`KVCache.move`)
         kv.activate(stage, active)
@@ -323,7 +393,9 @@ def causal_attention_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     KV heads are the batch and their query heads share the keys as a view, because the
     memory-efficient kernel, which float32 needs, has no grouped-query attention.
     """
-    from torch.nn.attention.bias import causal_lower_right  # here, because a CPU run would wait 1.7 s for it
+    from torch.nn.attention.bias import (
+        causal_lower_right,  # here, because a CPU run would wait 1.7 s for it
+    )
 
     return masked_attention(q, k, v, causal_lower_right(len(q), len(k)))
 
@@ -340,7 +412,9 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out, weight = flash(q, k[:, :, s - t :], v[:, :, s - t :], 0.0, True)
     if s > t:
         older, older_weight = flash(q, k[:, :, : s - t], v[:, :, : s - t])
-        wide = older_weight.dtype  # half-precision weights of the join would cost five times the error
+        wide = (
+            older_weight.dtype
+        )  # half-precision weights of the join would cost five times the error
         share = torch.sigmoid(older_weight - weight)[..., None]
         out = out.to(wide).lerp(older.to(wide), share).to(q.dtype)
     return out.permute(2, 0, 1, 3).reshape(t, -1)
@@ -385,8 +459,12 @@ def rows_at_once(n_heads: int, n_keys: int) -> int:
 def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return scale times (G, m, K) times (G, K, n), b in the dtype of the KV, in at least float32."""
     if b.is_cuda and b.dtype.itemsize < 4:
-        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale  # no copy of b in float32
-    wide = torch.promote_types(b.dtype, torch.float32)  # on a CPU half precision is slow, and it rounds the logits
+        return (
+            torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale
+        )  # no copy of b in float32
+    wide = torch.promote_types(
+        b.dtype, torch.float32
+    )  # on a CPU half precision is slow, and it rounds the logits
     a, b = a.to(wide), b.to(wide)
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 

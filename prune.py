@@ -22,7 +22,9 @@ from torch import Tensor
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
 SHARED_FROM = 1024  # tokens: a share prunes no shorter prompt, as there is nothing to gain
-LEAST_BLOCKS = 8  # the fewest that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
+LEAST_BLOCKS = (
+    8  # the fewest that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
+)
 
 
 def share(budget: float | Fraction) -> Fraction:
@@ -89,11 +91,17 @@ class Rule:
                 f"it has {self.score!r:.60}, {self.sees!r:.60} and {self.every_layer!r:.60}"
             )
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
-            raise ValueError(f"rule {self.name!r}: window is {self.window!r}; it must be a whole number in 1..65536")
+            raise ValueError(
+                f"rule {self.name!r}: window is {self.window!r}; it must be a whole number in 1..65536"
+            )
         if self.heads not in ("all", "max", "mean"):
-            raise ValueError(f"rule {self.name!r}: heads is {self.heads!r:.60}; it must be 'all', 'max' or 'mean'")
+            raise ValueError(
+                f"rule {self.name!r}: heads is {self.heads!r:.60}; it must be 'all', 'max' or 'mean'"
+            )
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
-            raise ValueError(f"rule {self.name!r}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
+            raise ValueError(
+                f"rule {self.name!r}: gamma is {self.gamma!r}; it must be an overlap within 0..1"
+            )
 
 
 def peak(weights: Tensor) -> Tensor:
@@ -107,7 +115,9 @@ def peak(weights: Tensor) -> Tensor:
 
 def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
     """Average the post-RoPE keys (N, B, G, D) of every unit: (N, B / unit_len, G, D), in at least float32."""
-    return keys.unflatten(1, (-1, unit_len)).mean(2, dtype=torch.promote_types(keys.dtype, torch.float32))
+    return keys.unflatten(1, (-1, unit_len)).mean(
+        2, dtype=torch.promote_types(keys.dtype, torch.float32)
+    )
 
 
 def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
@@ -122,7 +132,10 @@ def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tenso
     return dots.abs().mean((0, 1)).view(n, u).amax(1)  # (N,)
 
 
-RULES = {"peak": Rule("peak", peak, heads="max"), "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9)}
+RULES = {
+    "peak": Rule("peak", peak, heads="max"),
+    "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9),
+}
 
 
 # ---- selection --------------------------------------------------------------------------
@@ -134,11 +147,17 @@ def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:
     scores: (N,) of any device; reading them here is the one time a step waits for the device.
     Raises ValueError for scores of another shape or not a number.
     """
-    wrong = not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(blocks),)
+    wrong = (
+        not isinstance(scores, Tensor)
+        or not scores.is_floating_point()
+        or scores.shape != (len(blocks),)
+    )
     if wrong or (scores := scores.cpu()).isnan().any():
         need = f"({len(blocks)},) float scores, none of them NaN"
         raise ValueError(f"the scoring function returned {scores!r:.60}; it must return {need}")
-    blocks, order = torch.tensor(blocks).sort()  # slots hold blocks in any order; the sink comes first
+    blocks, order = torch.tensor(
+        blocks
+    ).sort()  # slots hold blocks in any order; the sink comes first
     scores = scores[order]
     scores[0] = torch.inf
     best = scores.argsort(descending=True, stable=True)[:k]

@@ -7,10 +7,10 @@ refuses it with one line that says why. An `Engine` holds one conversation: `pre
 `extend` continues it with a decoded token or a follow-up, and `generate` calls both in a loop.
 """
 
-if __name__ == "__main__":
-    import signal
+if __name__ == "__main__":  # the command line imports this file as the module `slim`
+    import runpy
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: end without a traceback
+    runpy.run_module("cli", run_name="__main__", alter_sys=True)
 
 import operator
 import time
@@ -22,26 +22,38 @@ import torch
 from torch import Tensor
 
 import tokenizer
-from kvcache import KVCache
-from loading.plan import KERNEL_BYTES, Checkpoint, check_memory, env_number, fits, format_bytes, step_bytes
-from loading.saved import check_contents, read_saved, write_saved
-from loading.schedule import format_schedule, resolve_schedule
-from loading.settings import check_count, check_sampling
+from kvcache import KVCache, stage_layout
+from loading.files import format_bytes
+from loading.saved import check_contents, check_saved, read_saved, write_saved
 from loading.weights import load_weights, weight_bytes
 from model import Model
+from planning.checkpoint import Checkpoint
+from planning.memory import KERNEL_BYTES, check_memory, fits, step_bytes
+from planning.schedule import format_schedule, resolve_schedule
+from planning.settings import check_count, check_sampling
 
 
 def load(
-    ckpt, device="auto", dtype="auto", schedule="auto", score="peak", n_prompt=1, n_new=0, progress=None, **settings
+    ckpt,
+    device="auto",
+    dtype="auto",
+    schedule="auto",
+    score="peak",
+    n_prompt=1,
+    n_new=0,
+    progress=None,
+    **settings,
 ) -> "Engine":
     """Load a checkpoint and return an Engine.
 
     schedule: "auto", "paper", "dense", {} or {boundary: tokens, or a share of the prompt}; score: a name in
     prune.RULES, a prune.Rule, or a function of attention weights; n_prompt, n_new: tokens to check memory and pin it
     for, so that the first token does not wait; progress(done, total) follows the weights, in bytes; settings: fields
-    of loading.settings.Settings. Raises ValueError or FileNotFoundError, in one line, before anything is allocated.
+    of planning.settings.Settings. Raises ValueError or FileNotFoundError, in one line, before anything is allocated.
     """
-    return start(Checkpoint.open(ckpt, device, dtype, schedule, score, **settings), n_prompt, n_new, progress)
+    return start(
+        Checkpoint.open(ckpt, device, dtype, schedule, score, **settings), n_prompt, n_new, progress
+    )
 
 
 def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
@@ -50,21 +62,23 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     check_count(n_new, "n_new")
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
-    if env_number("WORLD_SIZE") > 1:  # started by torchrun
-        import parallel  # here, because it imports this module
-
-        return parallel.start(ckpt, n_prompt, n_new, progress)
     check_memory(ckpt, n_prompt, n_new)
     return build(ckpt, n_prompt, n_new, progress, KVCache, Model, Engine)
 
 
-def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model, Engine) -> "Engine":
+def build(
+    ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model, Engine
+) -> "Engine":
     """Lay out the KV, load the weights, join them; `parallel` passes classes of its own."""
     c, s = ckpt.config, ckpt.settings
-    kv = KVCache(c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap)
+    kv = KVCache(
+        c.n_layers, c.n_kv_heads, c.head_dim, c.dim, s.block_len, ckpt.dtype, ckpt.device, s.overlap
+    )
     kv.reset(n_prompt, ckpt.schedule, n_new)
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
-    return Engine(ckpt, Model(c, weights, kv, ckpt.rule, s.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk))
+    return Engine(
+        ckpt, Model(c, weights, kv, ckpt.rule, s.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk)
+    )
 
 
 class Engine:
@@ -74,7 +88,9 @@ class Engine:
         self.ckpt, self.model, self.config, self.kv = ckpt, model, ckpt.config, model.kv
         self.ids: list[int] = []  # tokens run so far in this conversation
         self.pending: list[int] = []  # generated, but not yet run through the model
-        self.usable = False  # False before a prefill, while a step runs, and after one that was interrupted
+        self.usable = (
+            False  # False before a prefill, while a step runs, and after one that was interrupted
+        )
         self.steps = 0  # of all conversations; shows a generator that another caller ran one
         self.prefill_s = 0.0
 
@@ -94,7 +110,9 @@ class Engine:
         check_count(tail, "tail")
         tail = min(tail, len(ids) - 1)
         if schedule is not None:
-            ckpt = replace(ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len))
+            ckpt = replace(
+                ckpt, schedule=resolve_schedule(schedule, self.config, ckpt.settings.block_len)
+            )
         self.check_room(ckpt, len(ids), room, tail)
         self.forget()
         started = time.perf_counter()
@@ -116,9 +134,13 @@ class Engine:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
         need, entries = self.kv.growth_bytes(end + room), self.kv.exchange_entries()
-        if need or len(ids) > 1 or any(memory.missing(n) for memory, n in entries):  # asking what is free takes 1 ms
+        if (
+            need or len(ids) > 1 or any(memory.missing(n) for memory, n in entries)
+        ):  # asking what is free takes 1 ms
             slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
-            need += step_bytes(self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1)
+            need += step_bytes(
+                self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1
+            )
             if self.lacks(need, swap := self.kv.swap_bytes()):
                 raise ValueError(
                     f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device} and {format_bytes(swap)} "
@@ -135,9 +157,15 @@ class Engine:
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         self.usable = False
         self.steps += 1
-        logits = self.model.step(torch.tensor(ids), n_logits).clone()  # a normal tensor, which callers may write to
-        if not logits.sum().isfinite():  # waits for the device too, so the seconds in stats are of finished work
-            raise ValueError(f"the logits are not finite: bad weights, or {self.kv.dtype} too narrow; widen --dtype")
+        logits = self.model.step(
+            torch.tensor(ids), n_logits
+        ).clone()  # a normal tensor, which callers may write to
+        if (
+            not logits.sum().isfinite()
+        ):  # waits for the device too, so the seconds in stats are of finished work
+            raise ValueError(
+                f"the logits are not finite: bad weights, or {self.kv.dtype} too narrow; widen --dtype"
+            )
         self.usable = True
         self.ids += ids
         return logits
@@ -156,7 +184,9 @@ class Engine:
             raise ValueError("there is no complete conversation to rewind; call prefill first")
         n, least = self.kv.n_prompt if n is None else n, max(1, self.kv.tail_start)
         if type(n) is not int or not least <= n <= self.kv.length:
-            raise ValueError(f"cannot rewind to {n!r} tokens; those from {least} to {self.kv.length} can be forgotten")
+            raise ValueError(
+                f"cannot rewind to {n!r} tokens; those from {least} to {self.kv.length} can be forgotten"
+            )
         self.kv.rewind(n)
         self.ids, self.pending = self.ids[:n], []
         self.steps += 1
@@ -171,13 +201,20 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to save; call prefill first")
         if not self.model.rule.name:
-            raise ValueError("the scoring function has no name; give it one: score=prune.Rule('name', function)")
+            raise ValueError(
+                "the scoring function has no name; give it one: score=prune.Rule('name', function)"
+            )
         layout, tensors = self.kv.state()
         identity = self.ckpt.identity | {"schedule": format_schedule(self.kv.schedule)}
         header = {
-            "ckpt": str(self.ckpt.folder.resolve()), "identity": identity, "kv": layout,
-            "ids": self.ids, "pending": self.pending, "prefill_s": self.prefill_s, "extra": extra or {},
-        }  # fmt: skip
+            "ckpt": str(self.ckpt.folder.resolve()),
+            "identity": identity,
+            "kv": layout,
+            "ids": self.ids,
+            "pending": self.pending,
+            "prefill_s": self.prefill_s,
+            "extra": extra or {},
+        }
         write_saved(path, header, tensors)
 
     def resume(self, path, room: int = 0) -> dict:
@@ -187,8 +224,11 @@ class Engine:
         does not fit into memory; the engine then keeps what it had before.
         """
         header, file = read_saved(path)
-        check_contents(path, header, file, self.ckpt)
+        check_saved(path, header, self.ckpt.identity)
         layout, ids = header["kv"], self.check_ids(header["ids"])
+        n_layers, block_len = self.config.n_layers, self.ckpt.settings.block_len
+        stages = stage_layout(n_layers, layout["n_prompt"], self.ckpt.schedule, block_len)
+        check_contents(path, header, file, n_layers, len(stages))
         homes = sum(file.get_slice(name).get_shape()[0] for name in file.keys() if ".home." in name)
         self.check_room(self.ckpt, len(ids), room, len(ids) - layout["n_prompt"], homes)
         self.forget()
@@ -197,7 +237,9 @@ class Engine:
         self.usable, self.steps = True, self.steps + 1
         return header["extra"]
 
-    def check_room(self, ckpt: Checkpoint, n: int, room: int, tail: int, homes: int | None = None) -> None:
+    def check_room(
+        self, ckpt: Checkpoint, n: int, room: int, tail: int, homes: int | None = None
+    ) -> None:
         """Raise ValueError unless n tokens fit in place of those here; see `check_memory`."""
         check_count(room, "room")
         kv = self.kv.stats()
@@ -211,7 +253,9 @@ class Engine:
                 raise TypeError
             ids = [operator.index(i) for i in ids]
         except TypeError:
-            raise ValueError(f"token ids must be a flat list of whole numbers, not {ids!r:.60}") from None
+            raise ValueError(
+                f"token ids must be a flat list of whole numbers, not {ids!r:.60}"
+            ) from None
         if not ids:
             raise ValueError("there are no token ids to run; give at least one")
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
@@ -222,7 +266,15 @@ class Engine:
         return ids
 
     def generate(
-        self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, schedule=None, follow_up=False, tail=0
+        self,
+        ids,
+        max_new_tokens: int,
+        temperature=0.0,
+        top_p=1.0,
+        seed=None,
+        schedule=None,
+        follow_up=False,
+        tail=0,
     ) -> Iterator[int]:
         """Return an iterator of new ids after a prompt, or after a follow-up to the conversation so far.
 
@@ -234,7 +286,9 @@ class Engine:
         check_count(tail, "tail")
         ids = self.check_ids(ids)
         if follow_up and (schedule is not None or tail):
-            raise ValueError("schedule and tail are set when a conversation starts; a follow-up cannot change them")
+            raise ValueError(
+                "schedule and tail are set when a conversation starts; a follow-up cannot change them"
+            )
         if schedule is not None:
             schedule = resolve_schedule(schedule, self.config, self.ckpt.settings.block_len)
         rng = torch.Generator()
@@ -274,9 +328,3 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
     probs, order = probs.sort(descending=True)
     probs[probs.cumsum(0) - probs >= top_p] = 0  # the likeliest token always stays
     return int(order[torch.multinomial(probs, 1, generator=rng)])
-
-
-if __name__ == "__main__":
-    from cli import main
-
-    raise SystemExit(main())

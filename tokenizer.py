@@ -36,9 +36,13 @@ class Tokenizer:
         self.v, self.encoder = v, encoder
         self.special, self.bos_id = v.special, v.bos_id
         self.template = template  # without one, text is continued as it is
-        self.system: str | None = None  # opens a conversation, besides what the template itself adds
+        self.system: str | None = (
+            None  # opens a conversation, besides what the template itself adds
+        )
         self.variables = {}  # for the template, such as {"enable_thinking": False}
-        self.dummy_prefix = encoder.inside is not encoder.start  # sentencepiece puts a space before a text
+        self.dummy_prefix = (
+            encoder.inside is not encoder.start
+        )  # sentencepiece puts a space before a text
         self.vocab_size: int = 1 + max([*encoder.pieces, *v.special.values()])
 
     def encode(self, text: str) -> list[int]:
@@ -76,7 +80,11 @@ class Tokenizer:
         if self.template is None:
             ids = self.encode(_str(user_text) if begin else "\n" + _str(user_text))
             return [self.bos_id, *ids] if begin and self.bos_id is not None else ids
-        earlier = [] if begin else [{"role": "user", "content": CUT}, {"role": "assistant", "content": CUT}]
+        earlier = (
+            []
+            if begin
+            else [{"role": "user", "content": CUT}, {"role": "assistant", "content": CUT}]
+        )
         turn = {"role": "user", "content": self._hide(user_text) + ("" if end else CUT)}
         return self._render([*earlier, turn], cuts=len(earlier) + (not end), part=len(earlier))
 
@@ -84,7 +92,9 @@ class Tokenizer:
         """Return the ids that continue and close a turn left open."""
         if self.template is None:
             return self.encode("\n" + _str(user_text))
-        return self._render([{"role": "user", "content": CUT + "\n\n" + self._hide(user_text)}], cuts=1, part=1)
+        return self._render(
+            [{"role": "user", "content": CUT + "\n\n" + self._hide(user_text)}], cuts=1, part=1
+        )
 
     def chat_messages(self, messages: list[dict], **variables) -> list[int]:
         """Return the ids of a whole conversation, {"role": ..., "content": str} each, ready for the next answer.
@@ -93,7 +103,9 @@ class Tokenizer:
         """
         if self.template is None:
             raise ValueError("this checkpoint has no chat template; give plain text")
-        hidden = [{**message, "content": self._hide(message.get("content"))} for message in messages]
+        hidden = [
+            {**message, "content": self._hide(message.get("content"))} for message in messages
+        ]
         return self._render(hidden, **variables)
 
     def _render(self, messages, cuts=0, part=0, **variables):
@@ -101,17 +113,26 @@ class Tokenizer:
             messages = [{"role": "system", "content": self._hide(self.system)}, *messages]
         text = self.template.render(messages, **self.variables | variables)
         for m in messages:
-            if m is messages[-1] and m["role"] == "user" or m["role"] == "system" and self.system is not None:
+            if (
+                m is messages[-1]
+                and m["role"] == "user"
+                or m["role"] == "system"
+                and self.system is not None
+            ):
                 if m["content"].strip() not in text:
                     raise self.template.error(f"it does not write the {m['role']} message as it is")
         parts = text.split(CUT)
         if len(parts) != cuts + 1:
-            raise self.template.error("it does not write a message once and as it is, so a turn cannot be continued")
+            raise self.template.error(
+                "it does not write a message once and as it is, so a turn cannot be continued"
+            )
         return self._spell(parts[part], opens=part == 0)
 
     def _hide(self, text):
         """Replace what the user typed and the tokenizer would take for a special token by numbers."""
-        number = {name: f"{HIDDEN}{i}{HIDDEN}" for i, name in enumerate([*self.special, CUT, HIDDEN])}
+        number = {
+            name: f"{HIDDEN}{i}{HIDDEN}" for i, name in enumerate([*self.special, CUT, HIDDEN])
+        }
         return "".join(number.get(part, part) for part in split_at(_str(text), number))
 
     def _spell(self, text, opens):
@@ -124,9 +145,13 @@ class Tokenizer:
                 continue
             part = part.lstrip() if i and parts[i - 1] in self.v.rstrip else part
             part = part.rstrip() if parts[i + 1 : i + 2] and parts[i + 1] in self.v.lstrip else part
-            part = re.sub(f"{HIDDEN}(\\d+){HIDDEN}", lambda number: names.get(int(number[1]), ""), part)
+            part = re.sub(
+                f"{HIDDEN}(\\d+){HIDDEN}", lambda number: names.get(int(number[1]), ""), part
+            )
             starts = self.v.legacy if i else opens
-            ids += (self.encoder.start if starts else self.encoder.inside)(_without_surrogates(part))
+            ids += (self.encoder.start if starts else self.encoder.inside)(
+                _without_surrogates(part)
+            )
         return ids
 
     def bytes(self, token: int) -> bytes:

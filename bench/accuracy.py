@@ -38,9 +38,9 @@ import prose
 import prune
 import slim
 from kvcache import KVCache
-from loading.plan import prefill_flops
-from loading.schedule import at_depth, auto_schedule, format_schedule
 from model import attention_weights
+from planning.flops import prefill_flops
+from planning.schedule import at_depth, auto_schedule, format_schedule
 
 SHORTEST = 1024  # tokens that the questions and a text between them take
 MOST_QUERIES = 64  # kept of the dense run: the widest window of any rule, and the longest answer
@@ -63,7 +63,9 @@ class Entry(NamedTuple):
 
 def steps(*pairs):
     """Return a schedule of (boundary of 30 layers, one over the share), for a model of any depth."""
-    return lambda bench, n: {at_depth(bench.n_layers, p, 30): Fraction(1) / Fraction(s) for p, s in pairs}
+    return lambda bench, n: {
+        at_depth(bench.n_layers, p, 30): Fraction(1) / Fraction(s) for p, s in pairs
+    }
 
 
 def AUTO(bench, n):
@@ -73,7 +75,9 @@ def AUTO(bench, n):
 
 def at_least(blocks: int):
     """Return AUTO with another floor than prune.LEAST_BLOCKS."""
-    return lambda bench, n: {p: max(64 * blocks, int(share * n)) for p, share in AUTO(bench, n).items()}
+    return lambda bench, n: {
+        p: max(64 * blocks, int(share * n)) for p, share in AUTO(bench, n).items()
+    }
 
 
 def at_equal_flops(boundary: int):
@@ -81,7 +85,12 @@ def at_equal_flops(boundary: int):
 
     def schedule(bench, n):
         goal, layer = bench.flops(AUTO, n), at_depth(bench.n_layers, boundary, 30)
-        return {layer: bisect(range(n), goal, key=lambda kept: prefill_flops(bench.config, n, {layer: kept}, 1)) - 1}
+        return {
+            layer: bisect(
+                range(n), goal, key=lambda kept: prefill_flops(bench.config, n, {layer: kept}, 1)
+            )
+            - 1
+        }
 
     return schedule
 
@@ -92,9 +101,9 @@ def at_equal_flops(boundary: int):
 def token_weights(queries, keys):
     """Return softmax weights (W, H, N*B) of the queries on all candidates' tokens, and no mask: all came before."""
     (w, h, d), (n, b, g, _) = queries.shape, keys.shape
-    logits = queries.float().view(w, g, h // g, d).permute(1, 0, 2, 3).reshape(g, -1, d) @ keys.float().view(
-        n * b, g, d
-    ).permute(1, 2, 0)
+    logits = queries.float().view(w, g, h // g, d).permute(1, 0, 2, 3).reshape(
+        g, -1, d
+    ) @ keys.float().view(n * b, g, d).permute(1, 2, 0)
     return (logits / d**0.5).softmax(-1).view(g, w, h // g, -1).transpose(0, 1).flatten(1, 2)
 
 
@@ -152,7 +161,9 @@ def of_keys(score) -> prune.Rule:
     return prune.Rule(score.__name__, score, sees="keys")
 
 
-ORACLE = prune.Rule("oracle", by_chance, sees="keys")  # its scores are made of the dense run of each sample
+ORACLE = prune.Rule(
+    "oracle", by_chance, sees="keys"
+)  # its scores are made of the dense run of each sample
 TOKENS = {"schedule": AUTO, "block_len": 1}
 
 RIVALS = {
@@ -165,7 +176,9 @@ RIVALS = {
     "summed attention, frozen": Entry(of_keys(summed), AUTO, window=4),
     "SnapKV, frozen": Entry(of_keys(snapkv), window=64, **TOKENS),
     "FastKV, frozen": Entry(of_keys(fastkv), at_equal_flops(9), window=8, block_len=1),
-    "GemFilter, frozen": Entry(of_keys(gemfilter), steps((9, 1)), window=1, block_len=1, second_run=True),
+    "GemFilter, frozen": Entry(
+        of_keys(gemfilter), steps((9, 1)), window=1, block_len=1, second_run=True
+    ),
     "LazyLLM": Entry(of_keys(lazyllm), window=1, frozen=False, **TOKENS),
     "OmniKV, frozen": Entry(of_keys(omnikv), window=1, **TOKENS),
     "recent, frozen": Entry(of_keys(recent), AUTO),
@@ -208,12 +221,15 @@ def at_shares(a, b, c):
 
 SETS = {
     "rivals": RIVALS,
-    "floors": {"dense": Entry()} | {f"at least {n} blocks": anew(at_least(n)) for n in (4, 6, 8, 12)},
+    "floors": {"dense": Entry()}
+    | {f"at least {n} blocks": anew(at_least(n)) for n in (4, 6, 8, 12)},
     "curves": {"dense": Entry(), **at_shares(2, 4, 8), **at_shares(8, 16, 32)},
     "schedules": {
         "dense": Entry(),
         **{
-            " ".join(f"{layer}:{Fraction(1) / Fraction(share)}" for layer, share in pairs): anew(steps(*pairs))
+            " ".join(f"{layer}:{Fraction(1) / Fraction(share)}" for layer, share in pairs): anew(
+                steps(*pairs)
+            )
             for pairs in (
                 ((9, 4), (19, 8), (28, 16)),
                 ((9, 4), (15, 8), (21, 16)),
@@ -255,11 +271,17 @@ class Bench:
 
     def __init__(self, ckpt: str, device: str, dtype: str, entries: dict):
         self.engine = slim.load(ckpt, device, dtype, schedule="dense")
-        self.model, self.config, self.n_layers = self.engine.model, self.engine.config, self.engine.config.n_layers
+        self.model, self.config, self.n_layers = (
+            self.engine.model,
+            self.engine.config,
+            self.engine.config.n_layers,
+        )
         self.caches: dict = {}
         self.attention, self.ffn = self.model.attention, self.model.ffn
         self.model.attention, self.model.ffn = self.attend, self.feed
-        self.wanted = {next(iter(schedule)) for e in entries.values() if (schedule := e.schedule(self, 4096))}
+        self.wanted = {
+            next(iter(schedule)) for e in entries.values() if (schedule := e.schedule(self, 4096))
+        }
         self.first, self.recording = 0, None
 
     def flops(self, schedule: Callable, n: int, block_len: int = 64) -> float:
@@ -286,7 +308,9 @@ class Bench:
             n = len(x)
             kv.slabs[layer][:, :, :n] = self.dense.slabs[layer][:, :, :n]
             if layer == self.first - 1:
-                x[:] = torch.cat([self.record["shared"].x[self.first], self.record["question"].x[self.first]])
+                x[:] = torch.cat(
+                    [self.record["shared"].x[self.first], self.record["question"].x[self.first]]
+                )
             return self.last_queries(layer)[-self.model.window :], None
         queries, weights = self.attention(layer, x, rows)
         if self.recording is not None:
@@ -337,10 +361,14 @@ class Bench:
             rows = torch.cat([self.last_queries(layer)[-1:], self.record["answer"].queries[layer]])
             for i, row in enumerate(rows):
                 keys, _ = self.dense.read(layer, n + i)
-                best = torch.maximum(best, attention_weights(row[None], keys)[0, :, :n].amax(0).float().cpu())
+                best = torch.maximum(
+                    best, attention_weights(row[None], keys)[0, :, :n].amax(0).float().cpu()
+                )
         return best
 
-    def run(self, entry: Entry, prompt: list[int], answer: list[int], oracle: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, entry: Entry, prompt: list[int], answer: list[int], oracle: torch.Tensor
+    ) -> torch.Tensor:
         """Answer as an entry does; return the logits (answer tokens, V)."""
         n, b = len(prompt), entry.block_len
         schedule, rule = entry.schedule(self, n), entry.rule
@@ -351,7 +379,12 @@ class Bench:
             layer = next(iter(schedule)) - 1
             keys, _ = self.dense.read(layer, n)
             k = self.second_run_tokens(layer + 1, n)
-            best = rule.score(self.last_queries(layer)[-1:], keys[:, None], None, 1).topk(k).indices.sort().values
+            best = (
+                rule.score(self.last_queries(layer)[-1:], keys[:, None], None, 1)
+                .topk(k)
+                .indices.sort()
+                .values
+            )
             prompt, schedule = [prompt[i] for i in best.tolist()], {}
         self.model.kv = kv = self.cache(b)
         self.model.rule, self.model.window = rule, entry.window or entry.rule.window
@@ -392,7 +425,9 @@ def read_results(path: Path) -> dict:
     """Return {(task, n, part, seed, entry): result} of a file that may not be there yet."""
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]  # one may be cut
+    rows = [
+        json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")
+    ]  # one may be cut
     return {(r["task"], r["n"], r["part"], r["seed"], r["entry"]): r for r in rows}
 
 
@@ -432,11 +467,18 @@ def tables(results: dict, entries: dict, part: int) -> list[str]:
                     gap = [r["nll"] - d["nll"] for r, d in both]
                     cells.append(f"{math.exp(mean(gap)):.3f} ± {error(gap):.3f}")
                 else:
-                    right, gap = mean(r["right"] for r, _ in both), error([r["right"] - d["right"] for r, d in both])
+                    right, gap = (
+                        mean(r["right"] for r, _ in both),
+                        error([r["right"] - d["right"] for r, d in both]),
+                    )
                     whole = mean(r["whole"] for r, _ in both)
                     cells.append(f"{100 * right:.1f} ± {100 * gap:.1f} ({100 * whole:.0f})")
             ratio = mean(r["flops"] for both in pairs.values() for r, _ in both)
-            lines.append(f"| {name} | {ratio:.2f} | {max(map(len, pairs.values()))} | " + " | ".join(cells) + " |")
+            lines.append(
+                f"| {name} | {ratio:.2f} | {max(map(len, pairs.values()))} | "
+                + " | ".join(cells)
+                + " |"
+            )
     return lines
 
 
@@ -449,10 +491,16 @@ def plot(path: str, results: dict, n: int) -> None:
     ax.axhline(0, color="#222222", lw=1)
     points = []
     for name in dict.fromkeys(key[4] for key in results if key[1] == n and key[4] != "dense"):
-        rows = {key: r for key, r in results.items() if key[1] == n and key[4] == name and key[0] != "continuation"}
+        rows = {
+            key: r
+            for key, r in results.items()
+            if key[1] == n and key[4] == name and key[0] != "continuation"
+        }
         gaps: dict = {}
         for key, r in rows.items():
-            gaps.setdefault(key[2:4], []).append(100 * (r["right"] - results[*key[:4], "dense"]["right"]))
+            gaps.setdefault(key[2:4], []).append(
+                100 * (r["right"] - results[*key[:4], "dense"]["right"])
+            )
         means = [mean(gap) for gap in gaps.values()]
         points.append((mean(means), mean(r["flops"] for r in rows.values()), error(means), name))
     for y, x, spread, name in sorted(points):
@@ -463,9 +511,18 @@ def plot(path: str, results: dict, n: int) -> None:
             y += 0.1  # labels do not lie on each other
         labels.append((x, y, left))
         ax.text(
-            x + (-0.02 if left else 0.02), y, name, fontsize=7, color=ours, va="center", ha="right" if left else "left"
+            x + (-0.02 if left else 0.02),
+            y,
+            name,
+            fontsize=7,
+            color=ours,
+            va="center",
+            ha="right" if left else "left",
         )
-    ax.set(xlabel="FLOPs of the first token, times fewer", ylabel="answer tokens right, points over dense")
+    ax.set(
+        xlabel="FLOPs of the first token, times fewer",
+        ylabel="answer tokens right, points over dense",
+    )
     ax.set(title=f"{n:,} tokens, mean of six tasks", xlim=(2.1, 4.7))
     ax.grid(color="#E6E6E6")
     figure.tight_layout()
@@ -475,11 +532,15 @@ def plot(path: str, results: dict, n: int) -> None:
 def run(args, entries: dict) -> dict:
     out, results = Path(args.out), read_results(Path(args.out))
     bench = Bench(args.ckpt, args.device, args.dtype, entries)
-    book = prose.Book(Path(args.text).read_text(encoding="utf-8"), bench.engine.tokenizer, args.part)
+    book = prose.Book(
+        Path(args.text).read_text(encoding="utf-8"), bench.engine.tokenizer, args.part
+    )
     with out.open("a") as file, torch.inference_mode():
         if not (out.read_bytes() or b"\n").endswith(b"\n"):
             file.write("\n")  # the last line was cut: nothing may be written into it
-        for seed, n in ((s, n) for s in range(args.first, args.first + args.samples) for n in args.lengths):
+        for seed, n in (
+            (s, n) for s in range(args.first, args.first + args.samples) for n in args.lengths
+        ):
             missing = [
                 (task, name)
                 for task in args.tasks
@@ -494,32 +555,55 @@ def run(args, entries: dict) -> dict:
                 prompt, answer = document.questions[task]
                 dense_logits = bench.run_dense(prompt, answer)
                 names = [name for other, name in missing if other == task]
-                oracle = bench.oracle(len(prompt)) if any(entries[name].rule is ORACLE for name in names) else None
+                oracle = (
+                    bench.oracle(len(prompt))
+                    if any(entries[name].rule is ORACLE for name in names)
+                    else None
+                )
                 for name in names:
                     torch.manual_seed(seed)
-                    logits = dense_logits if name == "dense" else bench.run(entries[name], prompt, answer, oracle)
+                    logits = (
+                        dense_logits
+                        if name == "dense"
+                        else bench.run(entries[name], prompt, answer, oracle)
+                    )
                     row = {"task": task, "n": n, "part": args.part, "seed": seed, "entry": name}
-                    row |= {**measure(logits, answer), "flops": bench.saving(entries[name], len(prompt))}
+                    row |= {
+                        **measure(logits, answer),
+                        "flops": bench.saving(entries[name], len(prompt)),
+                    }
                     row["schedule"] = format_schedule(entries[name].schedule(bench, len(prompt)))
                     results[task, n, args.part, seed, name] = row
                     file.write(json.dumps(row) + "\n")
                 file.flush()
-            print(f"{n:,} tokens, #{seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{n:,} tokens, #{seed}: {time.perf_counter() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return results
 
 
 def parse_args() -> argparse.Namespace:
     data = os.environ.get("SLIM_TEST_DATA")
     p = argparse.ArgumentParser(
-        prog="accuracy.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="accuracy.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--ckpt", default="smollm2-135m-instruct")
-    p.add_argument("--text", default=data and f"{data}/texts/war_and_peace.txt", help="a long text, UTF-8")
+    p.add_argument(
+        "--text", default=data and f"{data}/texts/war_and_peace.txt", help="a long text, UTF-8"
+    )
     p.add_argument("--set", choices=SETS, default="rivals")
-    p.add_argument("--only", help="entries of the set, with semicolons between: names, or how names begin")
+    p.add_argument(
+        "--only", help="entries of the set, with semicolons between: names, or how names begin"
+    )
     p.add_argument("--tasks", type=lambda s: s.split(","), default=",".join(prose.TASKS))
     p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default="4096")
-    p.add_argument("--samples", type=int, default=60, help="documents; each has a question of every task")
+    p.add_argument(
+        "--samples", type=int, default=60, help="documents; each has a question of every task"
+    )
     p.add_argument("--first", type=int, default=0, help="number of the first document")
     p.add_argument(
         "--threads",
@@ -527,7 +611,13 @@ def parse_args() -> argparse.Namespace:
         default=0,
         help="of torch; two processes with one thread each, and files of their own, finish sooner than one with two",
     )
-    p.add_argument("--part", type=int, choices=(0, 1), default=1, help="0: texts for choosing, 1: for reporting")
+    p.add_argument(
+        "--part",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="0: texts for choosing, 1: for reporting",
+    )
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32")
     p.add_argument(
@@ -535,13 +625,17 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="results, a line each; a call computes only what is missing; --table takes several, with commas between",
     )
-    p.add_argument("--plot", help="draw all results of the first of --lengths as a PNG; needs matplotlib")
+    p.add_argument(
+        "--plot", help="draw all results of the first of --lengths as a PNG; needs matplotlib"
+    )
     p.add_argument("--table", action="store_true", help="compute nothing")
     args = p.parse_args()
     if unknown := set(args.tasks) - set(prose.TASKS):
         p.error(f"--tasks {min(unknown)!r} is unknown; there are {', '.join(prose.TASKS)}")
     if args.samples < 1 or args.first < 0 or args.threads < 0 or min(args.lengths) < SHORTEST:
-        p.error(f"--samples must be at least 1, --first and --threads 0, and each of --lengths {SHORTEST} tokens")
+        p.error(
+            f"--samples must be at least 1, --first and --threads 0, and each of --lengths {SHORTEST} tokens"
+        )
     names = SETS[args.set]
     for word in args.only.split(";") if args.only else ():
         if not any(name.startswith(word) for name in names):
@@ -549,7 +643,9 @@ def parse_args() -> argparse.Namespace:
     if missing := [path for path in args.out.split(",") if args.table and not Path(path).is_file()]:
         p.error(f"--out {missing[0]} does not exist, so there is nothing for a table")
     if not args.table and not args.text:
-        p.error("--text is needed: a long text to make questions of, such as War and Peace from Project Gutenberg")
+        p.error(
+            "--text is needed: a long text to make questions of, such as War and Peace from Project Gutenberg"
+        )
     return args
 
 
@@ -560,8 +656,14 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.only:
         words = args.only.split(";")
-        begun = tuple(word for word in words if word not in entries)  # a whole name means itself alone
-        entries = {k: e for k, e in entries.items() if k in ("dense", *words) or begun and k.startswith(begun)}
+        begun = tuple(
+            word for word in words if word not in entries
+        )  # a whole name means itself alone
+        entries = {
+            k: e
+            for k, e in entries.items()
+            if k in ("dense", *words) or begun and k.startswith(begun)
+        }
     try:
         results = read_all(args.out) if args.table else run(args, entries)
     except (ValueError, OSError) as err:

@@ -29,11 +29,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slim
 import tokenizer
+from loading.files import one_line
 from loading.find import find_checkpoint
-from loading.plan import Checkpoint, one_line, plan
-from loading.schedule import resolve_schedule
 from loading.weights import weight_bytes
 from model import Config
+from planning.checkpoint import Checkpoint
+from planning.memory import plan
+from planning.schedule import resolve_schedule
 
 PROGRAMS = ("llama.cpp", "transformers")  # any other contestant is a schedule of Slim's
 EXAMPLE = "node bench/llama_cpp.mjs MODEL.gguf"
@@ -59,7 +61,9 @@ def run_transformers(args, ids: list[int], n: int) -> dict:
     import transformers
 
     folder = find_checkpoint(args.ckpt)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, args.dtype)
+    ).eval()
     model(torch.tensor([ids[:64]]))
     times = [time.perf_counter()]
     out = model(torch.tensor([ids[:n]]), logits_to_keep=1, use_cache=True)
@@ -94,7 +98,9 @@ def last_line(command: list[str], stdin: str = "") -> str:
         raise ValueError(f"killed by signal {-done.returncode}")
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        said = [line for line in said if "rror" in line] or said  # a stack trace may end with something else
+        said = [
+            line for line in said if "rror" in line
+        ] or said  # a stack trace may end with something else
         raise ValueError(f"{one_line(said[-1].partition('.py: error: ')[2] or said[-1]):.300}")
     return (done.stdout.strip().splitlines() or [""])[-1]
 
@@ -107,16 +113,31 @@ def one(args, name: str, ids: list[int], n: int) -> dict:
     if name == "llama.cpp":
         command, ids = [*shlex.split(args.llama_cpp), str(args.threads), str(args.new)], ids[:n]
     else:
-        options = {"ckpt": args.ckpt, "dtype": args.dtype, "threads": args.threads, "new": args.new, "one": name}
-        command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
+        options = {
+            "ckpt": args.ckpt,
+            "dtype": args.dtype,
+            "threads": args.threads,
+            "new": args.new,
+            "one": name,
+        }
+        command = [
+            sys.executable,
+            __file__,
+            *(f"--{key}={value}" for key, value in options.items()),
+        ]
     said = last_line(command, json.dumps(ids))
     try:
         found = json.loads(said)
-        if all(0 < x < math.inf for x in (found["first_s"], found["peak_bytes"], mean(found["steps_ms"]))):
+        if all(
+            0 < x < math.inf
+            for x in (found["first_s"], found["peak_bytes"], mean(found["steps_ms"]))
+        ):
             return found
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
-    raise ValueError(f"it printed {said!r:.80}, but its last line must be JSON with first_s, steps_ms and peak_bytes")
+    raise ValueError(
+        f"it printed {said!r:.80}, but its last line must be JSON with first_s, steps_ms and peak_bytes"
+    )
 
 
 # ---- what is measured against ---------------------------------------------------------------
@@ -155,7 +176,9 @@ def parser() -> Parser:
     p = Parser(prog="compare.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", default="smollm2-135m-instruct")
     p.add_argument("--text", help="a long text, UTF-8")
-    p.add_argument("--skip", type=int, default=100_000, help="characters at the start of the text to leave out")
+    p.add_argument(
+        "--skip", type=int, default=100_000, help="characters at the start of the text to leave out"
+    )
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--lengths", default="4096", help="prompts in tokens, with commas")
     p.add_argument("--new", type=int, default=40, help="tokens that follow one by one")
@@ -163,7 +186,9 @@ def parser() -> Parser:
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     what = "with commas: llama.cpp, transformers, and Slim's schedules: a name or one boundary, as in 9:1/4"
     p.add_argument("--contestants", default="llama.cpp,transformers,dense,auto", help=what)
-    p.add_argument("--llama-cpp", metavar="CMD", help="runs llama.cpp, which is left out without it")
+    p.add_argument(
+        "--llama-cpp", metavar="CMD", help="runs llama.cpp, which is left out without it"
+    )
     p.add_argument("--one", help=argparse.SUPPRESS)
     return p
 
@@ -179,8 +204,12 @@ def read_lengths(text: str, least: int, most: int, of: str) -> list[int]:
     """Read '4096,8192'; raise ValueError unless all are different whole numbers within least..most; of: of what."""
     parts = text.split(",")
     for part in parts:
-        if not (part.isascii() and part.isdigit() and len(part) < 16 and least <= int(part) <= most):
-            raise ValueError(f"--lengths: {part!r:.40} is not a number of tokens within {least}..{most:,}, {of}")
+        if not (
+            part.isascii() and part.isdigit() and len(part) < 16 and least <= int(part) <= most
+        ):
+            raise ValueError(
+                f"--lengths: {part!r:.40} is not a number of tokens within {least}..{most:,}, {of}"
+            )
         if parts.count(part) > 1:
             raise ValueError(f"--lengths: {part} is there twice")
     return [int(part) for part in parts]
@@ -196,11 +225,15 @@ def read_contestants(args) -> dict[str, Checkpoint]:
     if "" in names or len({*names}) < len(names):
         raise ValueError(f"--contestants {args.contestants!r:.200} has an empty name, or one twice")
     schedules = {name: "dense" if name in PROGRAMS else name for name in names}
-    dense = Checkpoint.open(args.ckpt, "cpu", args.dtype, "dense")  # what is wrong with it is not wrong with a name
+    dense = Checkpoint.open(
+        args.ckpt, "cpu", args.dtype, "dense"
+    )  # what is wrong with it is not wrong with a name
     try:
         return {name: replace_schedule(dense, schedule) for name, schedule in schedules.items()}
     except ValueError as error:
-        raise ValueError(f"--contestants are {', '.join(PROGRAMS)}, or schedules: {error}") from None
+        raise ValueError(
+            f"--contestants are {', '.join(PROGRAMS)}, or schedules: {error}"
+        ) from None
 
 
 def replace_schedule(ckpt: Checkpoint, schedule: str) -> Checkpoint:
@@ -212,9 +245,13 @@ def check_command(text: str) -> None:
     try:
         command = shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"--llama-cpp {text!r:.200}: {error}; give a command such as {EXAMPLE!r}") from None
+        raise ValueError(
+            f"--llama-cpp {text!r:.200}: {error}; give a command such as {EXAMPLE!r}"
+        ) from None
     if not command or not shutil.which(command[0]):
-        raise ValueError(f"--llama-cpp {text!r:.200}: there is no such program; give a command such as {EXAMPLE!r}")
+        raise ValueError(
+            f"--llama-cpp {text!r:.200}: there is no such program; give a command such as {EXAMPLE!r}"
+        )
 
 
 def read_ids(args, n: int) -> list[int]:
@@ -222,7 +259,9 @@ def read_ids(args, n: int) -> list[int]:
     try:
         text = Path(args.text).read_text(encoding="utf-8")[args.skip :]
     except (OSError, ValueError) as error:
-        raise ValueError(f"--text {args.text!r:.200} cannot be read as UTF-8 text: {error}") from None
+        raise ValueError(
+            f"--text {args.text!r:.200} cannot be read as UTF-8 text: {error}"
+        ) from None
     tok, part = tokenizer.load(find_checkpoint(args.ckpt)), 8 * n
     while len(ids := tok.encode(text[:part])) < n and part < len(text):
         part *= 2
@@ -239,7 +278,11 @@ def read_ids(args, n: int) -> list[int]:
 
 def row(name: str, runs: list[dict], error: str, floor_s: float) -> str:
     if error:
-        name += " failed" + (f" after {len(runs)} rounds" if runs else "") + f": {error.replace('|', '/')}"
+        name += (
+            " failed"
+            + (f" after {len(runs)} rounds" if runs else "")
+            + f": {error.replace('|', '/')}"
+        )
     if not runs:
         return f"| {name} |" + " |" * 5
     steps = [ms for run in runs for ms in run["steps_ms"]]
@@ -264,18 +307,29 @@ def compare(args) -> int:
     lengths = read_lengths(args.lengths, 1, context - args.new, of)
     ids, failed = read_ids(args, max(lengths) + args.new), False
     rate = read_rate()
-    print(f"{args.dtype}, {args.threads} threads, torch {torch.__version__}, memory read at {rate / 1e9:.1f} GB/s")
+    print(
+        f"{args.dtype}, {args.threads} threads, torch {torch.__version__}, memory read at {rate / 1e9:.1f} GB/s"
+    )
     for n in lengths:
         runs, errors = run_rounds(args, list(contestants), ids[: n + args.new], n)
         print(f"\n{n:,} tokens, {args.rounds} rounds\n")
-        print("| | first token, s | tokens/s, mean | by the median | of the floor | peak memory |\n" + "|---" * 6 + "|")
+        print(
+            "| | first token, s | tokens/s, mean | by the median | of the floor | peak memory |\n"
+            + "|---" * 6
+            + "|"
+        )
         for name, ckpt in contestants.items():
-            print(row(name, runs[name], errors.get(name, ""), floor_bytes(ckpt, n, args.new) / rate), flush=True)
+            print(
+                row(name, runs[name], errors.get(name, ""), floor_bytes(ckpt, n, args.new) / rate),
+                flush=True,
+            )
         failed = failed or bool(errors)
     return int(failed)
 
 
-def run_rounds(args, names: list[str], ids: list[int], n: int) -> tuple[dict[str, list], dict[str, str]]:
+def run_rounds(
+    args, names: list[str], ids: list[int], n: int
+) -> tuple[dict[str, list], dict[str, str]]:
     """Return every contestant's runs, and why one failed: it keeps the runs it has, and the others go on."""
     runs, errors = {name: [] for name in names}, {}
     for _ in range(args.rounds):
@@ -298,7 +352,13 @@ def main(argv: list[str] | None = None) -> int:
             return compare(args)
         ids = json.load(sys.stdin)
         n, name = len(ids) - args.new, args.one
-        print(json.dumps(run_transformers(args, ids, n) if name == "transformers" else run_slim(args, name, ids, n)))
+        print(
+            json.dumps(
+                run_transformers(args, ids, n)
+                if name == "transformers"
+                else run_slim(args, name, ids, n)
+            )
+        )
         return 0
     except (ValueError, OSError) as error:
         p.error(error)

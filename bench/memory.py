@@ -17,7 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import slim
 from bench.compare import Parser, check_numbers, last_line, memory_bytes, read_lengths
-from loading.plan import KERNEL_BYTES, Checkpoint, format_bytes, plan, step_bytes
+from loading.files import format_bytes
+from planning.checkpoint import Checkpoint
+from planning.memory import KERNEL_BYTES, plan, step_bytes
 
 WORK = "prompt", "follow-ups", "save", "resume"
 SETTINGS = ("dense", "peak"), ("auto", "peak"), ("auto", "paper")  # schedule and score
@@ -62,8 +64,15 @@ def print_table(args) -> None:
     """Measure every kind of work in a process of its own."""
     context = Checkpoint.open(args.ckpt, "cpu", args.dtype).config.max_len
     most = (context - args.new) * 4 // 7  # three follow-ups of a quarter each
-    lengths = read_lengths(args.lengths, 4, most, f"as follow-ups must fit into the model's context of {context:,} too")
-    print("| tokens | schedule, score | work | peak | planned | peak / planned |\n" + "|---" * 6 + "|", flush=True)
+    lengths = read_lengths(
+        args.lengths, 4, most, f"as follow-ups must fit into the model's context of {context:,} too"
+    )
+    print(
+        "| tokens | schedule, score | work | peak | planned | peak / planned |\n"
+        + "|---" * 6
+        + "|",
+        flush=True,
+    )
     options = [f"--{name}={getattr(args, name)}" for name in ("ckpt", "dtype", "new")]
     for n in lengths:
         for setting in SETTINGS:
@@ -71,8 +80,17 @@ def print_table(args) -> None:
                 for work in WORK:
                     one = json.dumps([work, *setting, n, f"{folder}/text.slim"])
                     r = json.loads(last_line([sys.executable, __file__, *options, f"--one={one}"]))
-                    cells = f"{n:,}", ", ".join(setting), work, format_bytes(r["peak"]), format_bytes(r["planned"])
-                    print("| " + " | ".join(cells) + f" | {r['peak'] / r['planned']:.2f} |", flush=True)
+                    cells = (
+                        f"{n:,}",
+                        ", ".join(setting),
+                        work,
+                        format_bytes(r["peak"]),
+                        format_bytes(r["planned"]),
+                    )
+                    print(
+                        "| " + " | ".join(cells) + f" | {r['peak'] / r['planned']:.2f} |",
+                        flush=True,
+                    )
 
 
 def main(argv: list[str] | None = None) -> None:

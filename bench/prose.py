@@ -12,8 +12,10 @@ import random
 from typing import NamedTuple
 
 TASKS = "fact", "lookalike", "values", "chain", "reworded", "passage", "continuation"
-CITIES = ("Paris London Tokyo Cairo Lima Oslo Rome Delhi Boston Berlin Madrid Vienna Dublin Lisbon Prague Warsaw "
-          "Athens Havana Quito Seoul").split()  # fmt: skip
+CITIES = (
+    "Paris London Tokyo Cairo Lima Oslo Rome Delhi Boston Berlin Madrid Vienna Dublin Lisbon Prague Warsaw "
+    "Athens Havana Quito Seoul"
+).split()
 DOORS = "vault archive cellar library garden harbour laboratory museum observatory workshop".split()
 PEOPLE = "Alice Henry Clara Victor Emma Oscar Julia Hugo Nora Felix".split()
 STRETCH = 2**16  # characters
@@ -32,7 +34,9 @@ class Book:
         pieces = [text[at : at + STRETCH] for at in range(part * STRETCH, len(text), 2 * STRETCH)]
         self.tok, self.pieces = tok, [piece for piece in pieces if len(piece) == STRETCH]
         if not self.pieces:
-            raise ValueError(f"the text has {len(text):,} characters; {2 * STRETCH:,} are needed, a book's")
+            raise ValueError(
+                f"the text has {len(text):,} characters; {2 * STRETCH:,} are needed, a book's"
+            )
 
     def prose(self, n: int, rng: random.Random) -> list[int]:
         """Return n tokens of running text; a long one goes on with another stretch."""
@@ -75,7 +79,10 @@ def values(rng: random.Random):
     found = [number(rng, 5) for _ in range(3)]
     lines = [f"One of the lucky numbers of {name} is: {value}." for value in found]
     for _ in range(2):
-        lines.insert(rng.randrange(len(lines) + 1), f"One of the lucky numbers of {other} is: {number(rng, 5)}.")
+        lines.insert(
+            rng.randrange(len(lines) + 1),
+            f"One of the lucky numbers of {other} is: {number(rng, 5)}.",
+        )
     question = f"What are all the lucky numbers of {name} mentioned in the provided text?"
     begin = f"The lucky numbers of {name} mentioned in the provided text are:"
     return lines, question, begin, f" {', '.join(found)}."
@@ -88,9 +95,13 @@ def assignments(rng: random.Random) -> list[tuple[list[str], str, str, str]]:
     for a, b, c in zip(names[::3], names[1::3], names[2::3]):
         value = number(rng, 5)
         lines = [f"VAR {a} = {value}", f"VAR {b} = VAR {a} ", f"VAR {c} = VAR {b} "]
-        question = f"Question: Find all variables that are assigned the value {value} in the text above."
-        begin = (f"Answer: According to the chain of variable assignments in the text above, 3 variables are assigned "
-                 f"the value {value}, they are:")  # fmt: skip
+        question = (
+            f"Question: Find all variables that are assigned the value {value} in the text above."
+        )
+        begin = (
+            f"Answer: According to the chain of variable assignments in the text above, 3 variables are assigned "
+            f"the value {value}, they are:"
+        )
         chains.append((lines, question, begin, f" {a} {b} {c}"))
     return chains
 
@@ -168,14 +179,21 @@ def document(book: Book, n: int, seed: int) -> Document:
     groups = [lines for lines, *_ in asked.values()] + [other[0]]
     for lines in (asked["lookalike"][0], asked["reworded"][0]):
         rng.shuffle(lines)
-    placed = sorted((at, line) for lines in groups for at, line in zip(sorted(rng.random() for _ in lines), lines))
+    placed = sorted(
+        (at, line)
+        for lines in groups
+        for at, line in zip(sorted(rng.random() for _ in lines), lines)
+    )
     intro = (
         "Some facts, special magic numbers and chains of variable assignments are hidden within a text. "
         "Memorize them. An example of a chain:\n\n"
-        + "\n".join([*example[0], example[1], example[2] + example[3]]) + "\n\nThe text:\n"
-    )  # fmt: skip
+        + "\n".join([*example[0], example[1], example[2] + example[3]])
+        + "\n\nThe text:\n"
+    )
     parts = [(at, tok.encode(f"\n{line}\n")) for at, line in placed]
-    ids = book.prose(n - ROOM - len(tok.encode(intro)) - sum(len(part) for _, part in parts) + 64, rng)
+    ids = book.prose(
+        n - ROOM - len(tok.encode(intro)) - sum(len(part) for _, part in parts) + 64, rng
+    )
     ids, after = ids[:-64], ids[-64:]
     out, last = [], 0
     for at, part in parts:

@@ -39,22 +39,14 @@ import slim
 from bench.compare import Parser, check_numbers, last_line, memory_bytes, read_lengths, weights_read
 from kvcache import CopyStream
 from loading.config import parse_config
-from loading.plan import (
-    Checkpoint,
-    check_memory,
-    dtype_name,
-    env_number,
-    format_bytes,
-    one_line,
-    pick_device,
-    pick_dtype,
-    prefill_flops,
-)
-from loading.saved import check_path
-from loading.schedule import format_schedule, resolve_schedule
-from loading.settings import Settings
+from loading.files import check_path, format_bytes, one_line
 from loading.weights import tensor_shapes, weight_bytes
 from model import Config
+from planning.checkpoint import Checkpoint, dtype_name, pick_device, pick_dtype
+from planning.flops import prefill_flops
+from planning.memory import check_memory
+from planning.schedule import format_schedule, resolve_schedule
+from planning.settings import Settings, env_number
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],
@@ -119,7 +111,11 @@ class RandomTensors(dict):
 
     def __init__(self, config: Config, device, dtype):
         super().__init__(tensor_shapes(config))
-        self.device, self.dtype, self.generator = device, dtype, torch.Generator(device).manual_seed(0)
+        self.device, self.dtype, self.generator = (
+            device,
+            dtype,
+            torch.Generator(device).manual_seed(0),
+        )
 
     def __getitem__(self, name):
         return self
@@ -128,7 +124,9 @@ class RandomTensors(dict):
         shape = self.get(name)
         if len(shape) == 1:
             return torch.ones(shape, device=self.device, dtype=self.dtype)
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype).mul_(0.02)
+        return torch.randn(
+            shape, generator=self.generator, device=self.device, dtype=self.dtype
+        ).mul_(0.02)
 
 
 def make_transformers(engine: slim.Engine, shape: dict):
@@ -143,7 +141,11 @@ def make_transformers(engine: slim.Engine, shape: dict):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    state = {"model.embed_tokens.weight": w.embed, "model.norm.weight": w.norm, "lm_head.weight": w.head}
+    state = {
+        "model.embed_tokens.weight": w.embed,
+        "model.norm.weight": w.norm,
+        "lm_head.weight": w.head,
+    }
     for i, layer in enumerate(w.layers):
         p = f"model.layers.{i}."
         parts = dict(zip("qkv", layer.wqkv.split([q, kv, kv]))) | {"o": layer.wo}
@@ -154,7 +156,10 @@ def make_transformers(engine: slim.Engine, shape: dict):
             p + "mlp.up_proj.weight": up,
             p + "mlp.down_proj.weight": layer.w_down,
         }
-        state |= {p + "input_layernorm.weight": layer.attn_norm, p + "post_attention_layernorm.weight": layer.ffn_norm}
+        state |= {
+            p + "input_layernorm.weight": layer.attn_norm,
+            p + "post_attention_layernorm.weight": layer.ffn_norm,
+        }
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(engine.kv.device)
     return model.eval()
@@ -169,7 +174,9 @@ def make_reference(args, engine: slim.Engine):
     import transformers
 
     load = transformers.AutoModelForCausalLM.from_pretrained
-    loaded = load(engine.ckpt.folder, dtype=engine.kv.dtype, attn_implementation="sdpa", local_files_only=True)
+    loaded = load(
+        engine.ckpt.folder, dtype=engine.kv.dtype, attn_implementation="sdpa", local_files_only=True
+    )
     return loaded.to(engine.kv.device).eval()
 
 
@@ -207,10 +214,15 @@ def peaks(device, dtype) -> tuple[float, float]:
 # ---- contestants ------------------------------------------------------------------------
 
 
-def run_slim(engine: slim.Engine, ids: list[int], schedule: dict, n_new: int, gamma: float, overlap=True) -> dict:
+def run_slim(
+    engine: slim.Engine, ids: list[int], schedule: dict, n_new: int, gamma: float, overlap=True
+) -> dict:
     """Prefill and decode n_new tokens; return seconds, counters and the peak of device memory."""
     device = engine.kv.device
-    engine.model.gamma, engine.kv.copies = gamma, CopyStream(device, overlap)  # prefill waits for the old stream
+    engine.model.gamma, engine.kv.copies = (
+        gamma,
+        CopyStream(device, overlap),
+    )  # prefill waits for the old stream
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     ttft = clock(device, lambda: engine.prefill(ids, room=n_new, schedule=schedule).argmax().item())
@@ -238,7 +250,9 @@ def run_transformers(model, ids: list[int], n_new: int, device) -> dict:
     def decode():
         for i in range(n_new):
             model(
-                torch.tensor([[i % 100]], device=device), past_key_values=state["past"], logits_to_keep=1
+                torch.tensor([[i % 100]], device=device),
+                past_key_values=state["past"],
+                logits_to_keep=1,
             ).logits.argmax().item()
 
     ttft, seconds = clock(device, prefill), clock(device, decode)
@@ -250,7 +264,9 @@ def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: 
 
     One that does not fit into memory is out, its reason under "error".
     """
-    ids = torch.randint(engine.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    ids = torch.randint(
+        engine.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)
+    ).tolist()
     contestants = {
         "dense": lambda: run_slim(engine, ids, {}, n_new, 0.0),
         "slim": lambda: run_slim(engine, ids, schedule, n_new, 0.0),
@@ -258,9 +274,13 @@ def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: 
     if prunes(length, schedule):
         contestants["slim, swaps"] = lambda: run_slim(engine, ids, schedule, n_new, 1.0)
         if engine.kv.device.type == "cuda":
-            contestants["slim, swaps, no overlap"] = lambda: run_slim(engine, ids, schedule, n_new, 1.0, overlap=False)
+            contestants["slim, swaps, no overlap"] = lambda: run_slim(
+                engine, ids, schedule, n_new, 1.0, overlap=False
+            )
     if reference is not None:
-        contestants["transformers"] = lambda: run_transformers(reference, ids, n_new, engine.kv.device)
+        contestants["transformers"] = lambda: run_transformers(
+            reference, ids, n_new, engine.kv.device
+        )
     runs, out = {name: [] for name in contestants}, {}
     for r in range(rounds + 1):
         for name in list(runs)[:: -1 if r % 2 else 1]:
@@ -277,7 +297,10 @@ def measure(engine, reference, length: int, schedule: dict, n_new: int, rounds: 
     for name, budgets in {"dense": {}, "slim": schedule}.items():
         if name not in runs:
             continue
-        splits = sorted((split(engine, ids, budgets) for _ in range(rounds)), key=lambda parts: sum(parts.values()))
+        splits = sorted(
+            (split(engine, ids, budgets) for _ in range(rounds)),
+            key=lambda parts: sum(parts.values()),
+        )
         out[name]["parts_s"] = splits[len(splits) // 2]  # of one prefill, so that they add up
     return out
 
@@ -331,7 +354,9 @@ PARTS = [
 # ---- report -----------------------------------------------------------------------------
 
 
-def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: float, copy_peak: float) -> list[str]:
+def report(
+    length: int, result: dict, c: Config, schedule: dict, flop_peak: float, copy_peak: float
+) -> list[str]:
     """Return the table's lines for one prompt length, the ceiling beside each figure."""
     flops = {"dense": prefill_flops(c, length, {}), "slim": prefill_flops(c, length, schedule)}
     lines = [f"| {length:,} | {name}: {r['error']} |" for name, r in result.items() if "error" in r]
@@ -340,8 +365,15 @@ def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: floa
         work = flops["slim" if name.startswith("slim") else "dense"]
         floor = work / flop_peak
         low, high = r["ttft_s_range"]
-        label = name if name != "slim" or prunes(length, schedule) else "slim, budgets cover the prompt"
-        cells = [f"{length:,}", label, f"{r['ttft_s']:.3f} ({low:.3f}-{high:.3f})", f"{100 * floor / r['ttft_s']:.0f}%"]
+        label = (
+            name if name != "slim" or prunes(length, schedule) else "slim, budgets cover the prompt"
+        )
+        cells = [
+            f"{length:,}",
+            label,
+            f"{r['ttft_s']:.3f} ({low:.3f}-{high:.3f})",
+            f"{100 * floor / r['ttft_s']:.0f}%",
+        ]
         times = {
             (who, key): f"{result[who][key] / r[key]:.2f}"
             for who in ("dense", "transformers")
@@ -352,15 +384,25 @@ def report(length: int, result: dict, c: Config, schedule: dict, flop_peak: floa
             f"{times.get(('dense', 'ttft_s'), '-')} of {flops['dense'] / work:.2f}",
             times.get(("transformers", "ttft_s"), ""),
         ]
-        step_bytes = r.get("step_bytes") or result.get("dense", {}).get("step_bytes")  # transformers' are dense's
+        step_bytes = r.get("step_bytes") or result.get("dense", {}).get(
+            "step_bytes"
+        )  # transformers' are dense's
         cells += [
             decode_cell(r["decode_s"], step_bytes, copy_peak),
             f"{r['total_s']:.3f} ({times.get(('dense', 'total_s'), '-')})",
         ]
-        kv = [format_bytes(r[k]) for k in ("kv_gpu_bytes", "kv_cpu_bytes")] if "kv_gpu_bytes" in r else ["", ""]
+        kv = (
+            [format_bytes(r[k]) for k in ("kv_gpu_bytes", "kv_cpu_bytes")]
+            if "kv_gpu_bytes" in r
+            else ["", ""]
+        )
         moved = format_bytes(r["to_cpu_bytes"] + r["to_gpu_bytes"]) if "to_cpu_bytes" in r else ""
         lines.append(
-            "| " + " | ".join([*cells, *kv, moved, format_bytes(r["peak_bytes"]) if r.get("peak_bytes") else ""]) + " |"
+            "| "
+            + " | ".join(
+                [*cells, *kv, moved, format_bytes(r["peak_bytes"]) if r.get("peak_bytes") else ""]
+            )
+            + " |"
         )
     return lines
 
@@ -397,7 +439,15 @@ def report_parts(length: int, result: dict) -> list[str]:
         cells = [f"{1e3 * s:.1f} ({100 * s / whole:.0f}%)" for s in parts.values()]
         lines.append(
             "| "
-            + " | ".join([f"{length:,}", name, *cells, f"{1e3 * whole:.1f}", f"{1e3 * result[name]['ttft_s']:.1f}"])
+            + " | ".join(
+                [
+                    f"{length:,}",
+                    name,
+                    *cells,
+                    f"{1e3 * whole:.1f}",
+                    f"{1e3 * result[name]['ttft_s']:.1f}",
+                ]
+            )
             + " |"
         )
     return lines
@@ -410,7 +460,12 @@ def swap_cost(length: int, result: dict, n_new: int) -> str:
     quiet, said = result["slim"], []
     for name, r in result.items():
         if name.startswith("slim, swaps") and "error" not in r:
-            moved = (r["to_cpu_bytes"] + r["to_gpu_bytes"] - quiet["to_cpu_bytes"] - quiet["to_gpu_bytes"]) / n_new
+            moved = (
+                r["to_cpu_bytes"]
+                + r["to_gpu_bytes"]
+                - quiet["to_cpu_bytes"]
+                - quiet["to_gpu_bytes"]
+            ) / n_new
             said.append(
                 f"{name}: {1e3 * (r['decode_s'] - quiet['decode_s']):+.2f} ms a step for {format_bytes(moved)} "
                 f"moved and {r['revived'] / n_new:.1f} blocks revived"
@@ -426,10 +481,18 @@ def hardware(device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     if device.type == "cpu" and Path("/proc/cpuinfo").is_file():
         name = next(
-            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), name
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").open()
+                if line.startswith("model name")
+            ),
+            name,
         )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
     ).stdout.strip()
     return {
         "device": name,
@@ -473,12 +536,16 @@ def expected_traffic(engine: slim.Engine, n_rows: int) -> tuple[int, int]:
     first = n_rows > 1
     layers = [stage for stage in kv.stages for _ in stage.layers]
     rows = [s.n_slots * kv.block_len + kv.n_prompt - kv.tail_start if first else 1 for s in layers]
-    sums = rows + rows[1:] + rows[-1:]  # after attention; after the FFN, where a boundary's rows have left
+    sums = (
+        rows + rows[1:] + rows[-1:]
+    )  # after attention; after the FFN, where a boundary's rows have left
     calls = sum(-(-n // m.chunk) for n in sums)
     size = sum(sums) * c.dim * item
     if m.vocab_is_cut:  # embedding and head
         calls, size = calls + 2, size + n_rows * c.dim * item + c.vocab_size * item
-    looks = sum(len(stage.layers) if first else 1 for stage in kv.stages[:-1])  # what blocks are worth
+    looks = sum(
+        len(stage.layers) if first else 1 for stage in kv.stages[:-1]
+    )  # what blocks are worth
     size += looks * min(m.window, n_rows) * kv.stages[0].n_slots * max(item, 4)
     return calls + looks + 1, size + c.vocab_size * max(item, 4)  # and rank 0's logits
 
@@ -493,9 +560,15 @@ def rank_table(engine: slim.Engine, lengths: list[int]) -> None:
         head += [f"{step}: calls, by arithmetic", "bytes, by arithmetic", "s"]
     lines = []
     for length in lengths:
-        cells, engine.model.gamma = [f"{ranks.n}", f"{length:,}"], 0.0  # no swap, so nothing is revived
+        cells, engine.model.gamma = (
+            [f"{ranks.n}", f"{length:,}"],
+            0.0,
+        )  # no swap, so nothing is revived
         ids = [i * 7919 % engine.config.vocab_size for i in range(length)]
-        for n, work in ((length, lambda: engine.prefill(ids, room=2)), (1, lambda: engine.extend([1]))):
+        for n, work in (
+            (length, lambda: engine.prefill(ids, room=2)),
+            (1, lambda: engine.extend([1])),
+        ):
             if n == 1:
                 work()  # the first is slow
             ranks.calls = ranks.bytes = 0
@@ -514,10 +587,19 @@ def rank_table(engine: slim.Engine, lengths: list[int]) -> None:
 
 def random_checkpoint(shape: str, device: str, dtype: str, schedule: str, chunk: int) -> Checkpoint:
     """Return a checkpoint of a shape whose weights are drawn when they are loaded."""
-    config, options, place = parse_config(SHAPES[shape], shape), Settings(chunk=chunk), pick_device(device)
-    kind, budgets = pick_dtype(dtype, config, place), resolve_schedule(schedule, config, options.block_len)
+    config, options, place = (
+        parse_config(SHAPES[shape], shape),
+        Settings(chunk=chunk),
+        pick_device(device),
+    )
+    kind, budgets = (
+        pick_dtype(dtype, config, place),
+        resolve_schedule(schedule, config, options.block_len),
+    )
     tensors = RandomTensors(config, place, kind)
-    return Checkpoint(Path(shape), config, tensors, set(), place, kind, budgets, prune.RULES["peak"], options)
+    return Checkpoint(
+        Path(shape), config, tensors, set(), place, kind, budgets, prune.RULES["peak"], options
+    )
 
 
 def make_engine(shape: str, device: str, dtype: str, schedule: str, chunk: int) -> slim.Engine:
@@ -535,10 +617,14 @@ def open_checkpoint(args) -> Checkpoint:
 
 def parser() -> Parser:
     p = Parser(
-        prog="speed.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="speed.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     weights = p.add_mutually_exclusive_group()
-    weights.add_argument("--shape", choices=SHAPES, help="random weights of this shape; mini without --ckpt")
+    weights.add_argument(
+        "--shape", choices=SHAPES, help="random weights of this shape; mini without --ckpt"
+    )
     weights.add_argument("--ckpt", help="a checkpoint: a folder, a name or a Hugging Face id")
     p.add_argument("--lengths", default="4096,8192,16384", help="prompts in tokens, with commas")
     p.add_argument("--schedule", default="auto")
@@ -547,7 +633,9 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--chunk", type=int, default=0)
-    p.add_argument("--memory-gib", type=float, help="let this process use only so much device memory (CUDA)")
+    p.add_argument(
+        "--memory-gib", type=float, help="let this process use only so much device memory (CUDA)"
+    )
     p.add_argument("--no-transformers", action="store_true")
     p.add_argument("--out", help="write the figures of the main table as JSON")
     p.add_argument("--rss", action="store_true", help="peak memory of CPU prefills instead")
@@ -573,7 +661,9 @@ def run(args) -> None:
     check_numbers(args, {"rounds": (1, 1000), "new": (1, 2**20)})
     ranks = env_number("WORLD_SIZE") > 1  # started by torchrun
     if args.rss and (ranks or args.device not in ("auto", "cpu")):
-        raise ValueError(f"--rss measures one process on a CPU; run it without torchrun and --device {args.device}")
+        raise ValueError(
+            f"--rss measures one process on a CPU; run it without torchrun and --device {args.device}"
+        )
     if args.out and (args.rss or ranks):
         raise ValueError("--out is for the main table; leave it out with --rss and under torchrun")
     if args.out:
@@ -594,7 +684,9 @@ def run(args) -> None:
 
 def limit_memory(gib: float, device) -> None:
     if device.type != "cuda" or not gib > 0:
-        raise ValueError(f"--memory-gib {gib} limits the memory of a CUDA device; it must be above 0, and such in use")
+        raise ValueError(
+            f"--memory-gib {gib} limits the memory of a CUDA device; it must be above 0, and such in use"
+        )
     share = gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(share, device)
 
@@ -607,22 +699,45 @@ def main_table(args, ckpt: Checkpoint, lengths: list[int]) -> None:
     reference = make_reference(args, engine)
     flop_peak, copy_peak = peaks(ckpt.device, ckpt.dtype)
     facts = {
-        **hardware(ckpt.device), "shape": args.shape, "ckpt": args.ckpt, "dtype": dtype_name(ckpt.dtype),
-        "chunk": ckpt.chunk, "schedule": format_schedule(ckpt.schedule), "new": args.new, "rounds": args.rounds,
-        "memory_gib": args.memory_gib, "matmul_peak": flop_peak, "copy_peak": copy_peak,
+        **hardware(ckpt.device),
+        "shape": args.shape,
+        "ckpt": args.ckpt,
+        "dtype": dtype_name(ckpt.dtype),
+        "chunk": ckpt.chunk,
+        "schedule": format_schedule(ckpt.schedule),
+        "new": args.new,
+        "rounds": args.rounds,
+        "memory_gib": args.memory_gib,
+        "matmul_peak": flop_peak,
+        "copy_peak": copy_peak,
         "flops": {n: prefill_flops(ckpt.config, n, ckpt.schedule) for n in lengths},
-    }  # fmt: skip
+    }
     print_facts(facts)
     print(table(HEAD, []), flush=True)
     results = {}
     for length in lengths:
         results[length] = measure(engine, reference, length, ckpt.schedule, args.new, args.rounds)
-        print("\n".join(report(length, results[length], ckpt.config, ckpt.schedule, flop_peak, copy_peak)), flush=True)
+        print(
+            "\n".join(
+                report(length, results[length], ckpt.config, ckpt.schedule, flop_peak, copy_peak)
+            ),
+            flush=True,
+        )
         if args.out:  # after every length, so a stopped run keeps what it has
             Path(args.out).write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
     lines = [line for length, result in results.items() for line in report_parts(length, result)]
-    print("\n" + table(["prompt", "who", *(f"{part}, ms" for part in PARTS), "sum", "without the waits"], lines) + "\n")
-    swapped = [n for n, result in results.items() if "slim, swaps" in result and "error" not in result["slim"]]
+    print(
+        "\n"
+        + table(
+            ["prompt", "who", *(f"{part}, ms" for part in PARTS), "sum", "without the waits"], lines
+        )
+        + "\n"
+    )
+    swapped = [
+        n
+        for n, result in results.items()
+        if "slim, swaps" in result and "error" not in result["slim"]
+    ]
     print("\n".join(swap_cost(n, results[n], args.new) for n in swapped))
 
 

@@ -18,8 +18,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from loading.plan import prefill_flops
-from loading.saved import replace_file
+from loading.files import replace_file
+from planning.flops import prefill_flops
 
 HERE = Path(__file__).parent
 
@@ -34,7 +34,9 @@ class Recorder:
 
     def __init__(self, engine, record: dict | None = None):
         self.engine, self.record = engine, record or {}
-        self.best = self.seen = None  # of each block in the prompt's step (N,): its best score, the layer that gave it
+        self.best = self.seen = (
+            None  # of each block in the prompt's step (N,): its best score, the layer that gave it
+        )
         self.riding: set[int] = set()  # blocks whose rows come up from the stage below
         engine.model.on_select, engine.model.on_scores = self.on_select, self.on_scores
 
@@ -51,19 +53,33 @@ class Recorder:
         stage = kv.stages[i]
         if kv.length == 0:
             if i == 1:
-                self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len, "stages": [], "steps": []}
+                self.record = {
+                    "n_prompt": kv.n_prompt,
+                    "block_len": kv.block_len,
+                    "stages": [],
+                    "steps": [],
+                }
             scores = [
                 float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()
             ]  # JSON has no infinity
-            seen = [stage.layers[0] - 1] * len(candidates)  # a rule that sees keys looks at the boundary's layer alone
+            seen = [stage.layers[0] - 1] * len(
+                candidates
+            )  # a rule that sees keys looks at the boundary's layer alone
             if self.engine.model.rule.sees == "weights":
                 seen = self.seen[candidates].tolist()
             self.record["stages"].append(
-                {"candidates": list(candidates), "scores": scores, "seen": seen, "active": sorted(active)}
+                {
+                    "candidates": list(candidates),
+                    "scores": scores,
+                    "seen": seen,
+                    "active": sorted(active),
+                }
             )
         elif self.record:
             if i == 1:
-                self.record["steps"].append({"at": kv.length, "pending": len(self.engine.pending), "moves": []})
+                self.record["steps"].append(
+                    {"at": kv.length, "pending": len(self.engine.pending), "moves": []}
+                )
                 self.riding = set()
             old, new = set(stage.slots), active - stage.held
             if active != old:
@@ -91,8 +107,13 @@ def write(path, engine, recorder: Recorder, ids) -> None:
 def page(data: dict) -> str:
     """Return the HTML of what `describe` gathered."""
     html = (HERE / "page.html").read_text("utf-8")
-    for tag in ("script", "style"):  # the policy names both by their hash, so that nothing else runs
-        digest = hashlib.sha256(re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1].encode()).digest()
+    for tag in (
+        "script",
+        "style",
+    ):  # the policy names both by their hash, so that nothing else runs
+        digest = hashlib.sha256(
+            re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1].encode()
+        ).digest()
         html = html.replace(f"{{{tag} hash}}", "sha256-" + base64.b64encode(digest).decode())
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
@@ -109,27 +130,38 @@ def describe(engine, record: dict, ids) -> dict:
         raise ValueError("there is no map to draw: no prompt was read to its end")
     ids = engine.check_ids(ids)
     if len(ids) < kv.length:
-        raise ValueError(f"a map needs all ids of the conversation: {kv.length:,} were read, {len(ids):,} are given")
+        raise ValueError(
+            f"a map needs all ids of the conversation: {kv.length:,} were read, {len(ids):,} are given"
+        )
     if len(kv.stages) == 1:
         record = {"stages": [], "steps": []}  # dense: nobody was asked to choose
     elif not matches(record, kv, engine.usable):
         raise ValueError("the record is not of this conversation; make the Recorder before prefill")
-    steps = [step for step in record["steps"] if step["at"] < kv.length]  # the last may have been broken off
+    steps = [
+        step for step in record["steps"] if step["at"] < kv.length
+    ]  # the last may have been broken off
     turns = [*spoken(kv, steps)] + [(kv.length, "written", None)] * (len(ids) > kv.length)
     starts = range(0, kv.tail_start + 1, kv.block_len)
     texts = list(pieces(engine.tokenizer, ids, [*starts, *(at for at, _, _ in turns), len(ids)]))
-    flops, flops_dense = (prefill_flops(c, kv.n_prompt, schedule, kv.block_len) for schedule in (kv.schedule, {}))
+    flops, flops_dense = (
+        prefill_flops(c, kv.n_prompt, schedule, kv.block_len) for schedule in (kv.schedule, {})
+    )
     return {
-        "model": engine.ckpt.folder.name, "block_len": kv.block_len, "device": kv.device.type,
+        "model": engine.ckpt.folder.name,
+        "block_len": kv.block_len,
+        "device": kv.device.type,
         "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.stages],
-        "stages": record["stages"], "steps": steps, "blocks": texts[: len(starts)],
+        "stages": record["stages"],
+        "steps": steps,
+        "blocks": texts[: len(starts)],
         "turns": [
             {"at": at, "kind": kind, "step": k, "text": text}
             for (at, kind, k), text in zip(turns, texts[len(starts) :])
         ],
-        "flops": flops, "flops_dense": flops_dense,
+        "flops": flops,
+        "flops_dense": flops_dense,
         **{key: value for key, value in stats.items() if not key.endswith("_s")},
-    }  # fmt: skip
+    }
 
 
 def matches(record: dict, kv, whole: bool) -> bool:
@@ -140,10 +172,18 @@ def matches(record: dict, kv, whole: bool) -> bool:
             for i, came, left, _ in step["moves"]:
                 active[i - 1] = active[i - 1] - set(left) | set(came)
         at = [step["at"] for step in record["steps"]]
-        same = (record["n_prompt"], record["block_len"], len(active)) == (kv.n_prompt, kv.block_len, len(kv.stages) - 1)
+        same = (record["n_prompt"], record["block_len"], len(active)) == (
+            kv.n_prompt,
+            kv.block_len,
+            len(kv.stages) - 1,
+        )
     except (LookupError, TypeError, ValueError):
         return False
-    return same and at == sorted(set(at)) and (not whole or active == [set(stage.slots) for stage in kv.stages[1:]])
+    return (
+        same
+        and at == sorted(set(at))
+        and (not whole or active == [set(stage.slots) for stage in kv.stages[1:]])
+    )
 
 
 def spoken(kv, steps: list[dict]):
@@ -153,7 +193,9 @@ def spoken(kv, steps: list[dict]):
     if not steps and kv.length > kv.n_prompt:
         yield kv.n_prompt, "after", None
     for k, (step, end) in enumerate(zip(steps, [*(s["at"] for s in steps[1:]), kv.length]), 1):
-        written = step["pending"] or int(end - step["at"] == 1)  # one token at a time is decoding, whoever does it
+        written = step["pending"] or int(
+            end - step["at"] == 1
+        )  # one token at a time is decoding, whoever does it
         if written:
             yield step["at"], "written", k
         if step["at"] + written < end:

@@ -37,7 +37,9 @@ def mapped(folder, text, schedule={1: 64, 2: 40, 3: 24}, n=12, follow="What then
 
 
 def map_data(html):
-    return json.loads(html.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    return json.loads(
+        html.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    )
 
 
 def test_each_score_names_the_layer_that_gave_it(tiny):
@@ -45,9 +47,14 @@ def test_each_score_names_the_layer_that_gave_it(tiny):
     engine = slim.load(tiny, "cpu", schedule={2: 64, 4: 32}, block_len=8, unit_len=4)
     recorder, layers = blockmap.Recorder(engine), []
     record = engine.model.on_scores
-    engine.model.on_scores = lambda layer, scores: (layers.append(scores.amax(0)), record(layer, scores))
+    engine.model.on_scores = lambda layer, scores: (
+        layers.append(scores.amax(0)),
+        record(layer, scores),
+    )
     engine.prefill(draw(300))
-    rises = torch.stack(layers).diff(dim=0, prepend=torch.full((1, len(layers[0])), -torch.inf)) > 0  # (layers, N)
+    rises = (
+        torch.stack(layers).diff(dim=0, prepend=torch.full((1, len(layers[0])), -torch.inf)) > 0
+    )  # (layers, N)
     for stage, boundary in zip(recorder.record["stages"], (2, 4)):
         last = [max(i for i in range(boundary) if rises[i, block]) for block in stage["candidates"]]
         assert stage["seen"] == last and len(set(last)) > 1
@@ -97,18 +104,28 @@ def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
         flops_dense=4 * 10**15,
     )
     return dict(
-        model="made-up", block_len=64, device="cuda", layers=[[0, 10], [10, 20], [20, 30], [30, 32]], stages=stages,
+        model="made-up",
+        block_len=64,
+        device="cuda",
+        layers=[[0, 10], [10, 20], [20, 30], [30, 32]],
+        stages=stages,
         steps=[{"at": n_prompt + k, "pending": 1, "moves": m} for k, m in enumerate(moves)],
         blocks=[f"block {b} " + "lorem ipsum " * 22 for b in range(n)],
-        turns=[{"at": n_prompt + k, "kind": "written", "step": k + 1, "text": f" {k}"} for k in range(steps)],
-        **counters, **sizes,
-    )  # fmt: skip
+        turns=[
+            {"at": n_prompt + k, "kind": "written", "step": k + 1, "text": f" {k}"}
+            for k in range(steps)
+        ],
+        **counters,
+        **sizes,
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 def test_a_record_replays_to_the_active_sets_of_every_step(tiny, gamma):
     """The page shows what was recorded: deltas, which must add up to the engine's own sets and counters."""
-    engine = slim.load(tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, gamma=gamma)
+    engine = slim.load(
+        tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, gamma=gamma
+    )
     recorder = blockmap.Recorder(engine)
     for prompt in (90, 150):  # the second conversation starts a record of its own
         ids, start = draw(prompt + 30 + 11, seed=prompt), prompt
@@ -123,7 +140,11 @@ def test_a_record_replays_to_the_active_sets_of_every_step(tiny, gamma):
         for step, want in zip(record["steps"], seen, strict=True):
             assert active == want
             for i, came, left, back in step["moves"]:
-                assert not active[i - 1] & set(came) and set(left) <= active[i - 1] and set(back) <= set(came)
+                assert (
+                    not active[i - 1] & set(came)
+                    and set(left) <= active[i - 1]
+                    and set(back) <= set(came)
+                )
                 active[i - 1] = active[i - 1] - set(left) | set(came)
                 swaps, revived = swaps + len(came), revived + len(back)
         assert active == [set(stage.slots) for stage in engine.kv.stages[1:]]
@@ -142,18 +163,22 @@ def test_a_map_holds_the_text_whatever_it_says(talking, tmp_path):
     data = map_data(html)
     assert html.count("<img") == html.count("\u2028") == html.count("evil>") == 0
     pieces = [*data["blocks"], *(turn["text"] for turn in data["turns"])]
-    texts = ("".join(piece[::2]) if isinstance(piece, list) else piece for piece in pieces)  # without special tokens
-    assert "".join(texts) == "".join(
-        engine.tokenizer.stream(ids)
+    texts = (
+        "".join(piece[::2]) if isinstance(piece, list) else piece for piece in pieces
+    )  # without special tokens
+    assert "".join(texts) == "".join(engine.tokenizer.stream(ids))
+    assert "".join(data["blocks"]).startswith(HOSTILE) and len(data["blocks"]) == -(
+        -engine.kv.n_prompt // 8
     )
-    assert "".join(data["blocks"]).startswith(HOSTILE) and len(data["blocks"]) == -(-engine.kv.n_prompt // 8)
     assert [kind for kind, _ in itertools.groupby(turn["kind"] for turn in data["turns"])] == [
         "written",
         "asked",
         "written",
     ]
     assert len([*tmp_path.iterdir()]) == 1  # nothing temporary is left
-    again = blockmap.Recorder(engine, record=json.loads(json.dumps(recorder.record)))  # saved and put back
+    again = blockmap.Recorder(
+        engine, record=json.loads(json.dumps(recorder.record))
+    )  # saved and put back
     blockmap.write(tmp_path / "map.html", engine, again, ids)
     assert (tmp_path / "map.html").read_text("utf-8") == html
 
@@ -162,7 +187,11 @@ def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30, schedule={})
     blockmap.write(tmp_path / "map.html", engine, recorder, ids)
     data = map_data((tmp_path / "map.html").read_text("utf-8"))
-    assert data["stages"] == data["steps"] == [] and data["flops"] == data["flops_dense"] and len(data["turns"]) == 1
+    assert (
+        data["stages"] == data["steps"] == []
+        and data["flops"] == data["flops_dense"]
+        and len(data["turns"]) == 1
+    )
 
 
 def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
@@ -185,10 +214,21 @@ def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
 def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypatch):
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
     good = recorder.record
-    for path in (tmp_path, tmp_path / "none" / "map.html", tmp_path / ("long" * 99), "", "nul\0", 7, "/dev/null"):
+    for path in (
+        tmp_path,
+        tmp_path / "none" / "map.html",
+        tmp_path / ("long" * 99),
+        "",
+        "nul\0",
+        7,
+        "/dev/null",
+    ):
         with pytest.raises(ValueError, match="cannot be written: [^\n]+$"):
             blockmap.write(path, engine, recorder, ids)
-    with monkeypatch.context() as m, pytest.raises(ValueError, match="map.html cannot be written .*no space left"):
+    with (
+        monkeypatch.context() as m,
+        pytest.raises(ValueError, match="map.html cannot be written .*no space left"),
+    ):
         m.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
         blockmap.write(tmp_path / "map.html", engine, recorder, ids)
     with pytest.raises(ValueError, match="all ids"):
@@ -222,7 +262,9 @@ def browser():
     )
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
-        pytest.skip(f"no Chromium to open the map in (chromium: {chromium}, chromedriver: {driver})")
+        pytest.skip(
+            f"no Chromium to open the map in (chromium: {chromium}, chromedriver: {driver})"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
@@ -241,7 +283,10 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
     assert browser.get_log("browser") == [] and browser.title != "owned"
     assert run("return document.querySelectorAll('img, #evil').length") == 0
     data = map_data((tmp_path / "map.html").read_text("utf-8"))
-    assert run("return [...document.querySelectorAll('#blocks .text')].map(e => e.textContent)") == data["blocks"]
+    assert (
+        run("return [...document.querySelectorAll('#blocks .text')].map(e => e.textContent)")
+        == data["blocks"]
+    )
 
     def depths():  # of every block, by its class: the last stage that holds it
         return run(
@@ -254,7 +299,9 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
         for i, came, left, _ in step["moves"] if step else []:
             active[i - 1] = active[i - 1] - set(left) | set(came)
         want = [
-            3 if b == tail else max([i for i, blocks in enumerate(active, 1) if b in blocks], default=0)
+            3
+            if b == tail
+            else max([i for i, blocks in enumerate(active, 1) if b in blocks], default=0)
             for b in range(tail + 1)
         ]
         assert depths() == want, k
@@ -262,11 +309,15 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
             "return [...document.querySelectorAll('#blocks .in, #blocks .out, #blocks .revived')].map(e => "
             "+e.dataset.block)"
         )
-        assert set(marked) == {b for _, came, left, _ in (step["moves"] if step else []) for b in (*came, *left)}
+        assert set(marked) == {
+            b for _, came, left, _ in (step["moves"] if step else []) for b in (*came, *left)
+        }
         slider.send_keys("\ue014")  # arrow right
     for _ in range(len(data["steps"])):
         slider.send_keys("\ue012")  # and all the way back
-    assert depths()[:tail] == [sum(b in stage["active"] for stage in data["stages"]) for b in range(tail)]
+    assert depths()[:tail] == [
+        sum(b in stage["active"] for stage in data["stages"]) for b in range(tail)
+    ]
     assert browser.get_log("browser") == []
 
 
@@ -288,20 +339,26 @@ def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):
             time.sleep(0.02)
 
     strip = browser.find_element("id", "strip")
-    ActionChains(browser).move_to_element_with_offset(strip, strip.size["width"] // 4, 0).click().perform()
+    ActionChains(browser).move_to_element_with_offset(
+        strip, strip.size["width"] // 4, 0
+    ).click().perform()
     at = int(strip.get_attribute("aria-valuenow"))
     assert abs(at - 1500) < 20
     arrives(at)
     strip.send_keys("\ue013")  # arrow up
     arrives(at - 1)
-    ActionChains(browser).move_to_element(browser.find_element("css selector", f"[data-block='{at}'] .text")).perform()
+    ActionChains(browser).move_to_element(
+        browser.find_element("css selector", f"[data-block='{at}'] .text")
+    ).perform()
     arrives(at)
     browser.find_element("css selector", f"[data-block='{at}']").click()
     for key, b in (("\ue015", at + 1), ("\ue010", 1999), ("\ue011", 0)):  # down, end, home
         browser.switch_to.active_element.send_keys(key)
         arrives(b)
         assert run("return document.activeElement.dataset.block") == str(b)
-    rank = sorted(data["stages"][0]["scores"], reverse=True).index(data["stages"][0]["scores"][0]) + 1
+    rank = (
+        sorted(data["stages"][0]["scores"], reverse=True).index(data["stages"][0]["scores"][0]) + 1
+    )
     assert f"{data['stages'][0]['scores'][0]:g} 7 {rank:,} of 1,999 kept" in detail.text
     browser.find_element("id", "play").click()
     deadline = time.perf_counter() + 10

@@ -13,10 +13,12 @@ import tokenizer
 from cli.options import build_ids, check_args, parse_args, read_prompt, settings_of_saved
 from cli.show import Progress, status
 from cli.talk import Talk, chat
-from loading.plan import Checkpoint, dtype_name, env_number, format_bytes, free_bytes, plan
+from loading.files import format_bytes
 from loading.saved import check_saved
-from loading.schedule import format_schedule
-from loading.settings import Settings
+from planning.checkpoint import Checkpoint, dtype_name
+from planning.memory import free_bytes, plan
+from planning.schedule import format_schedule
+from planning.settings import Settings, env_number
 
 
 def main(argv=None) -> int:
@@ -36,12 +38,18 @@ def main(argv=None) -> int:
 def program(argv=None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`: no half-written file stays
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # through every `finally`: no half-written file stays
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
-        with contextlib.suppress(AttributeError):  # a StringIO of the caller's has no encoding to change
-            getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a character shows another
+        with contextlib.suppress(
+            AttributeError
+        ):  # a StringIO of the caller's has no encoding to change
+            getattr(sys, name).reconfigure(
+                errors="replace"
+            )  # a terminal that lacks a character shows another
     args = parse_args(argv)
     progress = Progress(args.quiet)
     try:
@@ -62,7 +70,9 @@ def program(argv=None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        progress.complain(MemoryError(f"out of memory: {str(error).splitlines()[0]}; try a smaller --chunk"))
+        progress.complain(
+            MemoryError(f"out of memory: {str(error).splitlines()[0]}; try a smaller --chunk")
+        )
         return 2
     except KeyboardInterrupt:
         progress.clear()
@@ -80,13 +90,19 @@ def set_template(tok, args) -> None:
     if args.raw:
         tok.template = None
     if args.system is not None and tok.template is None:
-        raise ValueError(f"--system: {args.ckpt} has no chat template with a place for it; leave --system out")
+        raise ValueError(
+            f"--system: {args.ckpt} has no chat template with a place for it; leave --system out"
+        )
     if args.no_think and "enable_thinking" not in getattr(tok.template, "source", ""):
-        raise ValueError(f"--no-think: the chat template of {args.ckpt} knows no enable_thinking; leave --no-think out")
+        raise ValueError(
+            f"--no-think: the chat template of {args.ckpt} knows no enable_thinking; leave --no-think out"
+        )
     tok.system = args.system
     tok.variables = {"enable_thinking": False} if args.no_think else {}
     if args.chat or len(args.ask) > 1:
-        tok.chat("a second question", begin=False)  # fails before anything is read, if the template cannot continue
+        tok.chat(
+            "a second question", begin=False
+        )  # fails before anything is read, if the template cannot continue
 
 
 def run(args, progress: Progress) -> int:
@@ -95,14 +111,18 @@ def run(args, progress: Progress) -> int:
     check_args(args)
     if args.serve is not None and env_number("WORLD_SIZE") > 1:
         raise ValueError("--serve works on one GPU only; start it without torchrun")
-    server = serve.open_server(args) if args.serve is not None else None  # before the weights: the port may be taken
+    server = (
+        serve.open_server(args) if args.serve is not None else None
+    )  # before the weights: the port may be taken
     header = settings_of_saved(args) if args.resume is not None else None
     settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     schedule = "dense" if args.dense else args.schedule
     settings["overlap"] = not args.no_overlap
     ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, schedule, args.score, **settings)
     if args.compare and not ckpt.schedule:
-        raise ValueError("--compare has nothing to compare: the schedule is dense; give one with --schedule")
+        raise ValueError(
+            "--compare has nothing to compare: the schedule is dense; give one with --schedule"
+        )
     c, tok = ckpt.config, tokenizer.load(ckpt.folder)
     if tok.vocab_size > c.vocab_size:
         raise ValueError(
@@ -114,10 +134,19 @@ def run(args, progress: Progress) -> int:
         check_saved(args.resume, header, ckpt.identity)
     ids = [] if header or server else build_ids(args, read_prompt(args), tok)
     n_prompt = max(1, len(header["ids"]) if header else len(ids))
-    engine = slim.start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
+    start = slim.start
+    if env_number("WORLD_SIZE") > 1:  # started by torchrun
+        import parallel
+
+        start = parallel.start
+    engine = start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
     engine.tokenizer = tok
-    pruning = "dense" if not ckpt.schedule else f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
-    say(f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens")
+    pruning = (
+        "dense" if not ckpt.schedule else f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
+    )
+    say(
+        f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens"
+    )
     if server:
         return serve.run(server, engine, tok, args, say)
     need = plan(engine.ckpt, n_prompt, args.max_new_tokens)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import prune
 import slim
-from loading.plan import one_line
-from loading.saved import check_path, read_saved
-from loading.settings import Settings, check_sampling
+from loading.files import check_path, one_line
+from loading.saved import read_saved
+from planning.settings import Settings, check_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = dict(
@@ -35,18 +35,34 @@ EXAMPLES = """examples:
 
 
 def add_reading(g, d: dict) -> None:
-    g.add_argument("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b")
+    g.add_argument(
+        "--ckpt",
+        help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b",
+    )
     g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
     g.add_argument(
         "--ask", metavar="TEXT", action="append", help="a question about the text; repeat for more"
     )
     g.add_argument("--chat", action="store_true", help="type questions at a prompt")
-    g.add_argument("--save", metavar="FILE", help="save the text after reading, before any question")
-    g.add_argument("--resume", metavar="FILE", help="continue from a saved text instead of reading one")
-    g.add_argument("--max-prompt-tokens", type=int, metavar="N", help="read only the first N tokens of the text")
+    g.add_argument(
+        "--save", metavar="FILE", help="save the text after reading, before any question"
+    )
+    g.add_argument(
+        "--resume", metavar="FILE", help="continue from a saved text instead of reading one"
+    )
+    g.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        metavar="N",
+        help="read only the first N tokens of the text",
+    )
     g.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
     g.add_argument("--system", metavar="TEXT", help="system message of a chat model")
-    g.add_argument("--no-think", action="store_true", help="turn thinking off, if the chat template supports it")
+    g.add_argument(
+        "--no-think",
+        action="store_true",
+        help="turn thinking off, if the chat template supports it",
+    )
     g.add_argument(
         "--rope-yarn",
         type=float,
@@ -57,8 +73,12 @@ def add_reading(g, d: dict) -> None:
 
 
 def add_answering(g, d: dict) -> None:
-    g.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="maximum length (%(default)s)")
-    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
+    g.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="maximum length (%(default)s)"
+    )
+    g.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)"
+    )
     g.add_argument(
         "--top-p",
         type=float,
@@ -77,10 +97,18 @@ def add_answering(g, d: dict) -> None:
 
 def add_showing(g, d: dict) -> None:
     g.add_argument(
-        "--map", metavar="FILE", help="write an HTML page that shows which parts of the text were kept, and when"
+        "--map",
+        metavar="FILE",
+        help="write an HTML page that shows which parts of the text were kept, and when",
     )
-    g.add_argument("--compare", action="store_true", help="answer twice, dense and pruned, and show both side by side")
-    g.add_argument("--json", action="store_true", help="print one JSON object per answer instead of the text")
+    g.add_argument(
+        "--compare",
+        action="store_true",
+        help="answer twice, dense and pruned, and show both side by side",
+    )
+    g.add_argument(
+        "--json", action="store_true", help="print one JSON object per answer instead of the text"
+    )
     g.add_argument("--quiet", action="store_true", help="print the answer alone")
 
 
@@ -91,11 +119,25 @@ def add_pruning(g, d: dict) -> None:
         help="layers and how much is kept from there on, as shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192; "
         "or auto, paper, dense (%(default)s)",
     )
-    g.add_argument("--score", default="peak", help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)")
-    g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
-    g.add_argument("--block-len", type=int, default=d["block_len"], metavar="N", help="tokens per block (%(default)s)")
     g.add_argument(
-        "--unit-len", type=int, default=d["unit_len"], metavar="N", help="tokens per unit of a block (%(default)s)"
+        "--score",
+        default="peak",
+        help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)",
+    )
+    g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
+    g.add_argument(
+        "--block-len",
+        type=int,
+        default=d["block_len"],
+        metavar="N",
+        help="tokens per block (%(default)s)",
+    )
+    g.add_argument(
+        "--unit-len",
+        type=int,
+        default=d["unit_len"],
+        metavar="N",
+        help="tokens per unit of a block (%(default)s)",
     )
     g.add_argument(
         "--window",
@@ -114,15 +156,33 @@ def add_pruning(g, d: dict) -> None:
 
 
 def add_serving(g, d: dict) -> None:
-    g.add_argument("--serve", metavar="[HOST:]PORT", help="answer HTTP requests there; 127.0.0.1 is the default host")
-    g.add_argument("--api-key", metavar="KEY", help="key that requests must send; or set $SLIM_API_KEY")
-    g.add_argument("--cache-dir", metavar="DIR", help="where texts that were read are kept while another is in use")
-    g.add_argument("--cache-gib", type=float, default=8.0, metavar="N", help="size of all files there (%(default)s)")
+    g.add_argument(
+        "--serve",
+        metavar="[HOST:]PORT",
+        help="answer HTTP requests there; 127.0.0.1 is the default host",
+    )
+    g.add_argument(
+        "--api-key", metavar="KEY", help="key that requests must send; or set $SLIM_API_KEY"
+    )
+    g.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where texts that were read are kept while another is in use",
+    )
+    g.add_argument(
+        "--cache-gib",
+        type=float,
+        default=8.0,
+        metavar="N",
+        help="size of all files there (%(default)s)",
+    )
 
 
 def add_running(g, d: dict) -> None:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    g.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)")
+    g.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)"
+    )
     g.add_argument(
         "--chunk",
         type=int,
@@ -130,17 +190,24 @@ def add_running(g, d: dict) -> None:
         metavar="N",
         help="rows computed at a time; 0 chooses by device (%(default)s)",
     )
-    g.add_argument("--no-overlap", action="store_true", help="copy synchronously, on the compute stream")
+    g.add_argument(
+        "--no-overlap", action="store_true", help="copy synchronously, on the compute stream"
+    )
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line; `given` holds what was written there, without the defaults."""
     d = {f.name: f.default for f in fields(Settings)}
-    p = Parser(prog="slim.py", usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]",
-               epilog=EXAMPLES, allow_abbrev=False,
-               description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
-               formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110),
-               )  # fmt: skip
+    p = Parser(
+        prog="slim.py",
+        usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]",
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
+        formatter_class=partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110
+        ),
+    )
     groups = {
         "what to read, and what to ask": add_reading,
         "the answer": add_answering,
@@ -178,7 +245,17 @@ EXCLUDED = {
     "resume": ("prompt", "save", "max_prompt_tokens", "system"),
     "raw": ("system", "no_think"),
     "chat": ("json",),
-    "serve": ("prompt", "ask", "chat", "save", "resume", "max_prompt_tokens", "compare", "map", "json"),
+    "serve": (
+        "prompt",
+        "ask",
+        "chat",
+        "save",
+        "resume",
+        "max_prompt_tokens",
+        "compare",
+        "map",
+        "json",
+    ),
 }
 
 
@@ -187,17 +264,29 @@ def check_args(args) -> None:
     check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     for first, others in EXCLUDED.items():
         if clash := [name for name in others if first in args.given and name in args.given]:
-            raise ValueError(f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out")
+            raise ValueError(
+                f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out"
+            )
     if args.compare and len(args.ask) > 1:
-        raise ValueError(f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out")
-    if lone := [name for name in ("api_key", "cache_dir", "cache_gib") if name in args.given and args.serve is None]:
-        raise ValueError(f"--{lone[0].replace('_', '-')} is for --serve; give --serve PORT, or leave it out")
+        raise ValueError(
+            f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out"
+        )
+    if lone := [
+        name
+        for name in ("api_key", "cache_dir", "cache_gib")
+        if name in args.given and args.serve is None
+    ]:
+        raise ValueError(
+            f"--{lone[0].replace('_', '-')} is for --serve; give --serve PORT, or leave it out"
+        )
     if not 0 <= args.cache_gib < float("inf"):
         raise ValueError(f"--cache-gib {args.cache_gib} must be a size of at least 0")
     if any(not question.strip() for question in args.ask):
         raise ValueError("--ask is empty; put a question, or leave it out")
     if "" in args.stop:
-        raise ValueError("--stop is empty; give the text before which an answer ends, or leave it out")
+        raise ValueError(
+            "--stop is empty; give the text before which an answer ends, or leave it out"
+        )
     if args.resume is not None and not (args.ask or args.chat):
         raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
     if args.chat and sys.stdin is None:
@@ -215,14 +304,18 @@ def check_output(args, name: str, path: str) -> None:
         raise ValueError(f"--{name} {error}; give a file in a folder that exists") from None
     for other in ("prompt", "resume", "save", "map"):
         if other != name and (taken := getattr(args, other)) and Path(taken).resolve() == target:
-            raise ValueError(f"--{name} {path} would overwrite the file of --{other}; give another one")
+            raise ValueError(
+                f"--{name} {path} would overwrite the file of --{other}; give another one"
+            )
 
 
 def read_prompt(args) -> str:
     """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked."""
     name = args.prompt
     if name is None and not args.ask and not args.chat:
-        raise ValueError("there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT")
+        raise ValueError(
+            "there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT"
+        )
     if name is None and args.save:
         raise ValueError("--save keeps a text that was read; give one with --prompt FILE")
     if name is None:
@@ -280,7 +373,10 @@ def first_tokens(text: str, n: int, tokenizer) -> str:
 def settings_of_saved(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
     header, _ = read_saved(args.resume)
-    saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": header["extra"].get("raw", False)}
+    saved = header["identity"] | {
+        "ckpt": header.get("ckpt"),
+        "raw": header["extra"].get("raw", False),
+    }
     for name in (
         "ckpt",
         "dtype",
@@ -301,7 +397,11 @@ def settings_of_saved(args) -> dict:
             f"{args.resume} was read with the checkpoint {args.ckpt}, which is gone; give its folder with --ckpt"
         )
     if args.raw != saved["raw"]:
-        raise ValueError(f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; use the same")
+        raise ValueError(
+            f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; use the same"
+        )
     if args.map and "map" not in header["extra"]:
-        raise ValueError(f"{args.resume} holds no record for --map; read the text again with --save")
+        raise ValueError(
+            f"{args.resume} holds no record for --map; read the text again with --save"
+        )
     return header

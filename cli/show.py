@@ -5,7 +5,8 @@ import sys
 import time
 
 import slim
-from loading.plan import format_bytes, layer_flops, one_line
+from loading.files import format_bytes, one_line
+from planning.flops import layer_flops
 
 
 class Progress:
@@ -36,7 +37,9 @@ class Progress:
         def on_chunk(layer: int, rows: int, keys: int) -> None:
             nonlocal done
             alive = [
-                stage.n_slots * kv.block_len + kv.n_prompt - kv.tail_start for stage in kv.stages for _ in stage.layers
+                stage.n_slots * kv.block_len + kv.n_prompt - kv.tail_start
+                for stage in kv.stages
+                for _ in stage.layers
             ]
             total = sum(layer_flops(c, n, n / 2) for n in alive)
             spent = time.perf_counter() - started
@@ -64,7 +67,11 @@ def summary(stats: dict, device) -> str:
     """Say what a conversation keeps, and where."""
     kept = " > ".join(f"{n:,}" for n in stats["kept"])
     n, keys = stats.get("ranks", 1), ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes")
-    each = f" on each of {n} ranks, {format_bytes(n * sum(stats[key] for key in keys))} in all" if n > 1 else ""
+    each = (
+        f" on each of {n} ranks, {format_bytes(n * sum(stats[key] for key in keys))} in all"
+        if n > 1
+        else ""
+    )
     return (
         f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; {stats['swaps']:,} blocks "
         f"swapped, {stats['revived']:,} of them revived\n"
@@ -83,7 +90,8 @@ def timing(r: dict) -> str:
     if not r["follow_up"]:
         return speed
     return (
-        speed + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; "
+        speed
+        + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; "
         f"{r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
     )
 
@@ -140,7 +148,9 @@ def public(r: dict) -> dict:
 
 def status(args, progress: Progress):
     """Return a function that prints a line to standard error, dimmed on a terminal so that the answer stands out."""
-    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    plain = (
+        not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    )
 
     def say(text: str) -> None:
         progress.clear()

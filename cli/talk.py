@@ -12,14 +12,20 @@ import blockmap
 import slim
 from cli.options import check_output
 from cli.show import Progress, comparison, public, summary, timing
-from loading.plan import format_bytes
+from loading.files import format_bytes
 
 
 class Talk:
     """Questions about one document, by --ask or at the prompt of --chat, and what is reported about each."""
 
     def __init__(self, engine: slim.Engine, tokenizer, args, progress: Progress, say):
-        self.engine, self.tokenizer, self.args, self.progress, self.say = engine, tokenizer, args, progress, say
+        self.engine, self.tokenizer, self.args, self.progress, self.say = (
+            engine,
+            tokenizer,
+            args,
+            progress,
+            say,
+        )
         self.interrupted = False
         self.alone = "ranks" not in engine.stats  # under torchrun, Ctrl-C ends the other ranks too
         self.open = self.open_at_first = False  # whether the turn of the text waits for a question
@@ -51,20 +57,26 @@ class Talk:
         engine.prefill(ids, self.args.max_new_tokens)
         self.progress.done(engine)
         self.open = self.open_at_first = True
-        self.say(f"slim: read in {engine.prefill_s:.2f} s\n{summary(engine.stats, engine.kv.device)}")
+        self.say(
+            f"slim: read in {engine.prefill_s:.2f} s\n{summary(engine.stats, engine.kv.device)}"
+        )
         if path:
             self.save(path)
 
     def save(self, path: str) -> None:
         """Save the text as it was read; if that fails, the questions are answered all the same."""
         try:
-            self.engine.save(path, {"open": True, "raw": self.args.raw, "map": self.recorder.record})
+            self.engine.save(
+                path, {"open": True, "raw": self.args.raw, "map": self.recorder.record}
+            )
         except ValueError as error:
             if not (self.args.ask or self.args.chat):
                 raise
             self.progress.complain(error)
         else:
-            self.say(f"slim: saved to {path}, {format_bytes(Path(path).stat().st_size)}; go on with --resume {path}")
+            self.say(
+                f"slim: saved to {path}, {format_bytes(Path(path).stat().st_size)}; go on with --resume {path}"
+            )
 
     def ask(self, question: str) -> None:
         """Answer one more question."""
@@ -76,7 +88,9 @@ class Talk:
 
     def compare(self, ids: list[int]) -> None:
         """Answer twice, dense and pruned."""
-        self.engine.prefill(ids[: self.engine.ckpt.chunk])  # warm-up: a process's first kernels are slow
+        self.engine.prefill(
+            ids[: self.engine.ckpt.chunk]
+        )  # warm-up: a process's first kernels are slow
         results = {}
         for name, budgets in (("dense", {}), ("slim", self.engine.ckpt.schedule)):
             results[name] = r = self.answer(ids, budgets)
@@ -90,11 +104,17 @@ class Talk:
     def report(self, r: dict) -> None:
         if self.args.json:
             print(json.dumps(public(r)), flush=True)
-        self.say(timing(r) if r["follow_up"] else timing(r) + "\n" + summary(r, self.engine.kv.device))
+        self.say(
+            timing(r) if r["follow_up"] else timing(r) + "\n" + summary(r, self.engine.kv.device)
+        )
 
     def warn(self, n_new: int) -> None:
         """Warn if the tokens to come do not suit the model's trained context or this conversation's RoPE."""
-        n, new, most = len(self.engine.ids) + n_new, self.args.max_new_tokens, self.engine.config.max_len
+        n, new, most = (
+            len(self.engine.ids) + n_new,
+            self.args.max_new_tokens,
+            self.engine.config.max_len,
+        )
         if n + new > most:
             self.say(
                 f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained "
@@ -102,14 +122,22 @@ class Talk:
             )
         rope = self.engine.config.rope_scaling
         trained = rope.get("original_max_position_embeddings", 0)
-        stretched = rope["rope_type"] == "yarn" and "llama_4_scaling_beta" not in rope  # with it, it was trained so
+        stretched = (
+            rope["rope_type"] == "yarn" and "llama_4_scaling_beta" not in rope
+        )  # with it, it was trained so
         if stretched and n + new <= trained and not self.engine.ids:
-            remedy = "leave --rope-yarn out" if self.args.rope_yarn else "take YaRN out of config.json"
+            remedy = (
+                "leave --rope-yarn out" if self.args.rope_yarn else "take YaRN out of config.json"
+            )
             self.say(
                 f"slim: warning: {n:,} prompt + {new:,} new tokens fit in the {trained:,.0f} of the context before "
                 f"YaRN stretched it, which costs quality there; {remedy}"
             )
-        short = rope["rope_type"] == "longrope" and self.engine.ids and self.engine.kv.planned <= trained
+        short = (
+            rope["rope_type"] == "longrope"
+            and self.engine.ids
+            and self.engine.kv.planned <= trained
+        )
         if short and len(self.engine.ids) <= trained < n + new:
             self.say(
                 f"slim: warning: {n:,} tokens + {new:,} new ones are beyond the {trained:,.0f} of LongRoPE's short "
@@ -128,7 +156,13 @@ class Talk:
 
         def tokens(stopped):
             for token in engine.generate(
-                ids, args.max_new_tokens, args.temperature, args.top_p, args.seed, schedule, follow_up
+                ids,
+                args.max_new_tokens,
+                args.temperature,
+                args.top_p,
+                args.seed,
+                schedule,
+                follow_up,
             ):
                 times.append(time.perf_counter())
                 self.progress.done(engine)
@@ -186,14 +220,19 @@ class Talk:
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
     """Let Ctrl-C only set a mark, because breaking off a step loses the conversation; a second one breaks off."""
-    on, marks = on and threading.current_thread() is threading.main_thread(), []  # only there can signals be handled
+    on, marks = (
+        on and threading.current_thread() is threading.main_thread(),
+        [],
+    )  # only there can signals be handled
 
     def mark(*_):
         if marks:
             raise KeyboardInterrupt
         marks.append(True)
         print(
-            "slim: stopping after this step; Ctrl-C again drops the whole conversation", file=sys.stderr, flush=True
+            "slim: stopping after this step; Ctrl-C again drops the whole conversation",
+            file=sys.stderr,
+            flush=True,
         )
 
     usual = signal.signal(signal.SIGINT, mark) if on else None
@@ -248,7 +287,10 @@ def command(talk: Talk, line: str) -> None:
         print(f"slim: map {talk.draw(path)}", file=sys.stderr)
     elif name == "/reset":
         talk.reset()
-        print("slim: the questions are forgotten" + (", the text is not" if talk.text_read else ""), file=sys.stderr)
+        print(
+            "slim: the questions are forgotten" + (", the text is not" if talk.text_read else ""),
+            file=sys.stderr,
+        )
     else:
         raise ValueError(
             f"{name} is not available; there are /map [FILE], /reset, /quit and, once something was read, /stats"

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import kvcache
-import loading.plan
+import planning.checkpoint
+import planning.memory
 import slim
 import tokenizer
 from cli import main as cli_main
@@ -42,7 +43,12 @@ def of_kind(folder, architecture, model_type=None, **keys):
 
 
 def yarn(folder, **keys):
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }
     edit_json(folder / "config.json", rope_parameters=rope | keys)
 
 
@@ -52,36 +58,55 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
     "a shard elsewhere": (
         lambda d: (
             (d / "model.safetensors").rename(d.parent / "other.safetensors"),
-            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}'),
+            (d / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "../other.safetensors"}}'
+            ),
         ),
         "outside its folder",
     ),
     "key missing": (lambda d: edit_json(d / "config.json", rms_norm_eps="remove"), "rms_norm_eps"),
-    "key of another type": (lambda d: edit_json(d / "config.json", hidden_size="32"), "hidden_size"),
+    "key of another type": (
+        lambda d: edit_json(d / "config.json", hidden_size="32"),
+        "hidden_size",
+    ),
     "architecture": (
         lambda d: edit_json(d / "config.json", architectures=["GemmaForCausalLM"]),
         "GemmaForCausalLM",
     ),
     "activation": (lambda d: edit_json(d / "config.json", hidden_act="gelu"), "hidden_act"),
     "rope type": (
-        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        lambda d: edit_json(
+            d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0}
+        ),
         "dynamic",
     ),
     "yarn that shrinks": (lambda d: yarn(d, factor=0.5), "at least 1"),
     "yarn without a factor": (lambda d: yarn(d, factor="x"), "factor"),
-    "yarn of a context in words": (lambda d: yarn(d, original_max_position_embeddings="x"), "original_max"),
+    "yarn of a context in words": (
+        lambda d: yarn(d, original_max_position_embeddings="x"),
+        "original_max",
+    ),
     "yarn's other keys": (lambda d: yarn(d, log_scale=2.0), "log_scale"),
     "yarn's flag": (lambda d: yarn(d, truncate=1), "truncate"),
     "yarn of no context": (lambda d: yarn(d, original_max_position_embeddings=1), "above 1"),
     "yarn of theta 1": (lambda d: yarn(d, rope_theta=1.0), "above 1"),
-    "longrope's list": (lambda d: yarn(d, rope_type="longrope", short_factor=[1.0], long_factor=[1.0]), "list 4"),
-    "recurrent layers": (lambda d: of_kind(d, "Qwen3NextForCausalLM", num_experts=512), "pruning would break"),
+    "longrope's list": (
+        lambda d: yarn(d, rope_type="longrope", short_factor=[1.0], long_factor=[1.0]),
+        "list 4",
+    ),
+    "recurrent layers": (
+        lambda d: of_kind(d, "Qwen3NextForCausalLM", num_experts=512),
+        "pruning would break",
+    ),
     "recurrent layers by type": (
         lambda d: edit_json(d / "config.json", layer_types=["linear_attention"] * 5),
         "pruning would break",
     ),
     "experts": (lambda d: of_kind(d, "Qwen3MoeForCausalLM"), "mixture of experts"),
-    "experts by key": (lambda d: edit_json(d / "config.json", num_local_experts=8), "mixture of experts"),
+    "experts by key": (
+        lambda d: edit_json(d / "config.json", num_local_experts=8),
+        "mixture of experts",
+    ),
     "windows": (lambda d: of_kind(d, "Gemma3ForCausalLM"), "sliding window"),
     "windows by type": (
         lambda d: edit_json(d / "config.json", layer_types=["sliding_attention", "full_attention"]),
@@ -97,53 +122,94 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
         "missing model.layers.0.self_attn.q_norm.weight",
     ),
     "a window nobody mentions": (
-        lambda d: of_kind(d, "MistralForCausalLM", model_type="mistral", max_position_embeddings=8192),
+        lambda d: of_kind(
+            d, "MistralForCausalLM", model_type="mistral", max_position_embeddings=8192
+        ),
         "sliding_window",
     ),
-    "part of a head": (lambda d: edit_json(d / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "part of a head": (
+        lambda d: edit_json(d / "config.json", partial_rotary_factor=0.5),
+        "partial_rotary_factor",
+    ),
     **{
         f"Granite's {key}": (lambda d, key=key: edit_json(d / "config.json", **{key: 0.5}), key)
-        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+        for key in (
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+            "attention_multiplier",
+        )
     },
-    "architecture of another type": (lambda d: edit_json(d / "config.json", architectures=[[1]]), "architecture"),
+    "architecture of another type": (
+        lambda d: edit_json(d / "config.json", architectures=[[1]]),
+        "architecture",
+    ),
     "negative": (lambda d: edit_json(d / "config.json", hidden_size=-32), "hidden_size"),
-    "boundless": (lambda d: edit_json(d / "config.json", num_hidden_layers=10**30), "num_hidden_layers"),
+    "boundless": (
+        lambda d: edit_json(d / "config.json", num_hidden_layers=10**30),
+        "num_hidden_layers",
+    ),
     "infinite": (lambda d: edit_json(d / "config.json", rms_norm_eps=float("inf")), "rms_norm_eps"),
     "a zero for nothing": (lambda d: edit_json(d / "config.json", head_dim=0), "head_dim"),
-    "theta": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_theta": True}), "rope_theta"),
-    "tied how": (lambda d: edit_json(d / "config.json", tie_word_embeddings="no"), "tie_word_embeddings"),
+    "theta": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"rope_theta": True}),
+        "rope_theta",
+    ),
+    "tied how": (
+        lambda d: edit_json(d / "config.json", tie_word_embeddings="no"),
+        "tie_word_embeddings",
+    ),
     "rope is text": (lambda d: edit_json(d / "config.json", rope_scaling="linear"), "rope_scaling"),
-    "rope without type": (lambda d: edit_json(d / "config.json", rope_parameters={"factor": 2.0}), "type"),
+    "rope without type": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"factor": 2.0}),
+        "type",
+    ),
     "rope of two types": (
-        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "default", "mrope_section": [1]}),
+        lambda d: edit_json(
+            d / "config.json", rope_parameters={"rope_type": "default", "mrope_section": [1]}
+        ),
         "mrope_section",
     ),
     "rope factor": (
-        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "factor": -2}),
+        lambda d: edit_json(
+            d / "config.json", rope_parameters={"rope_type": "linear", "factor": -2}
+        ),
         "factor",
     ),
     "rope ramp": (
-        lambda d: edit_json(d / "config.json", rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 0.5}),
+        lambda d: edit_json(
+            d / "config.json", rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 0.5}
+        ),
         "high_freq_factor",
     ),
     "rope of two minds": (
         lambda d: edit_json(
-            d / "config.json", rope_parameters={"rope_type": "linear", "type": "llama3", "factor": 2.0}
+            d / "config.json",
+            rope_parameters={"rope_type": "linear", "type": "llama3", "factor": 2.0},
         ),
         "twice",
     ),
     "theta of two minds": (lambda d: edit_json(d / "config.json", rope_theta=7.0), "twice"),
     "layer types": (lambda d: edit_json(d / "config.json", layer_types=5), "layer_types"),
-    "too few layer types": (lambda d: edit_json(d / "config.json", layer_types=["full_attention"]), "layer_types"),
+    "too few layer types": (
+        lambda d: edit_json(d / "config.json", layer_types=["full_attention"]),
+        "layer_types",
+    ),
     "model type": (lambda d: edit_json(d / "config.json", model_type="mistral"), "model_type"),
     "stop token beyond": (
         lambda d: (d / "generation_config.json").write_text('{"eos_token_id": 1000000000}'),
         "eos_token_id",
     ),
     "tokenizer config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not an object"),
-    "BOS or not": (lambda d: (d / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'), "add_bos_token"),
+    "BOS or not": (
+        lambda d: (d / "tokenizer_config.json").write_text('{"add_bos_token": "false"}'),
+        "add_bos_token",
+    ),
     "nested JSON": (lambda d: (d / "config.json").write_text("[" * 100_000), "not JSON"),
-    "stop token": (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'), "eos_token_id"),
+    "stop token": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'),
+        "eos_token_id",
+    ),
     "weight map": (
         lambda d: (
             (d / "model.safetensors").unlink(),
@@ -155,32 +221,54 @@ BROKEN = {  # what is done to a good checkpoint: what the one line must name
         lambda d: edit_tensors(d, lambda t: t["model.norm.weight"][:1].fill_(torch.inf)),
         "logits are not finite",
     ),
-    "rope key": (lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}), "factor"),
-    "quantised": (lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}), "quantization_config"),
-    "sliding window": (lambda d: edit_json(d / "config.json", sliding_window=1024), "sliding_window"),
+    "rope key": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear"}),
+        "factor",
+    ),
+    "quantised": (
+        lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}),
+        "quantization_config",
+    ),
+    "sliding window": (
+        lambda d: edit_json(d / "config.json", sliding_window=1024),
+        "sliding_window",
+    ),
     "bias": (
         lambda d: edit_json(d / "config.json", attention_bias=True),
         "missing model.layers.0.self_attn.q_proj.bias",
     ),
     "bias or not": (lambda d: edit_json(d / "config.json", attention_bias="no"), "attention_bias"),
     "truncated": (
-        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
+        lambda d: (d / "model.safetensors").write_bytes(
+            (d / "model.safetensors").read_bytes()[:-100]
+        ),
         "truncated",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(K)), f"missing {K}"),
-    "unexpected tensor": (lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(1))), "unexpected extra"),
+    "unexpected tensor": (
+        lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(1))),
+        "unexpected extra",
+    ),
     "shape": (lambda d: edit_tensors(d, lambda t: t.update({K: t[K][:8]})), "(8, 32)"),
-    "integer weights": (lambda d: edit_tensors(d, lambda t: t.update({K: t[K].to(torch.int8)})), "I8"),
+    "integer weights": (
+        lambda d: edit_tensors(d, lambda t: t.update({K: t[K].to(torch.int8)})),
+        "I8",
+    ),
     "absent shard": (
         lambda d: (
             (d / "model.safetensors").unlink(),
-            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+            (d / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-1.safetensors"}}'
+            ),
         ),
         "model-1.safetensors",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
-    "garbage tokenizer": (lambda d: (d / "tokenizer.json").write_bytes(b"\x00\x01garbage"), "tokenizer"),
+    "garbage tokenizer": (
+        lambda d: (d / "tokenizer.json").write_bytes(b"\x00\x01garbage"),
+        "tokenizer",
+    ),
 }
 
 
@@ -309,14 +397,16 @@ def test_wrong_arguments_are_refused_in_one_line(cli, args):
 
 
 def test_all_that_is_wrong_with_the_tensors_is_listed(cli):
-    edit_tensors(cli.folder, lambda t: (t.pop(K), t.pop("lm_head.weight"), t.update(extra=torch.ones(1))))
+    edit_tensors(
+        cli.folder, lambda t: (t.pop(K), t.pop("lm_head.weight"), t.update(extra=torch.ones(1)))
+    )
     _, _, err = cli()
     assert all(name in err for name in (K, "lm_head.weight", "extra"))
 
 
 def test_a_model_too_big_is_refused_before_it_is_loaded_with_the_flag_that_helps(cli, monkeypatch):
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
-    set_free(monkeypatch, loading.plan.KERNEL_BYTES + 2_000_000)
+    set_free(monkeypatch, planning.memory.KERNEL_BYTES + 2_000_000)
     code, _, err = cli()
     assert code == 2
     is_one_line(err, "it would fit with --")
@@ -368,11 +458,19 @@ def test_yarn_stretches_the_context_and_warns_where_it_is_not_needed(cli):
     long = ["--prompt", "long.txt", "--max-new-tokens", "2"]
     Path("long.txt").write_text("ABBA CAB " * 400)
     assert "beyond the 1,000" in cli(*long)[2]
-    plain, (code, stretched, err) = cli(*long, "--json")[1], cli(*long, "--rope-yarn", "8", "--json")
+    plain, (code, stretched, err) = (
+        cli(*long, "--json")[1],
+        cli(*long, "--rope-yarn", "8", "--json"),
+    )
     assert code == 0 and "warning" not in err and stretched != plain
-    assert "fit in the 1,000" in cli("--prompt", "short.txt", "--max-new-tokens", "2", "--rope-yarn", "8")[2]
+    assert (
+        "fit in the 1,000"
+        in cli("--prompt", "short.txt", "--max-new-tokens", "2", "--rope-yarn", "8")[2]
+    )
     cli(*long, "--rope-yarn", "8", "--save", "text.slim")
-    code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--max-new-tokens", "2", prompt=None)
+    code, _, err = cli(
+        "--resume", "text.slim", "--ask", "CAB?", "--max-new-tokens", "2", prompt=None
+    )
     assert code == 0 and "warning" not in err
     edit_json(cli.folder / "config.json", rope_parameters={**LLAMA3_ROPE, "rope_theta": 10000.0})
     is_one_line(cli(*long, "--rope-yarn", "8")[2], "scales RoPE itself, by 'llama3'")
@@ -391,8 +489,12 @@ def test_the_chat_template_the_system_text_and_stops(cli):
     answers = [json.loads(cli(*few, "--json", *way)[1]) for way in ways]
     assert len({(a["prompt_tokens"], a["text"]) for a in answers}) == 4
     stop = plain[3:6]
-    assert cli(*few, "--stop", "never there", "--stop", stop)[1] == plain[: plain.index(stop)] + "\n"
-    edit_json_file(cli.folder / "tokenizer_config.json", chat_template="{{ raise_exception('one turn only') }}")
+    assert (
+        cli(*few, "--stop", "never there", "--stop", stop)[1] == plain[: plain.index(stop)] + "\n"
+    )
+    edit_json_file(
+        cli.folder / "tokenizer_config.json", chat_template="{{ raise_exception('one turn only') }}"
+    )
     code, out, err = cli(*few)
     assert (code, out) == (2, "")
     is_one_line(err, "one turn only; give the prompt as it is with --raw")
@@ -412,11 +514,17 @@ def test_what_a_terminal_would_obey_is_shown_instead(cli):
     assert rank.stderr == b"slim: error: \\x1b\n"
 
 
-@pytest.mark.parametrize("source", [
-    "{{ messages[-1].content }}", "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[0].content }}",
-    "{% if messages[2:] %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}",
-])  # fmt: skip
-def test_a_template_of_one_turn_is_refused_before_the_first_of_several_answers(cli, source, monkeypatch):
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[-1].content }}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[0].content }}",
+        "{% if messages[2:] %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}",
+    ],
+)
+def test_a_template_of_one_turn_is_refused_before_the_first_of_several_answers(
+    cli, source, monkeypatch
+):
     edit_json_file(cli.folder / "tokenizer_config.json", chat_template=source)
     assert cli("--ask", "CAB?", "--max-new-tokens", "1")[0] == 0
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
@@ -432,7 +540,9 @@ def edit_json_file(path, **keys):
 
 def popen(cli, *args, **kw):
     command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(cli.folder), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw
+    )
 
 
 def test_the_streamed_answer_stays_on_a_terminal(cli):
@@ -474,18 +584,34 @@ def test_ctrl_c_prints_the_summary_and_exits_130(cli):
 
 def test_further_questions_are_follow_ups(cli):
     """Two questions at once, two to a saved text, two typed: the same answers, and the text is read once."""
-    ask = ["--ask", "CAB?", "--ask", "ABBA?", "--max-new-tokens", "5", "--schedule", "2:256,3:128", "--block-len", "32"]
+    ask = [
+        "--ask",
+        "CAB?",
+        "--ask",
+        "ABBA?",
+        "--max-new-tokens",
+        "5",
+        "--schedule",
+        "2:256,3:128",
+        "--block-len",
+        "32",
+    ]
     code, out, err = cli(*ask)
     assert code == 0 and out.count("\n") >= 2 and err.count("a new prefill took") == 1
     code, out, err = cli(*ask, "--save", "text.slim")
     assert code == 0 and err.count("a new prefill took") == 2 and "saved to text.slim" in err
     code, again, err = cli("--resume", "text.slim", *ask[:6], "--map", "map.html", prompt=None)
-    assert (code, again) == (0, out) and "opened in" in err  # checkpoint and settings come from the file
+    assert (code, again) == (
+        0,
+        out,
+    ) and "opened in" in err  # checkpoint and settings come from the file
     assert (
         Path("map.html").is_file()
         and Path("text.slim").stat().st_mode & 0o777 == Path("map.html").stat().st_mode & 0o777
     )
-    process = popen(cli, *ask[4:], "--prompt", "text.txt", "--chat", "--quiet", stdin=subprocess.PIPE)
+    process = popen(
+        cli, *ask[4:], "--prompt", "text.txt", "--chat", "--quiet", stdin=subprocess.PIPE
+    )
     typed, err = process.communicate("CAB?\nABBA?\n/quit\nnever asked", timeout=60)
     assert (process.returncode, typed, err) == (0, out, "")
     lines = [json.loads(line) for line in cli(*ask, "--json")[1].splitlines()]
@@ -494,7 +620,9 @@ def test_further_questions_are_follow_ups(cli):
 
 def test_a_map_of_nothing_is_no_error(cli, tmp_path):
     """A question without a text, then /reset: there is no conversation left to draw."""
-    process = popen(cli, "--chat", "--map", "map.html", "--max-new-tokens", "2", stdin=subprocess.PIPE)
+    process = popen(
+        cli, "--chat", "--map", "map.html", "--max-new-tokens", "2", stdin=subprocess.PIPE
+    )
     _, err = process.communicate("CAB?\n/reset\n/quit\n", timeout=60)
     assert process.returncode == 0 and "no map" in err and not (tmp_path / "map.html").exists()
 
@@ -519,7 +647,9 @@ def test_main_runs_with_any_stdout_and_on_any_thread(cli, monkeypatch):
 
 
 def test_commands_of_the_chat(cli, tmp_path):
-    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE)
+    process = popen(
+        cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE
+    )
     out, err = process.communicate(
         "/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n/map no/where.html\n/map "
         "text.txt\n/nonsense\n\n",
@@ -529,14 +659,22 @@ def test_commands_of_the_chat(cli, tmp_path):
     assert all((tmp_path / name).is_file() for name in ("map.html", "other.html", "third.html"))
     assert all(
         words in err
-        for words in ("of context in use", "not available", "are forgotten", "no/where.html", "would overwrite")
+        for words in (
+            "of context in use",
+            "not available",
+            "are forgotten",
+            "no/where.html",
+            "would overwrite",
+        )
     )
     first, second = out[: len(out) // 2], out[len(out) // 2 :]  # an answer may hold a newline
     assert first == second and first.endswith("\n"), out
 
 
 def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
-    process = popen(cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "3000", stdin=subprocess.PIPE)
+    process = popen(
+        cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "3000", stdin=subprocess.PIPE
+    )
     process.stdin.write("CAB?\n")
     process.stdin.flush()
     process.stdout.read(1)
@@ -562,7 +700,9 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     make_checkpoint(tmp_path / "ckpt", vocab=300)
     engine = slim.load(tmp_path / "ckpt", "cpu")
     tok = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
-    turn = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+    turn = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+    )
     source = turn + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     tok.template, tok.system = Template(tmp_path, source, {}), "You are a helpful assistant."
     talk = Talk(
@@ -574,7 +714,9 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     )
 
     def said():  # without what the random model answered
-        parts = bytes(i for i in engine.ids if i < 256).decode(errors="replace").split("assistant\n")
+        parts = (
+            bytes(i for i in engine.ids if i < 256).decode(errors="replace").split("assistant\n")
+        )
         return [parts[0], *(part[part.index("\nuser") :] for part in parts[1:] if "\nuser" in part)]
 
     talk.begin(tok.chat("DOC", end=False))
@@ -590,7 +732,9 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
     assert said() == [head]
 
 
-def test_a_chat_goes_on_off_the_main_thread_and_after_a_question_without_memory(cli, tmp_path, monkeypatch):
+def test_a_chat_goes_on_off_the_main_thread_and_after_a_question_without_memory(
+    cli, tmp_path, monkeypatch
+):
     out, asked, grow = io.StringIO(), [], kvcache.KVCache.make_room
 
     def make_room(self, end):
@@ -608,7 +752,9 @@ def test_a_chat_goes_on_off_the_main_thread_and_after_a_question_without_memory(
     thread = threading.Thread(target=lambda: codes.append(cli_main(args)))
     thread.start()
     thread.join(60)
-    assert codes == [0] and err.getvalue().count("no room for") == 1 and len(asked) == 3, err.getvalue()
+    assert codes == [0] and err.getvalue().count("no room for") == 1 and len(asked) == 3, (
+        err.getvalue()
+    )
 
 
 def test_a_conversation_that_outgrows_longropes_short_factors_is_a_warning(tmp_path):
@@ -640,13 +786,19 @@ def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, 
 def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
-    for command, code in (("--chat >/dev/full", 2), ("--json --chat >/dev/full", 2), ("--chat <&-", 2)):
+    for command, code in (
+        ("--chat >/dev/full", 2),
+        ("--json --chat >/dev/full", 2),
+        ("--chat <&-", 2),
+    ):
         program = f"{sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt"
         run = f"printf 'CAB?\\nABBA?\\n' | {program} --max-new-tokens 3 --quiet {command}"
         done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
-        assert done.returncode in (code, 0) and done.stderr.count("\n") <= 3 and "Traceback" not in done.stderr, (
-            done.stderr
-        )
+        assert (
+            done.returncode in (code, 0)
+            and done.stderr.count("\n") <= 3
+            and "Traceback" not in done.stderr
+        ), done.stderr
 
 
 def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
@@ -681,9 +833,15 @@ def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
     assert cli_main(["--json", "--quiet"]) == 0
     both = json.loads(capfd.readouterr().out)
     question = DEMO["ask"].removeprefix("question: ")
-    number = (HERE / "demo" / "document.txt").read_text().replace("\n", " ").split(question + " ")[1][:4]
+    number = (
+        (HERE / "demo" / "document.txt").read_text().replace("\n", " ").split(question + " ")[1][:4]
+    )
     assert both["dense"]["text"].strip() == both["slim"]["text"].strip() == number
-    assert both["slim"]["prompt_tokens"] > 8000 and both["slim"]["kept"][-1] < 512 and both["slim"]["revived"] > 0
+    assert (
+        both["slim"]["prompt_tokens"] > 8000
+        and both["slim"]["kept"][-1] < 512
+        and both["slim"]["revived"] > 0
+    )
 
 
 def test_a_start_waits_for_no_import_that_it_does_not_use():

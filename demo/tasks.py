@@ -27,20 +27,74 @@ KINDS = ["single", "lookalike", "multi", "two_hop", "three_hop", "latest"]
 # Names are three syllables: with 30 syllables, 27,000 names, and many that differ in
 # one syllable only, so that a name has to be read whole.
 SYLLABLES = [c + v for c in "zvkjbg" for v in "aeiou"]
-ROLES = ["owner", "pilot", "warden"]      # facts whose value is a name
-NUMBERS = ["code", "mark", "lot"]         # facts whose value is a number
+ROLES = ["owner", "pilot", "warden"]  # facts whose value is a name
+NUMBERS = ["code", "mark", "lot"]  # facts whose value is a number
 
-SUBJECTS = ["the clerk", "the old boat", "a young guard", "the night watch", "the miller",
-            "the north wind", "a tall man", "the crew", "the sailor", "the postman",
-            "a small child", "the teacher", "the storm", "a stranger", "the doctor"]
-VERBS = ["walked past", "waited near", "looked at", "spoke about", "returned to",
-         "slept near", "painted", "left", "crossed", "wrote about", "sat near", "watched"]
-OBJECTS = ["the harbour", "the stone wall", "the empty hall", "the river", "the mill",
-           "the first house", "the old tower", "the road", "the forest", "the winter market",
-           "the church", "the last train", "the tall trees", "the school", "the small island"]
-TAILS = ["in the morning", "before the rain", "after supper", "without a word", "at dusk",
-         "for a while", "in the snow", "at noon", "with some others", "as on other days",
-         "in the evening", "in the summer", "last winter", "on sunday", "once more"]
+SUBJECTS = [
+    "the clerk",
+    "the old boat",
+    "a young guard",
+    "the night watch",
+    "the miller",
+    "the north wind",
+    "a tall man",
+    "the crew",
+    "the sailor",
+    "the postman",
+    "a small child",
+    "the teacher",
+    "the storm",
+    "a stranger",
+    "the doctor",
+]
+VERBS = [
+    "walked past",
+    "waited near",
+    "looked at",
+    "spoke about",
+    "returned to",
+    "slept near",
+    "painted",
+    "left",
+    "crossed",
+    "wrote about",
+    "sat near",
+    "watched",
+]
+OBJECTS = [
+    "the harbour",
+    "the stone wall",
+    "the empty hall",
+    "the river",
+    "the mill",
+    "the first house",
+    "the old tower",
+    "the road",
+    "the forest",
+    "the winter market",
+    "the church",
+    "the last train",
+    "the tall trees",
+    "the school",
+    "the small island",
+]
+TAILS = [
+    "in the morning",
+    "before the rain",
+    "after supper",
+    "without a word",
+    "at dusk",
+    "for a while",
+    "in the snow",
+    "at noon",
+    "with some others",
+    "as on other days",
+    "in the evening",
+    "in the summer",
+    "last winter",
+    "on sunday",
+    "once more",
+]
 GOODS = ["salt", "oats", "wool", "tin", "corn", "tea", "wood", "sand", "rope", "fish"]
 
 
@@ -56,10 +110,14 @@ def filler(rng):
     """One sentence that answers nothing."""
     r = rng.random()
     if r < 0.55:
-        return f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(TAILS)}."
+        return (
+            f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(TAILS)}."
+        )
     if r < 0.75:
-        return (f"{rng.choice(TAILS)}, {rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)}"
-                f" and {rng.choice(VERBS)} {rng.choice(OBJECTS)}.")
+        return (
+            f"{rng.choice(TAILS)}, {rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)}"
+            f" and {rng.choice(VERBS)} {rng.choice(OBJECTS)}."
+        )
     if r < 0.88:  # names and numbers outside of facts, so that their mere presence tells nothing
         return f"{name(rng)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(TAILS)}."
     return f"{rng.randint(2, 999)} loads of {rng.choice(GOODS)} were counted near {rng.choice(OBJECTS)}."
@@ -75,7 +133,11 @@ class World:
 
     def __init__(self, rng):
         self.rng, self.facts, self.asks, self.groups = rng, [], [], 0
-        self.names, self.taken, self.pairs = [], set(), set()   # names: those that may get more facts
+        self.names, self.taken, self.pairs = (
+            [],
+            set(),
+            set(),
+        )  # names: those that may get more facts
 
     def new_name(self, reuse=True):
         while (n := name(self.rng)) in self.taken:
@@ -90,7 +152,11 @@ class World:
         so that the relation matters too."""
         while True:
             r = self.rng.choice(relations)
-            k = self.rng.choice(self.names) if self.names and self.rng.random() < 0.3 else self.new_name()
+            k = (
+                self.rng.choice(self.names)
+                if self.names and self.rng.random() < 0.3
+                else self.new_name()
+            )
             if (r, k) not in self.pairs:
                 self.pairs.add((r, k))
                 return r, k
@@ -164,7 +230,9 @@ def make(kind, n_tokens, seed, tokenizer, n_questions=None, depth=None, n_facts=
         if i is not None:
             spans[i] = (len(document) + 1, len(document) + len(text))
         document += text
-    return Sample(document, [Question(q, a, [spans[i] for i in used], k) for k, q, a, used in chosen])
+    return Sample(
+        document, [Question(q, a, [spans[i] for i in used], k) for k, q, a, used in chosen]
+    )
 
 
 def gap(rng):
@@ -183,7 +251,7 @@ def make_facts(world, kind, relation, n_facts, budget, cost):
         for i in range(keep, len(world.facts)):
             text = gap(rng) + world.facts[i][1]
             new.append([rng.random(), text, i])
-        if "update" in new[0][1]:                # updates stay in order
+        if "update" in new[0][1]:  # updates stay in order
             for item, u in zip(new, sorted(item[0] for item in new)):
                 item[0] = u
         price = sum(cost(text) for _, text, _ in new)
@@ -242,11 +310,11 @@ def make_filler(rng, room, cost):
 def move_to_depth(items, depth, question, world):
     """Move the fact that answers a question to this part (0..1) of the text; items are in order and stay so."""
     total, so_far = sum(len(text) for _, text, _ in items), 0
-    for it in items:                             # sort keys become places in the text: 0 .. 1
+    for it in items:  # sort keys become places in the text: 0 .. 1
         it[0], so_far = so_far / total, so_far + len(it[1])
     target = question[3][0]
     item = next(it for it in items if it[2] == target)
-    if question[0] == "latest":                  # the earlier updates must stay before the last one
+    if question[0] == "latest":  # the earlier updates must stay before the last one
         group = world.facts[target][0]
         for it in items:
             if it[2] is not None and world.facts[it[2]][0] == group:
@@ -278,5 +346,7 @@ if __name__ == "__main__":  # python tasks.py > document.txt: the document of th
 
     import sentencepiece
 
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(Path(__file__).parent / "tokenizer.model"))
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(Path(__file__).parent / "tokenizer.model")
+    )
     print(make("lookalike", 8150, 1, pieces, n_facts=12).document)

@@ -45,6 +45,7 @@ class Config:
 
 # --- the model; modules carry the names of the usual LLaMA checkpoints ---------------
 
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(B, T, -1, d).transpose(1, 2), rope)
         k = rotate(self.k_proj(x).view(B, T, -1, d).transpose(1, 2), rope)
         v = self.v_proj(x).view(B, T, -1, d).transpose(1, 2)
-        if cache is not None:                             # [keys, values] of this layer; filled on first use
+        if cache is not None:  # [keys, values] of this layer; filled on first use
             past = cache[0].shape[2] if cache else 0
             if past:
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
@@ -92,7 +93,7 @@ def windowed_attention(q, k, v, W):
     i = torch.arange(W, device=q.device)[:, None] + W
     j = torch.arange(2 * W, device=q.device)[None]
     mask = ((j <= i) & (j > i - W)).expand(n, W, 2 * W).clone()
-    mask[0, :, :W] = False                                # nothing lies before the first block
+    mask[0, :, :W] = False  # nothing lies before the first block
     q, k, v = (t.transpose(1, 2).reshape(B * n, H, -1, d) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(B, 1, 1)[:, None])
     return y.view(B, n, H, W, d).transpose(1, 2).reshape(B, H, n * W, d)[:, :, :T]
@@ -154,14 +155,25 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids)
         rope = angle.cos(), angle.sin()
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, window if i < n_local else None, caches[i] if caches is not None else None)
+            x = layer(
+                x, rope, window if i < n_local else None, caches[i] if caches is not None else None
+            )
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
 
 # --- data ------------------------------------------------------------------------------
 
 LENGTHS = [96, 160, 256, 512, 1024, 2048, 4096, 8192]
-PASS = [0.6, 0.7, 0.8, 0.9, 0.87, 0.9, 0.9, 1.1]   # first-token accuracy at which the next length begins
+PASS = [
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.87,
+    0.9,
+    0.9,
+    1.1,
+]  # first-token accuracy at which the next length begins
 # The rate of each length, as a part of the first: with long documents attention has to be
 # sharp, and a high rate blurs it (one wrong digit out of four).
 RATE = [1.0, 1.0, 1.0, 0.75, 0.6, 0.35, 0.35, 0.35]
@@ -193,14 +205,19 @@ def document_batch(rng, tokenizer, length, n_tokens, mix):
         kind = "mixed" if rng.random() < mixed else "single" if rng.random() < 0.2 else "lookalike"
         biggest = max(4, min(64, length // 24))
         n_facts = 4 if kind == "single" else rng.randint(max(4, biggest // 3), biggest)
-        s = tasks.make(kind, length, rng.getrandbits(40), tokenizer, nq, n_facts=n_facts, weights=mix)
+        s = tasks.make(
+            kind, length, rng.getrandbits(40), tokenizer, nq, n_facts=n_facts, weights=mix
+        )
         ids, where = tasks.build_ids(s, tokenizer)
         w, seen = [0.05] * len(ids), set()
         for (a, b), q in zip(where, s.questions):
             # Where a name or number begins, something has to be found: that counts most.
-            w[a:b] = [3.0 if ids[i - 1] == space else 1.0 if len(q.fact_spans) == 1 else 2.0 for i in range(a, b)]
-            w[a] = 0.05                                    # the first space is no news
-            fresh = q.text not in seen                     # a repeated question can be copied
+            w[a:b] = [
+                3.0 if ids[i - 1] == space else 1.0 if len(q.fact_spans) == 1 else 2.0
+                for i in range(a, b)
+            ]
+            w[a] = 0.05  # the first space is no news
+            fresh = q.text not in seen  # a repeated question can be copied
             seen.add(q.text)
             answers.append((len(rows), a, b, q.kind, fresh))
         rows.append(ids)
@@ -213,18 +230,31 @@ def document_batch(rng, tokenizer, length, n_tokens, mix):
 
 # --- training --------------------------------------------------------------------------
 
+
 def export(model, args):
     """Writes the checkpoint in the usual LLaMA layout; each file appears whole or not at all."""
     from safetensors.torch import save_file
+
     os.makedirs(args.out, exist_ok=True)
-    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    tensors = {
+        k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()
+    }
     path = os.path.join(args.out, "model.safetensors")
     save_file(tensors, path + ".tmp", metadata={"format": "pt"})
     os.chmod(path + ".tmp", 0o644)
     os.replace(path + ".tmp", path)
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", **asdict(model.c),
-                  hidden_act="silu", tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
-                  bos_token_id=1, eos_token_id=[2, 3], torch_dtype="bfloat16")
+    config = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        **asdict(model.c),
+        hidden_act="silu",
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        bos_token_id=1,
+        eos_token_id=[2, 3],
+        torch_dtype="bfloat16",
+    )
     # An answer ends with its line, so the end of line (id 3) ends a generation too.
     generation = dict(bos_token_id=1, eos_token_id=[2, 3], do_sample=False)
     for name, value in (("config.json", config), ("generation_config.json", generation)):
@@ -238,15 +268,24 @@ def train(args):
     device = args.device
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.out)
-    c = Config(vocab_size=tokenizer.get_piece_size(), hidden_size=args.hidden, num_hidden_layers=args.layers,
-               intermediate_size=3 * args.hidden, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads)
+    c = Config(
+        vocab_size=tokenizer.get_piece_size(),
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        intermediate_size=3 * args.hidden,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+    )
     model = Llama(c).to(device)
     opts, rng = make_optimizers(model, args), random.Random(args.seed)
     s = start(model, opts, rng, args)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}",
+        flush=True,
+    )
     last_log = last_save = time.time()
     losses, stop = [], []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))   # asked to end: save first
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # asked to end: save first
     while s["seconds"] < args.minutes * 60 and s["step"] < args.steps and not stop:
         begun = time.time()
         stage, (rows, weights, answers) = next_batch(rng, c, tokenizer, s["stage"], args)
@@ -275,8 +314,10 @@ def make_optimizers(model, args):
     """Muon for the matrices, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    return [torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def start(model, opts, rng, args):
@@ -291,7 +332,7 @@ def start(model, opts, rng, args):
         rng.setstate(saved["rng"])
         s = saved["state"]
         print("resumed at", s["step"], s["stage"], flush=True)
-    elif args.init:                                       # weights only: the rates warm up afresh
+    elif args.init:  # weights only: the rates warm up afresh
         model.load_state_dict(load_export(args.init, args.device).state_dict())
         s["stage"] = LENGTHS.index(args.max_length)
     return s
@@ -301,17 +342,21 @@ def next_batch(rng, c, tokenizer, stage, args):
     """Copying, the current length, or (a part of the time) a shorter one: the stage of its length, and the batch."""
     if stage < 0:
         return stage, copy_batch(rng, c, args.tokens)
-    if rng.random() > args.newest:                         # short documents teach more per second
+    if rng.random() > args.newest:  # short documents teach more per second
         known = range(min(2, stage), stage + 1)
         stage = rng.choices(known, [LENGTHS[i] ** -0.5 for i in known])[0]
-    mix = dict(lookalike=args.w_plain, two_hop=args.w_two, three_hop=args.w_three, latest=args.w_latest)
+    mix = dict(
+        lookalike=args.w_plain, two_hop=args.w_two, three_hop=args.w_three, latest=args.w_latest
+    )
     return stage, document_batch(rng, tokenizer, LENGTHS[stage], args.tokens, mix)
 
 
 def set_rates(opts, s, args):
     """A short warm-up, lower with longer documents, and down to a twentieth over the last part of the time."""
     left = min(1 - s["seconds"] / (args.minutes * 60), 1 - s["step"] / args.steps)
-    scale = RATE[max(0, s["stage"])] * min(1.0, (s["step"] + 1) / 30, 0.05 + 0.95 * left / args.decay)
+    scale = RATE[max(0, s["stage"])] * min(
+        1.0, (s["step"] + 1) / 30, 0.05 + 0.95 * left / args.decay
+    )
     for o, lr in zip(opts, (args.muon_lr, args.adam_lr)):
         o.param_groups[0]["lr"] = lr * scale
 
@@ -347,9 +392,9 @@ def count_answers(s, stage, answers, right, args):
     for row, a, b, kind, fresh in answers:
         if not fresh:
             continue
-        exact = bool(right[row, a - 1:b - 1].all())
+        exact = bool(right[row, a - 1 : b - 1].all())
         if kind in ("lookalike", "single"):
-            first.append(bool(right[row, a]))              # the token after the space
+            first.append(bool(right[row, a]))  # the token after the space
         key = f"{LENGTHS[stage]}/{kind}"
         s["acc"][key] = 0.97 * s["acc"].get(key, exact) + 0.03 * exact
     if stage == s["stage"] and first:
@@ -357,30 +402,47 @@ def count_answers(s, stage, answers, right, args):
         if s["passed"] > PASS[s["stage"]] and s["stage"] < LENGTHS.index(args.max_length):
             s["stage"], s["passed"] = s["stage"] + 1, 0.5
             minutes = s["seconds"] / 60
-            print(f"step {s['step']}: on to {LENGTHS[s['stage']]} tokens after {minutes:.1f} min", flush=True)
+            print(
+                f"step {s['step']}: on to {LENGTHS[s['stage']]} tokens after {minutes:.1f} min",
+                flush=True,
+            )
 
 
 def print_progress(s, losses, seconds):
     now = LENGTHS[max(0, s["stage"])]
-    lengths = LENGTHS[2:max(0, s["stage"]) + 1]
-    accs = " ".join(k + "=" + "/".join(f"{100 * s['acc'].get(f'{n}/{k}', 0):.0f}" for n in lengths)
-                    for k in ("single", "lookalike", "two_hop", "three_hop", "latest"))
-    print(f"{s['seconds'] / 60:6.1f} min step {s['step']} stage {now if s['stage'] >= 0 else 'copy'} "
-          f"loss {sum(losses) / len(losses):.3f} first {s['passed']:.3f} {accs} {seconds:.2f}s", flush=True)
+    lengths = LENGTHS[2 : max(0, s["stage"]) + 1]
+    accs = " ".join(
+        k + "=" + "/".join(f"{100 * s['acc'].get(f'{n}/{k}', 0):.0f}" for n in lengths)
+        for k in ("single", "lookalike", "two_hop", "three_hop", "latest")
+    )
+    print(
+        f"{s['seconds'] / 60:6.1f} min step {s['step']} stage {now if s['stage'] >= 0 else 'copy'} "
+        f"loss {sum(losses) / len(losses):.3f} first {s['passed']:.3f} {accs} {seconds:.2f}s",
+        flush=True,
+    )
 
 
 def save(model, opts, rng, s, args):
     export(model, args)
-    torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], rng=rng.getstate(), state=s),
-               args.state + ".tmp")
+    torch.save(
+        dict(
+            model=model.state_dict(),
+            opts=[o.state_dict() for o in opts],
+            rng=rng.getstate(),
+            state=s,
+        ),
+        args.state + ".tmp",
+    )
     os.replace(args.state + ".tmp", args.state)
 
 
 def load_tokenizer(folder):
     import sentencepiece as spm
+
     path = os.path.join(folder, "tokenizer.model")
     if not os.path.exists(path):
         import train_tokenizer
+
         os.makedirs(folder, exist_ok=True)
         train_tokenizer.train(path)
     return spm.SentencePieceProcessor(model_file=path)
@@ -388,12 +450,16 @@ def load_tokenizer(folder):
 
 # --- evaluation ------------------------------------------------------------------------
 
+
 def load_export(folder, device="cpu"):
     from safetensors.torch import load_file
+
     with open(os.path.join(folder, "config.json")) as f:
         config = json.load(f)
     model = Llama(Config(**{k: config[k] for k in Config.__dataclass_fields__}))
-    model.load_state_dict({k: v.float() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()})
+    model.load_state_dict(
+        {k: v.float() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+    )
     return model.to(device).eval()
 
 
@@ -414,7 +480,7 @@ def score(model, sample, tokenizer, device="cpu"):
             ids = torch.tensor([question + answer], device=device)
             positions = torch.arange(ids.shape[1], device=device) + document.shape[1]
             best = model(ids[:, :-1], positions[:-1], caches=[list(c) for c in read]).argmax(-1)
-            hits += best[0, len(question) - 1:].tolist() == answer
+            hits += best[0, len(question) - 1 :].tolist() == answer
     return hits
 
 
@@ -425,10 +491,14 @@ def evaluate(args):
     for kind in args.eval_kinds:
         cells = []
         for length in args.eval_lengths:
-            per, hits, asked, seed = args.per_document, 0, 0, 10 ** 6
+            per, hits, asked, seed = args.per_document, 0, 0, 10**6
             while asked < args.questions:
                 s = tasks.make(kind, length, seed, tokenizer, per, n_facts=args.facts)
-                hits, asked, seed = hits + score(model, s, tokenizer, args.device), asked + per, seed + 1
+                hits, asked, seed = (
+                    hits + score(model, s, tokenizer, args.device),
+                    asked + per,
+                    seed + 1,
+                )
             cells.append(f"{100 * hits / asked:.1f}")
         print(f"| {kind} | " + " | ".join(cells) + " |", flush=True)
 
@@ -448,7 +518,7 @@ if __name__ == "__main__":
     p.add_argument("--kv_heads", type=int, default=2)
     # the run
     p.add_argument("--minutes", type=float, default=82)
-    p.add_argument("--steps", type=int, default=10 ** 9)
+    p.add_argument("--steps", type=int, default=10**9)
     p.add_argument("--tokens", type=int, default=5400)
     p.add_argument("--max_length", type=int, default=8192)
     p.add_argument("--muon_lr", type=float, default=0.02)
@@ -456,9 +526,19 @@ if __name__ == "__main__":
     p.add_argument("--decay", type=float, default=0.4)
     p.add_argument("--save_minutes", type=float, default=5)
     # what the model learns
-    p.add_argument("--local", type=float, default=0.8, help="part of the steps in which the first layers are local")
+    p.add_argument(
+        "--local",
+        type=float,
+        default=0.8,
+        help="part of the steps in which the first layers are local",
+    )
     p.add_argument("--local_layers", type=int, default=3)
-    p.add_argument("--newest", type=float, default=0.1, help="part of the steps with the longest documents so far")
+    p.add_argument(
+        "--newest",
+        type=float,
+        default=0.1,
+        help="part of the steps with the longest documents so far",
+    )
     p.add_argument("--w_plain", type=float, default=1.0)
     p.add_argument("--w_two", type=float, default=0.5)
     p.add_argument("--w_three", type=float, default=0.2)

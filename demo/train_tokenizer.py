@@ -32,11 +32,23 @@ def train(path, vocab_size=128):
     random.Random(0).shuffle(lines)
     with open(path, "wb") as f:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=f, model_type="bpe", vocab_size=vocab_size,
-            user_defined_symbols=["\n"] + tasks.SYLLABLES, split_digits=True,
-            normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, character_coverage=1.0,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=f,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            user_defined_symbols=["\n"] + tasks.SYLLABLES,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            character_coverage=1.0,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
 
 
 if __name__ == "__main__":

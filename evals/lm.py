@@ -18,7 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import slim
 import tokenizer
-from loading.plan import Checkpoint, prefill_flops
+from planning.checkpoint import Checkpoint
+from planning.flops import prefill_flops
 from serve.api import chat_ids
 from serve.texts import common
 
@@ -29,7 +30,9 @@ SLICE = 256  # tokens scored at a time: the logits of all would be the largest t
 
 class Prompt(NamedTuple):
     ids: list[int]
-    split: int = 0  # ids before the question; 0 if it does not stand after the text, or nobody knows where
+    split: int = (
+        0  # ids before the question; 0 if it does not stand after the text, or nobody knows where
+    )
     in_view: str = "unknown"  # whether the question is known when ids[:split or all] are pruned: yes, no or unknown
     cut: bool = False  # to the context, in the middle
 
@@ -50,7 +53,9 @@ class SlimLM(LM):
     text, None if that is not known; `used` gathers what the requests took.
     """
 
-    def __init__(self, ckpt: Checkpoint, later: bool = False, out: Path | None = None, max_len: int = 0):
+    def __init__(
+        self, ckpt: Checkpoint, later: bool = False, out: Path | None = None, max_len: int = 0
+    ):
         super().__init__()
         self.ckpt, self.later, self.out = ckpt, later, out
         self.max_len = max_len or ckpt.config.max_len
@@ -62,7 +67,9 @@ class SlimLM(LM):
             self.torn = bool(old) and not old.endswith("\n")
             for line in filter(None, old.split("\n")):
                 if not (line.startswith(RECORD) or RECORD.startswith(line)):
-                    raise ValueError(f"--out {out} holds {line!r:.60}, which is no answer; give another file")
+                    raise ValueError(
+                        f"--out {out} holds {line!r:.60}, which is no answer; give another file"
+                    )
                 with contextlib.suppress(ValueError):  # the last line of a run that was killed
                     record = json.loads(line)
                     self.known[record["key"]] = record["value"]
@@ -84,7 +91,9 @@ class SlimLM(LM):
         """Of the whole text, from its first token on; all of it stands in the tail, so nothing is pruned."""
         sums = []
         for r in requests:
-            windows = get_rolling_token_windows(self.tok.encode(r.args[0]), self.start_id, self.max_len - 1, 1)
+            windows = get_rolling_token_windows(
+                self.tok.encode(r.args[0]), self.start_id, self.max_len - 1, 1
+            )
             pairs = [make_disjoint_window(window) for window in windows]
             sums.append(sum(self.remember(Prompt(ids), answer)[0] for ids, answer in pairs))
         return sums
@@ -112,7 +121,11 @@ class SlimLM(LM):
         What is too long is cut in the middle of its longest text, as LongBench does.
         """
         chat = prompt.startswith(MESSAGES)
-        messages = json.loads(prompt.removeprefix(MESSAGES)) if chat else [{"role": "user", "content": prompt}]
+        messages = (
+            json.loads(prompt.removeprefix(MESSAGES))
+            if chat
+            else [{"role": "user", "content": prompt}]
+        )
         longest = max(messages, key=lambda message: len(message["content"]))
 
         def ids_with(text):
@@ -139,7 +152,9 @@ class SlimLM(LM):
     def plain(self, text: str) -> list[int]:
         return ([] if self.tok.bos_id is None else [self.tok.bos_id]) + self.tok.encode(text)
 
-    def pair(self, context: str, answer: str, question: str | None = None) -> tuple[Prompt, list[int]]:
+    def pair(
+        self, context: str, answer: str, question: str | None = None
+    ) -> tuple[Prompt, list[int]]:
         """Return what to read and the ids to score; a space at the end of the context belongs to the answer."""
         if context.startswith(MESSAGES):
             wanted = self.tok.encode(answer)
@@ -148,7 +163,10 @@ class SlimLM(LM):
             return Prompt([self.start_id]), self.tok.encode(answer)
         n = len(context) - len(context.rstrip())
         alone = self.tok.encode(context[len(context) - n :] + answer)
-        prompt, whole = self.read(context.rstrip(), len(alone), question), self.plain(context + answer)
+        prompt, whole = (
+            self.read(context.rstrip(), len(alone), question),
+            self.plain(context + answer),
+        )
         if prompt.cut or len(prompt.ids) >= len(whole):  # no part of the whole, or all of it
             return prompt, alone
         return prompt, whole[len(prompt.ids) :]
@@ -158,16 +176,26 @@ class SlimLM(LM):
     def remember(self, prompt: Prompt, what):
         """Return the answer to a request: from the file, or from the engine and then in the file."""
         ids, split = prompt.ids, prompt.split if self.later else 0
-        self.used.append(Used(len(ids), split or len(ids), prompt.in_view if self.later else "yes", prompt.cut))
+        self.used.append(
+            Used(len(ids), split or len(ids), prompt.in_view if self.later else "yes", prompt.cut)
+        )
         key = [self.ckpt.identity, split, ids, what]
         key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         if key not in self.known:
             self.engine = self.engine or slim.start(self.ckpt)
-            value = self.score(ids, split, what) if isinstance(what, list) else self.write(ids, split, what)
+            value = (
+                self.score(ids, split, what)
+                if isinstance(what, list)
+                else self.write(ids, split, what)
+            )
             self.known[key] = value
             if self.out:
                 with self.out.open("a") as file:
-                    file.write("\n" * self.torn + json.dumps({"key": key, "tokens": len(ids), "value": value}) + "\n")
+                    file.write(
+                        "\n" * self.torn
+                        + json.dumps({"key": key, "tokens": len(ids), "value": value})
+                        + "\n"
+                    )
                 self.torn = False
         return self.known[key]
 
@@ -177,9 +205,13 @@ class SlimLM(LM):
             self.engine.prefill(ids[:split])
         sampled = options.get("do_sample", False)
         tokens = self.engine.generate(
-            ids[split:], options.get("max_gen_toks", 256), float(options.get("temperature", 0.0)) if sampled else 0.0,
-            options.get("top_p", 1.0), seed=0, follow_up=split > 0,
-        )  # fmt: skip
+            ids[split:],
+            options.get("max_gen_toks", 256),
+            float(options.get("temperature", 0.0)) if sampled else 0.0,
+            options.get("top_p", 1.0),
+            seed=0,
+            follow_up=split > 0,
+        )
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
         return "".join(self.tok.stream(tokens, filter(None, until)))

@@ -7,17 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install "lm-eval[ruler]"')
+pytest.importorskip(
+    "lm_eval", reason='lm-evaluation-harness is not installed: pip install "lm-eval[ruler]"'
+)
 import transformers
 
 import slim
 from evals import harness
 from evals.lm import MESSAGES, SlimLM
-from loading.plan import Checkpoint
+from planning.checkpoint import Checkpoint
 from serve.api import chat_ids
 from test_slim import talking  # noqa: F401  a fixture
 
-SENTENCES = [f"The {a} is {b}. " for a in ("grass", "sky", "sun", "token", "block") for b in ("green", "blue", "here")]
+SENTENCES = [
+    f"The {a} is {b}. "
+    for a in ("grass", "sky", "sun", "token", "block")
+    for b in ("green", "blue", "here")
+]
 
 
 def request(*args):
@@ -37,19 +43,27 @@ def test_dense_scores_are_those_of_transformers(talking):
     lm, rng = lm_of(talking), random.Random(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(talking)
     requests = [("", "The grass"), ("The sky is ", "blue"), ("The sky is", " blue."), ("A  ", " B")]
-    requests += [(text(rng.randint(1, 40), i), " " + text(rng.randint(1, 6), i + 100)) for i in range(46)]
-    for (context, answer), (score, greedy) in zip(requests, lm.loglikelihood([request(*r) for r in requests])):
+    requests += [
+        (text(rng.randint(1, 40), i), " " + text(rng.randint(1, 6), i + 100)) for i in range(46)
+    ]
+    for (context, answer), (score, greedy) in zip(
+        requests, lm.loglikelihood([request(*r) for r in requests])
+    ):
         (ids, *_), wanted = lm.pair(context, answer)
         if context:
             assert ids + wanted == lm.plain(context + answer)
         with torch.no_grad():
-            logits = model(torch.tensor([ids + wanted])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            logits = (
+                model(torch.tensor([ids + wanted])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            )
         right = logits[range(len(wanted)), wanted]
         assert abs(score - float(right.sum())) < 1e-4 * len(wanted)
         assert greedy == bool((logits.argmax(-1) == torch.tensor(wanted)).all())
     whole = text(30, 1)
     ids = lm.tok.encode(whole)
-    assert lm.loglikelihood_rolling([request(whole)])[0] == pytest.approx(lm.score([lm.start_id], 0, ids)[0], abs=1e-3)
+    assert lm.loglikelihood_rolling([request(whole)])[0] == pytest.approx(
+        lm.score([lm.start_id], 0, ids)[0], abs=1e-3
+    )
 
 
 def test_scores_are_added_up_in_slices(talking, monkeypatch):
@@ -59,7 +73,9 @@ def test_scores_are_added_up_in_slices(talking, monkeypatch):
     monkeypatch.setattr("evals.lm.SLICE", 7)
     lm, sizes = lm_of(talking), []
     log_softmax = torch.Tensor.log_softmax
-    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, dim: sizes.append(len(x)) or log_softmax(x, dim))
+    monkeypatch.setattr(
+        torch.Tensor, "log_softmax", lambda x, dim: sizes.append(len(x)) or log_softmax(x, dim)
+    )
     again, _ = lm.loglikelihood([request("The sky", answer)])[0]
     assert max(sizes) == 7 and again == pytest.approx(score, abs=1e-3)
 
@@ -70,7 +86,9 @@ def test_pruned_scores_are_those_of_the_engine_a_token_at_a_time(talking):
     (ids, *_), wanted = lm.pair(context, answer)
     engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)
     logits = [engine.prefill(ids, room=len(wanted)), *(engine.extend([i]) for i in wanted[:-1])]
-    assert score == pytest.approx(sum(float(x.double().log_softmax(-1)[i]) for x, i in zip(logits, wanted)), abs=1e-6)
+    assert score == pytest.approx(
+        sum(float(x.double().log_softmax(-1)[i]) for x, i in zip(logits, wanted)), abs=1e-6
+    )
     assert (
         lm.engine.stats["kept"][-1] < len(ids) / 4
         and score != lm_of(talking).loglikelihood([request(context, answer)])[0][0]
@@ -95,7 +113,9 @@ def test_answers_are_written_once_and_end_at_a_stop(talking, tmp_path, monkeypat
     with pytest.raises(pytest.fail.Exception):
         again.generate_until([request(text(60, 9), options)])
     with pytest.raises(pytest.fail.Exception):
-        lm_of(talking, {2: 128}, out=tmp_path / "out.jsonl").generate_until([request(text(60, 0), options)])
+        lm_of(talking, {2: 128}, out=tmp_path / "out.jsonl").generate_until(
+            [request(text(60, 0), options)]
+        )
 
 
 def test_what_is_too_long_is_cut_in_the_middle(talking):
@@ -103,7 +123,10 @@ def test_what_is_too_long_is_cut_in_the_middle(talking):
     ids, *_ = lm.read("BEGIN " + text(200, 1) + " END", 30)
     assert 350 < len(ids) <= 370
     assert lm.tok.decode(ids).startswith("BEGIN") and lm.tok.decode(ids).endswith("END")
-    chat = [{"role": "user", "content": "BEGIN " + text(200, 1) + " END"}, {"role": "assistant", "content": "It is"}]
+    chat = [
+        {"role": "user", "content": "BEGIN " + text(200, 1) + " END"},
+        {"role": "assistant", "content": "It is"},
+    ]
     ids, *_ = lm.read(MESSAGES + json.dumps(chat), 30)
     assert 350 < len(ids) <= 370 and lm.tok.decode(ids).rstrip().endswith("It is")
 
@@ -123,28 +146,44 @@ def test_where_a_question_begins_is_known_from_its_task(talking):
     doc = {"context": text(20, 1), "question": "An abstract.\n\nOf two paragraphs."}
     tasks, lm = harness.long_tasks().task_index, lm_of(talking, {2: 256}, later=True)
     for name, begin, in_view in [
-        ("passage_retrieval_en", "\n\nThe following is an abstract.", "no"), ("triviaqa", "\nAn abstract.", "no"),
-        ("qasper", "\n\n Answer the question", "no"), ("repobench-p", "An abstract.", "no"), ("lcc", "", "yes"),
-        ("gov_report", "", "yes"), ("passage_count", "", "yes"),
-    ]:  # fmt: skip
+        ("passage_retrieval_en", "\n\nThe following is an abstract.", "no"),
+        ("triviaqa", "\nAn abstract.", "no"),
+        ("qasper", "\n\n Answer the question", "no"),
+        ("repobench-p", "An abstract.", "no"),
+        ("lcc", "", "yes"),
+        ("gov_report", "", "yes"),
+        ("passage_count", "", "yes"),
+    ]:
         name = "longbench_" + name
         prompt = harness.apply_template(tasks[name].cfg["doc_to_text"], doc)
         ids, split, seen, cut = lm.read(prompt, 5, harness.after_context(name, doc))
         assert seen == in_view and not cut and bool(split) == (in_view == "no")
         later = prompt[prompt.index(doc["context"]) + len(doc["context"]) :]
         if split:
-            assert later.startswith(begin) and abs(len(lm.tok.encode(later)) - len(ids[split:])) <= 2
+            assert (
+                later.startswith(begin) and abs(len(lm.tok.encode(later)) - len(ids[split:])) <= 2
+            )
     assert harness.last_line({"input": "A\nB\nWhat is C?"}) == "\nWhat is C?"
     assert lm.read(text(20, 1) + "\n\nWhere?", 5).in_view == "unknown"
 
 
 def test_messages_go_through_the_models_template_and_a_question_can_come_later(talking):
     lm = lm_of(talking, {2: 256, 3: 128}, later=True)
-    chat = [{"role": "user", "content": text(80, 1) + "\nQuestion: where?"}, {"role": "assistant", "content": "In"}]
-    ids, split, *_ = lm.read(lm.apply_chat_template(chat, add_generation_prompt=False), 5, "\nQuestion: where?")
+    chat = [
+        {"role": "user", "content": text(80, 1) + "\nQuestion: where?"},
+        {"role": "assistant", "content": "In"},
+    ]
+    ids, split, *_ = lm.read(
+        lm.apply_chat_template(chat, add_generation_prompt=False), 5, "\nQuestion: where?"
+    )
     assert ids == chat_ids(lm.tok, chat)
     before, after = lm.tok.decode(ids[:split]), "".join(lm.tok.stream(ids[split:]))
-    assert before.endswith(". ") or before.endswith(".") and "Question: where?" in after and after.endswith("In")
+    assert (
+        before.endswith(". ")
+        or before.endswith(".")
+        and "Question: where?" in after
+        and after.endswith("In")
+    )
     lm.question = lambda doc: "\nQuestion: where?"
     said = lm.generate_until([request(MESSAGES + json.dumps(chat), {"max_gen_toks": 5})])[0]
     engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)
@@ -156,11 +195,29 @@ def test_messages_go_through_the_models_template_and_a_question_can_come_later(t
 def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_run(
     talking, tmp_path, capsys, monkeypatch
 ):
-    pytest.importorskip("wonderwords", reason='RULER is not installed: pip install "lm-eval[ruler]"')
+    pytest.importorskip(
+        "wonderwords", reason='RULER is not installed: pip install "lm-eval[ruler]"'
+    )
     (tmp_path / "book.txt").write_text(text(3000, 1))
-    args = ["--ckpt", str(talking), "--tasks", "niah_multikey_1", "--lengths", "512", "1024",
-            "--limit", "1", "--columns", "dense", "3:1/4", "--question-later", "--out", str(tmp_path / "out.jsonl"),
-            "--essays", str(tmp_path / "book.txt")]  # fmt: skip
+    args = [
+        "--ckpt",
+        str(talking),
+        "--tasks",
+        "niah_multikey_1",
+        "--lengths",
+        "512",
+        "1024",
+        "--limit",
+        "1",
+        "--columns",
+        "dense",
+        "3:1/4",
+        "--question-later",
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        "--essays",
+        str(tmp_path / "book.txt"),
+    ]
     assert harness.main(args) == 0
     table = capsys.readouterr().out
     assert "| task | metric | samples | dense | 3:1/4 | 3:1/4, question later |" in table
@@ -175,38 +232,72 @@ def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_ru
 
 def test_longbench_reads_its_file(talking, tmp_path, capsys):
     for package in ("jieba", "fuzzywuzzy", "rouge"):
-        pytest.importorskip(package, reason='LongBench is not installed: pip install "lm-eval[longbench]"')
-    doc = {"input": "Where?", "context": text(50, 1), "answers": ["here"], "length": 9, "dataset": "qasper",
-           "language": "en", "all_classes": None, "_id": "1"}  # fmt: skip
+        pytest.importorskip(
+            package, reason='LongBench is not installed: pip install "lm-eval[longbench]"'
+        )
+    doc = {
+        "input": "Where?",
+        "context": text(50, 1),
+        "answers": ["here"],
+        "length": 9,
+        "dataset": "qasper",
+        "language": "en",
+        "all_classes": None,
+        "_id": "1",
+    }
     for name in ("qasper", "gov_report"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(doc) + "\n")
-    args = ["--ckpt", str(talking), "--tasks", "longbench", "--columns", "3:1/4", "--longbench", str(tmp_path)]
+    args = [
+        "--ckpt",
+        str(talking),
+        "--tasks",
+        "longbench",
+        "--columns",
+        "3:1/4",
+        "--longbench",
+        str(tmp_path),
+    ]
     assert harness.main([*args, "--max-len", "1000", "--question-later"]) == 0
     table = capsys.readouterr().out
-    assert "| longbench_qasper | qa_f1_score | 1 |" in table and "| longbench_gov_report | score | 1 |" in table
+    assert (
+        "| longbench_qasper | qa_f1_score | 1 |" in table
+        and "| longbench_gov_report | score | 1 |" in table
+    )
     assert "when the text is pruned | | | yes | " in table and "no 1" in table and "yes 1" in table
     assert "| 1 of 2 | 1 of 2 |" in table  # of 1,000 tokens a summary may have 512
 
 
 def test_tasks_are_expanded_and_columns_must_be_alike():
-    assert harness.expand("ruler_vt,ruler,arc_easy", None) == ["ruler_vt", *(
-        name for name in harness.WITHOUT_ESSAYS if name != "ruler_vt"), "arc_easy"]  # fmt: skip
+    assert harness.expand("ruler_vt,ruler,arc_easy", None) == [
+        "ruler_vt",
+        *(name for name in harness.WITHOUT_ESSAYS if name != "ruler_vt"),
+        "arc_easy",
+    ]
     with pytest.raises(ValueError, match="shorter"):
-        harness.table({"a": [{"task": "t", "metric": "m", "n": 1, "mean": 1, "error": 0}], "b": []}, {})
+        harness.table(
+            {"a": [{"task": "t", "metric": "m", "n": 1, "mean": 1, "error": 0}], "b": []}, {}
+        )
 
 
 def test_a_task_without_a_score_a_sample_is_refused(talking):
     datasets = pytest.importorskip("datasets", reason="it comes with lm-eval")
-    data = {split: datasets.Dataset.from_list([{"page": text(20, 1)}]) for split in ("train", "validation", "test")}
+    data = {
+        split: datasets.Dataset.from_list([{"page": text(20, 1)}])
+        for split in ("train", "validation", "test")
+    }
     with pytest.raises(ValueError, match="wikitext has no score of single samples"):
-        harness.evaluate(lm_of(talking), {"task": "wikitext", "custom_dataset": lambda **_: data}, False, 1)
+        harness.evaluate(
+            lm_of(talking), {"task": "wikitext", "custom_dataset": lambda **_: data}, False, 1
+        )
 
 
 @pytest.mark.parametrize(
     ("args", "names"),
     [
-        (["--tasks", "niah_single_2"], "--essays"), (["--tasks", "longbench_qasper"], "--longbench"),
-        (["--tasks", "no_such_task"], "no_such_task"), (["--tasks", "ruler_vt", "--columns", "9:x"], "9:x"),
+        (["--tasks", "niah_single_2"], "--essays"),
+        (["--tasks", "longbench_qasper"], "--longbench"),
+        (["--tasks", "no_such_task"], "no_such_task"),
+        (["--tasks", "ruler_vt", "--columns", "9:x"], "9:x"),
         (["--tasks", "longbench_no_such", "--longbench", "."], "longbench_no_such"),
         (["--tasks", "ruler_vt", "--max-len", "-5"], "--max-len -5"),
         (["--tasks", "ruler_vt", "--max-len", "99999999"], "--max-len 99999999"),
@@ -216,9 +307,10 @@ def test_a_task_without_a_score_a_sample_is_refused(talking):
         (["--tasks", "longbench"], "--longbench"),
         (["--tasks", "longbench", "--longbench", "."], "--longbench . has no file"),
         (["--tasks", "longbench_qasper", "--longbench", "broken"], "qasper.jsonl is not"),
-        (["--tasks", "ruler_vt", "--limit", "0"], "--limit"), (["--tasks", "ruler_vt", "--ckpt", "nowhere"], "nowhere"),
+        (["--tasks", "ruler_vt", "--limit", "0"], "--limit"),
+        (["--tasks", "ruler_vt", "--ckpt", "nowhere"], "nowhere"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(talking, tmp_path, capsys, monkeypatch, args, names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no_such.jsonl").write_text("{}")

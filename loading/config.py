@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loading.files import read_json
 from loading.vocabulary import added_tokens
 from model import DTYPES, Config
 
@@ -16,7 +17,9 @@ class Family:
 
     model_type: str
     adds: dict = field(default_factory=dict)  # fields of Config
-    defaults: dict = field(default_factory=dict)  # what transformers takes where a config.json leaves a key out
+    defaults: dict = field(
+        default_factory=dict
+    )  # what transformers takes where a config.json leaves a key out
     reads: tuple[str, ...] = ()  # keys of NEUTRAL that mean something here
     theta: float = 10000.0  # rope_theta where none is given
     rope: dict = field(default_factory=dict)  # rope_parameters where nothing is said of RoPE
@@ -25,7 +28,9 @@ class Family:
 ORIGINAL = "original_max_position_embeddings"
 FAMILIES = {
     "LlamaForCausalLM": Family("llama"),
-    "Qwen2ForCausalLM": Family("qwen2", adds={"qkv_bias": True}, defaults={"use_sliding_window": False}),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", adds={"qkv_bias": True}, defaults={"use_sliding_window": False}
+    ),
     "Qwen3ForCausalLM": Family(
         "qwen3", adds={"qk_norm": True}, defaults={"head_dim": 128, "use_sliding_window": False}
     ),
@@ -47,22 +52,42 @@ FAMILIES = {
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         theta=2e6,
-        defaults={"no_rope_layer_interval": 4, "tie_word_embeddings": True, "use_sliding_window": False},
-        reads=("no_rope_layers", "no_rope_layer_interval", "pretraining_tp"),  # the last is not used in SmolLM3
+        defaults={
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+        },
+        reads=(
+            "no_rope_layers",
+            "no_rope_layer_interval",
+            "pretraining_tp",
+        ),  # the last is not used in SmolLM3
     ),
     "Phi3ForCausalLM": Family(
         "phi3", adds={"fused": True}, defaults={ORIGINAL: 4096}, reads=("partial_rotary_factor",)
     ),
 }
 NEUTRAL = {  # keys that would change the numbers, with the value that does not
-    "hidden_act": "silu", "mlp_bias": False, "lm_head_bias": False, "use_sliding_window": False, "use_mrope": False,
-    "partial_rotary_factor": 1.0, "rope_interleaved": False,
-    "attn_logit_softcapping": None, "final_logit_softcapping": None, "logit_scale": 1.0,
-    "use_qk_norm": False, "pretraining_tp": 1, "no_rope_layers": None, "no_rope_layer_interval": None,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "use_sliding_window": False,
+    "use_mrope": False,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "use_qk_norm": False,
+    "pretraining_tp": 1,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": None,
     "llama_4_scaling_beta": None,
-    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,  # Granite's
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,  # Granite's
     "attention_multiplier": None,  # instead of 1 / sqrt(head_dim)
-}  # fmt: skip
+}
 CANNOT = {  # why a model does not run here: what its architecture, or a kind of its layers, is called; or keys it has
     "its recurrent layers (linear attention, state space) keep one state of all tokens, which pruning would break": (
         "linear|mamba|rwkv|recurrent|qwen3next|qwen3_5|jamba|bamba|zamba|falconh1|nemotronh|lfm2|moehybrid|kimi",
@@ -84,11 +109,18 @@ ROPE_KEYS = {  # type: keys it needs, keys it may have with their default
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), {}),
     "yarn": (
         ("factor", ORIGINAL),
-        {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None, "mscale": None,
-         "mscale_all_dim": None, "llama_4_scaling_beta": None},
+        {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": True,
+            "attention_factor": None,
+            "mscale": None,
+            "mscale_all_dim": None,
+            "llama_4_scaling_beta": None,
+        },
     ),
     "longrope": (("factor", ORIGINAL, "short_factor", "long_factor"), {"attention_factor": None}),
-}  # fmt: skip
+}
 
 
 def read_config(path: Path, rope_yarn: float = 0.0) -> Config:
@@ -104,12 +136,18 @@ def stretch(c: dict, factor: float, path) -> dict:
     rope = rope_keys(c, path)
     kind = rope.get("rope_type", "default")
     if kind != "default":
-        raise ValueError(f"--rope-yarn {factor:g}: {path} scales RoPE itself, by {kind!r:.60}; leave --rope-yarn out")
-    trained = positive(c.get("max_position_embeddings"), f"{path}: key 'max_position_embeddings'", int, 2**40)
+        raise ValueError(
+            f"--rope-yarn {factor:g}: {path} scales RoPE itself, by {kind!r:.60}; leave --rope-yarn out"
+        )
+    trained = positive(
+        c.get("max_position_embeddings"), f"{path}: key 'max_position_embeddings'", int, 2**40
+    )
     if (c.get("model_type"), trained) == ("qwen3", 40960):
         trained = 32768  # Qwen3's authors stretch from here; they keep the rest for answers
     rope = {**rope, "rope_type": "yarn", "factor": factor, ORIGINAL: trained}
-    rest = {k: v for k, v in c.items() if k not in ("rope_scaling", ORIGINAL)}  # so that no older key contradicts it
+    rest = {
+        k: v for k, v in c.items() if k not in ("rope_scaling", ORIGINAL)
+    }  # so that no older key contradicts it
     return {**rest, "rope_parameters": rope, "max_position_embeddings": int(trained * factor)}
 
 
@@ -123,17 +161,26 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
         c = stretch(c, rope_yarn, path)
 
     def number(key: str, default=None, kind=int, most=2**20):
-        return positive(default if c.get(key) is None else c[key], f"{path}: key {key!r}", kind, most)
+        return positive(
+            default if c.get(key) is None else c[key], f"{path}: key {key!r}", kind, most
+        )
 
     rope = rope_keys(c, path)
     for key, value in {**c, **rope}.items():
         if key in NEUTRAL and key not in family.reads and value not in (NEUTRAL[key], None):
-            raise ValueError(f"{path}: key {key!r} is {value!r:.60}; only {NEUTRAL[key]!r} is supported")
+            raise ValueError(
+                f"{path}: key {key!r} is {value!r:.60}; only {NEUTRAL[key]!r} is supported"
+            )
     dim, n_heads = number("hidden_size"), number("num_attention_heads")
     n_layers = number("num_hidden_layers", most=1000)
-    n_kv_heads, head_dim = number("num_key_value_heads", n_heads), number("head_dim", max(1, dim // n_heads))
+    n_kv_heads, head_dim = (
+        number("num_key_value_heads", n_heads),
+        number("head_dim", max(1, dim // n_heads)),
+    )
     max_len = number("max_position_embeddings", most=2**40)
-    partial = positive(rope.pop("partial_rotary_factor", 1.0), f"{path}: key 'partial_rotary_factor'", float, 1)
+    partial = positive(
+        rope.pop("partial_rotary_factor", 1.0), f"{path}: key 'partial_rotary_factor'", float, 1
+    )
     rotary_dim = int(head_dim * partial)
     if n_heads % n_kv_heads or head_dim % 2 or rotary_dim % 2 or not rotary_dim:
         raise ValueError(
@@ -141,11 +188,18 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
             "divide evenly"
         )
     theta = positive(rope.pop("rope_theta", family.theta), f"{path}: key 'rope_theta'", float, 1e12)
-    where = f"{path}: " + ("rope_scaling" if c.get("rope_parameters") is None else "rope_parameters")
+    where = f"{path}: " + (
+        "rope_scaling" if c.get("rope_parameters") is None else "rope_parameters"
+    )
     scaling = check_rope(rope, family, max_len, rotary_dim, theta, where)
-    if scaling["rope_type"] == "yarn":  # Qwen's cards add it to a config.json that keeps the shorter context
+    if (
+        scaling["rope_type"] == "yarn"
+    ):  # Qwen's cards add it to a config.json that keeps the shorter context
         max_len = max(max_len, int(scaling["factor"] * scaling[ORIGINAL]))
-    if "use_sliding_window" not in family.defaults and number("sliding_window", max_len, most=2**40) < max_len:
+    if (
+        "use_sliding_window" not in family.defaults
+        and number("sliding_window", max_len, most=2**40) < max_len
+    ):
         raise ValueError(
             f"{path}: key 'sliding_window' is {c['sliding_window']}; only full attention is supported, so a window of "
             f"the context's {max_len:,} tokens or none"
@@ -155,28 +209,51 @@ def parse_config(c: dict, path, rope_yarn: float = 0.0) -> Config:
             f"{path}: key 'layer_types' is {c['layer_types']!r:.60}; only full attention in every layer is supported"
         )
     bias = read_flag(c, "attention_bias", path)
-    adds = {"qkv_bias": bias, "o_bias": bias, "no_rope": layers_without_rope(c, n_layers, path), **family.adds}
+    adds = {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "no_rope": layers_without_rope(c, n_layers, path),
+        **family.adds,
+    }
     return Config(
-        model_type=family.model_type, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
-        head_dim=head_dim, rotary_dim=rotary_dim, hidden_dim=number("intermediate_size"),
-        vocab_size=number("vocab_size", most=2**24), norm_eps=number("rms_norm_eps", kind=float, most=1),
-        max_len=max_len, rope_theta=theta, rope_scaling=scaling, tied=read_flag(c, "tie_word_embeddings", path),
-        dtype=read_dtype(c, path), tile=fp8_tile(c, path), **adds,
-    )  # fmt: skip
+        model_type=family.model_type,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        hidden_dim=number("intermediate_size"),
+        vocab_size=number("vocab_size", most=2**24),
+        norm_eps=number("rms_norm_eps", kind=float, most=1),
+        max_len=max_len,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=read_flag(c, "tie_word_embeddings", path),
+        dtype=read_dtype(c, path),
+        tile=fp8_tile(c, path),
+        **adds,
+    )
 
 
 def check_architecture(c: dict, path) -> Family:
     """Return the family of a config.json; raise ValueError, with the reason where there is one, if it cannot run."""
     names = c.get("architectures")
-    architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else str(names)
+    architecture = (
+        names[0] if isinstance(names, list) and names and isinstance(names[0], str) else str(names)
+    )
     kinds = c["layer_types"] if isinstance(c.get("layer_types"), list) else []
     words = [*map(str, kinds), *([] if architecture in FAMILIES else [architecture])]
     for reason, (pattern, keys) in CANNOT.items():
-        if any(re.search(pattern, word.lower()) for word in words) or any(c.get(key) for key in keys):
+        if any(re.search(pattern, word.lower()) for word in words) or any(
+            c.get(key) for key in keys
+        ):
             raise ValueError(f"{path}: {architecture:.60} cannot run here: {reason}")
     if architecture not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"{path}: architecture {architecture!r:.60} is not supported; supported are {known}")
+        raise ValueError(
+            f"{path}: architecture {architecture!r:.60} is not supported; supported are {known}"
+        )
     family = FAMILIES[architecture]
     if c.get("model_type") not in (family.model_type, None):
         raise ValueError(
@@ -192,7 +269,9 @@ def fp8_tile(c: dict, path) -> tuple[int, int] | None:
         return None
     given = quantised if isinstance(quantised, dict) else {}
     kind, tile = given.get("quant_method"), given.get("weight_block_size")
-    if kind != "fp8" or not (isinstance(tile, list) and len(tile) == 2 and all(type(n) is int and n > 0 for n in tile)):
+    if kind != "fp8" or not (
+        isinstance(tile, list) and len(tile) == 2 and all(type(n) is int and n > 0 for n in tile)
+    ):
         raise ValueError(
             f"{path}: key 'quantization_config' is of kind {kind!r:.40} with tiles {tile!r:.40}, so quantised; "
             "only FP8 with a scale for each tile is read, and weights that are not quantised"
@@ -208,7 +287,11 @@ def layers_without_rope(c: dict, n_layers: int, path) -> tuple[int, ...]:
             return ()
         every = positive(every, f"{path}: key 'no_rope_layer_interval'", int, 2**20)
         given = [(i + 1) % every != 0 for i in range(n_layers)]
-    if not isinstance(given, list) or len(given) < n_layers or any(one not in (0, 1) for one in given):
+    if (
+        not isinstance(given, list)
+        or len(given) < n_layers
+        or any(one not in (0, 1) for one in given)
+    ):
         raise ValueError(
             f"{path}: key 'no_rope_layers' is {given!r:.60}; it must list 1 (RoPE) or 0 (none) for {n_layers} layers"
         )
@@ -225,7 +308,9 @@ def read_dtype(c: dict, path):
     given = [c[key] for key in ("torch_dtype", "dtype") if c.get(key) is not None]
     name = str(given[0]).removeprefix("torch.") if given else "float32"
     if name not in DTYPES:
-        raise ValueError(f"{path}: key 'torch_dtype' is {name!r:.60}; supported are {', '.join(DTYPES)}")
+        raise ValueError(
+            f"{path}: key 'torch_dtype' is {name!r:.60}; supported are {', '.join(DTYPES)}"
+        )
     return DTYPES[name]
 
 
@@ -246,7 +331,9 @@ def rope_keys(c: dict, path) -> dict:
     return rope
 
 
-def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta: float, where: str) -> dict:
+def check_rope(
+    rope: dict, family: Family, max_len: int, rotary_dim: int, theta: float, where: str
+) -> dict:
     """Return RoPE's scaling: {"rope_type": ..., every number that `inverse_frequencies` needs, "attention_factor"}.
 
     where: the file and its key, for errors. Raises ValueError for a type or a key that is not understood, and for
@@ -259,10 +346,14 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
     if family.model_type == "phi3" and kind in ("su", "yarn") and "long_factor" in rope:
         kind = "longrope"  # its older names
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise ValueError(f"{where} type {kind!r:.60} is not supported; supported are {', '.join(ROPE_KEYS)}")
+        raise ValueError(
+            f"{where} type {kind!r:.60} is not supported; supported are {', '.join(ROPE_KEYS)}"
+        )
     needed, optional = ROPE_KEYS[kind]
     if unknown := rope.keys() - {ORIGINAL, *needed, *optional}:
-        raise ValueError(f"{where} key {min(unknown)!r:.60} is not known for type {kind!r}; it may change the numbers")
+        raise ValueError(
+            f"{where} key {min(unknown)!r:.60} is not known for type {kind!r}; it may change the numbers"
+        )
     if kind in ("yarn", "longrope"):
         old = rope_value(ORIGINAL, rope.get(ORIGINAL, max_len), rotary_dim, where)
         rope = {"factor": max_len / old, **optional, **rope, ORIGINAL: old}
@@ -271,7 +362,9 @@ def check_rope(rope: dict, family: Family, max_len: int, rotary_dim: int, theta:
         found[key] = rope_value(key, rope.get(key), rotary_dim, where)
     if kind == "llama3" and found["high_freq_factor"] <= found["low_freq_factor"]:
         high, low = found["high_freq_factor"], found["low_freq_factor"]
-        raise ValueError(f"{where} key 'high_freq_factor' is {high}; it must be above low_freq_factor, {low}")
+        raise ValueError(
+            f"{where} key 'high_freq_factor' is {high}; it must be above low_freq_factor, {low}"
+        )
     if kind in ("yarn", "longrope") and (found["factor"] < 1 or found[ORIGINAL] < 2 or theta <= 1):
         raise ValueError(
             f"{where} of type {kind!r} stretches {found[ORIGINAL]:g} tokens by the factor {found['factor']:g} "
@@ -290,8 +383,12 @@ def rope_value(key: str, value, rotary_dim: int, where: str):
         return value
     if key in ("short_factor", "long_factor"):
         if not isinstance(value, list) or len(value) != rotary_dim // 2:
-            raise ValueError(f"{where} key {key!r} is {value!r:.60}; it must list {rotary_dim // 2} numbers")
-        return tuple(positive(number, f"{where} key {key!r}: one number", float, 2**40) for number in value)
+            raise ValueError(
+                f"{where} key {key!r} is {value!r:.60}; it must list {rotary_dim // 2} numbers"
+            )
+        return tuple(
+            positive(number, f"{where} key {key!r}: one number", float, 2**40) for number in value
+        )
     return positive(value, f"{where} key {key!r}", float, 2**40)
 
 
@@ -309,21 +406,10 @@ def positive(value, what: str, kind: type, most: float):
     """Return value as `kind`, int or float; raise ValueError unless it is a number above 0 and up to `most`."""
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value <= most:  # so also for NaN
-        raise ValueError(f"{what} is {value!r:.60}; it must be a positive {kind.__name__} up to {most:g}")
+        raise ValueError(
+            f"{what} is {value!r:.60}; it must be a positive {kind.__name__} up to {most:g}"
+        )
     return kind(value)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raise FileNotFoundError or ValueError with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a checkpoint is a folder in Hugging Face layout")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def stop_tokens(folder: Path, vocab_size: int) -> set[int]:

@@ -4,19 +4,28 @@ import os
 from pathlib import Path
 
 ALIASES = {
-    "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B", "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "llama3.1-8b": "meta-llama/Llama-3.1-8B", "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.2-1b": "meta-llama/Llama-3.2-1B", "llama3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
-    "llama3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct", "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B", "phi4-mini": "microsoft/Phi-4-mini-instruct", "phi4": "microsoft/phi-4",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "phi4-mini": "microsoft/Phi-4-mini-instruct",
+    "phi4": "microsoft/phi-4",
     "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
     "mistral-nemo-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
     **{f"qwen3-{size}b": f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")},
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B", "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
-}  # fmt: skip
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+}
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -28,11 +37,15 @@ def find_checkpoint(name: str | Path) -> Path:
         path = Path(name).expanduser()
         path.is_dir()
     except (RuntimeError, TypeError, OSError, ValueError):
-        raise ValueError(f"--ckpt {name!r:.200} is neither a path nor a name of a checkpoint") from None
+        raise ValueError(
+            f"--ckpt {name!r:.200} is neither a path nor a name of a checkpoint"
+        ) from None
     if not str(name):
         raise ValueError("--ckpt is empty; give a folder, a name or a Hugging Face id")
     if path.is_file():
-        raise ValueError(f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors")
+        raise ValueError(
+            f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors"
+        )
     repo = ALIASES.get(str(name).lower(), str(name))
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
@@ -48,7 +61,9 @@ def find_checkpoint(name: str | Path) -> Path:
     known = repo if repo.count("/") == 1 else "ORG/NAME"
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
     command = f"hf download {known} --local-dir checkpoints/{Path(name).name}"
-    raise FileNotFoundError(f"no checkpoint {str(name)!r} (looked at {looked}); to download one: {command}")
+    raise FileNotFoundError(
+        f"no checkpoint {str(name)!r} (looked at {looked}); to download one: {command}"
+    )
 
 
 def main_snapshot(folder: Path) -> Path:

@@ -17,16 +17,26 @@ def inverse_frequencies(c: Config, long: bool = True) -> Tensor:
     """
     r, kind = c.rope_scaling, c.rope_scaling["rope_type"]
     half = torch.arange(c.rotary_dim // 2, dtype=torch.float64)
-    inv, keep = c.rope_theta ** (-2 * half / c.rotary_dim), 0.0  # keep: 1 as it is, 0 divided by factor
+    inv, keep = (
+        c.rope_theta ** (-2 * half / c.rotary_dim),
+        0.0,
+    )  # keep: 1 as it is, 0 divided by factor
     if kind == "longrope":
         return inv / torch.tensor(r["long_factor" if long else "short_factor"], dtype=torch.float64)
     if kind == "llama3":
         low, high = r["low_freq_factor"], r["high_freq_factor"]
-        turns = r["original_max_position_embeddings"] * inv / (2 * math.pi)  # within the original context
+        turns = (
+            r["original_max_position_embeddings"] * inv / (2 * math.pi)
+        )  # within the original context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
     if kind == "yarn":
-        turned = [r["original_max_position_embeddings"] / (2 * math.pi * r[key]) for key in ("beta_fast", "beta_slow")]
-        low, high = (c.rotary_dim * math.log(n) / (2 * math.log(c.rope_theta)) for n in turned)  # pairs that turn so
+        turned = [
+            r["original_max_position_embeddings"] / (2 * math.pi * r[key])
+            for key in ("beta_fast", "beta_slow")
+        ]
+        low, high = (
+            c.rotary_dim * math.log(n) / (2 * math.log(c.rope_theta)) for n in turned
+        )  # pairs that turn so
         if r["truncate"]:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, c.rotary_dim - 1)

@@ -1,55 +1,17 @@
 """A conversation in a file: safetensors with a JSON header and a checksum, replaced as a whole or not at all."""
 
-import contextlib
 import json
-import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from kvcache import stage_layout
-from loading.plan import Checkpoint
+from loading.files import replace_file
 from loading.weights import MappedFile
 
 SAVED = "slim 4"  # the format
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def check_path(path) -> Path:
-    """Return the file that a path to write to stands for, links followed; raise ValueError if it cannot be written."""
-    try:
-        target = Path(os.path.realpath(path))
-        if target.is_dir() or target.exists() and not target.is_file():
-            raise ValueError("it is not a file")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise ValueError("its folder does not exist or does not allow writing")
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"{path!s:.200} cannot be written: {error}") from None
-    return target
-
-
-@contextlib.contextmanager
-def replace_file(path) -> Iterator[str]:
-    """Give a path to write to; what is written there replaces `path` at the end, or is deleted on an error.
-
-    What a killed process left there, the next try writes over. Raises ValueError if writing fails.
-    """
-    path = check_path(path)
-    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")  # no longer than a name can be
-    try:
-        yield str(part)
-        if path.exists():
-            part.chmod(path.stat().st_mode & 0o777)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())  # before the name points to it
-        os.replace(part, path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); choose another place") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_saved(path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -61,7 +23,9 @@ def write_saved(path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
 
 def write_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file one tensor at a time; the library would need a copy of them all, and on the CPU."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that each is aligned
+    tensors = dict(
+        sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    )  # so that each is aligned
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -91,7 +55,14 @@ def checksum(header: str, tensors) -> str:
 
 def read_saved(path) -> tuple[dict, object]:
     """Return the header of a saved conversation and its open file; raise ValueError for anything else."""
-    parts = {"identity": dict, "ids": list, "pending": list, "kv": dict, "extra": dict, "prefill_s": (int, float)}
+    parts = {
+        "identity": dict,
+        "ids": list,
+        "pending": list,
+        "kv": dict,
+        "extra": dict,
+        "prefill_s": (int, float),
+    }
     try:
         if not Path(path).is_file():
             raise FileNotFoundError("no such file")
@@ -105,7 +76,9 @@ def read_saved(path) -> tuple[dict, object]:
         problem = "parts are missing"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         problem = str(error) if isinstance(error, OSError) else "it is truncated, or something else"
-    raise ValueError(f"{path} is not a conversation saved by Slim: {problem}; write one with --save")
+    raise ValueError(
+        f"{path} is not a conversation saved by Slim: {problem}; write one with --save"
+    )
 
 
 def check_saved(path, header: dict, identity: dict) -> None:
@@ -118,16 +91,17 @@ def check_saved(path, header: dict, identity: dict) -> None:
             else f"{key} {theirs.get(key)!r:.60} where this run has {identity[key]!r}"
             for key in wrong
         )
-        raise ValueError(f"{path} was saved with {shown}; use the same settings, or read the document again")
+        raise ValueError(
+            f"{path} was saved with {shown}; use the same settings, or read the document again"
+        )
 
 
-def check_contents(path, header: dict, file, ckpt: Checkpoint) -> None:
-    """Raise ValueError unless a saved conversation fits this run and is complete."""
-    check_saved(path, header, ckpt.identity)
+def check_contents(path, header: dict, file, n_layers: int, n_stages: int) -> None:
+    """Raise ValueError unless a saved conversation is whole: its checksum, every stage, every layer."""
     tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
     if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):
         raise ValueError(f"{path} is damaged; read the document again")
-    layout, n_layers = header["kv"], ckpt.config.n_layers
-    stages = stage_layout(n_layers, layout["n_prompt"], ckpt.schedule, ckpt.settings.block_len)
-    if len(layout["stages"]) != len(stages) or not {f"layer.{i}" for i in range(n_layers)} <= {*file.keys()}:
+    if len(header["kv"]["stages"]) != n_stages or not {f"layer.{i}" for i in range(n_layers)} <= {
+        *file.keys()
+    }:
         raise ValueError(f"{path} is incomplete; read the document again")

@@ -26,12 +26,22 @@ class Template:
         """Return the text of a conversation, ready for the next answer. Raises ValueError if the template fails."""
         if len(self.source.encode("utf-8", "replace")) > MOST:
             raise self.error(f"it is larger than {MOST:,} bytes")
-        job = {"source": self.source, "messages": messages, "variables": {**self.tokens, **variables}}
+        job = {
+            "source": self.source,
+            "messages": messages,
+            "variables": {**self.tokens, **variables},
+        }
         job = {"seconds": SECONDS, "job": job}
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONSAFEPATH": "1",
+        }
         command, data = [sys.executable, __file__], json.dumps(job).encode()
         try:
-            done = subprocess.run(command, input=data, capture_output=True, env=env, timeout=6 * SECONDS, check=False)
+            done = subprocess.run(
+                command, input=data, capture_output=True, env=env, timeout=6 * SECONDS, check=False
+            )
             answer = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError):
             raise self.error(f"it took more than {SECONDS} s or more memory than it may") from None
@@ -40,7 +50,9 @@ class Template:
         return answer["text"]
 
     def error(self, what: str) -> ValueError:
-        return ValueError(f"{self.path}: the chat template cannot be used: {what}; give the prompt as it is with --raw")
+        return ValueError(
+            f"{self.path}: the chat template cannot be used: {what}; give the prompt as it is with --raw"
+        )
 
 
 def read_template(folder: Path, settings: dict) -> Template | None:
@@ -58,7 +70,9 @@ def read_template(folder: Path, settings: dict) -> Template | None:
     else:
         path = folder / "tokenizer_config.json"
     if isinstance(source, list):
-        named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
+        named = {
+            str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)
+        }
         source = named.get("default")
         wrong = "" if source else f"of {len(named)} templates, none is the default"
     if not wrong and not source:
@@ -67,9 +81,14 @@ def read_template(folder: Path, settings: dict) -> Template | None:
         wrong = f"it is of type {type(source).__name__}, not text"
     if wrong:  # raised when the template is used; --raw does not use it
         source = f"{{{{ raise_exception('{wrong}') }}}}"
-    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()
-              if key.endswith("_token")}  # fmt: skip
-    return Template(path, source, {key: value for key, value in tokens.items() if isinstance(value, str)})
+    tokens = {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key.endswith("_token")
+    }
+    return Template(
+        path, source, {key: value for key, value in tokens.items() if isinstance(value, str)}
+    )
 
 
 def render(source: str, messages: list[dict], variables: dict) -> str:
@@ -79,7 +98,9 @@ def render(source: str, messages: list[dict], variables: dict) -> str:
     from jinja2 import TemplateError, ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(ext.Extension):  # {% generation %} marks answers for training; here it is just its contents
+    class Generation(
+        ext.Extension
+    ):  # {% generation %} marks answers for training; here it is just its contents
         tags = frozenset({"generation"})
 
         def parse(self, parser):
@@ -89,13 +110,32 @@ def render(source: str, messages: list[dict], variables: dict) -> str:
     def raise_exception(message):
         raise TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja2's escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(
+        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+    ):  # jinja2's escapes HTML
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
+    )
     env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **variables}
+    env.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    given = {
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        **variables,
+    }
     text, most = [], MOST + 4 * sum(len(str(message.get("content"))) for message in messages)
     for piece in env.from_string(source).generate(given):
         text.append(piece)

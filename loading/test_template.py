@@ -48,9 +48,14 @@ LLAMA3 = (
 )
 TEMPLATES = {
     "llama3.1": LLAMA3 % "'26 Jul 2024'",
-    "llama3.2": LLAMA3 % "strftime_now('%Y') and '26 Jul 2024' if strftime_now is defined else 'never'",
-    "qwen2.5": CHATML.replace("%s", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "smollm2": CHATML.replace("%s", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    "llama3.2": LLAMA3
+    % "strftime_now('%Y') and '26 Jul 2024' if strftime_now is defined else 'never'",
+    "qwen2.5": CHATML.replace(
+        "%s", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    ),
+    "smollm2": CHATML.replace(
+        "%s", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    ),
     "qwen3": """{%- set ns = namespace(last=messages|length - 1, found=false) %}
 {%- for m in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
@@ -127,29 +132,53 @@ TEMPLATES = {
 }
 TOLD = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 SAID = {  # what the published templates write: family, talk
-    ("llama3.1", "one"): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}<|eot_id|>"
+    (
+        "llama3.1",
+        "one",
+    ): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}<|eot_id|>"
     f"<|start_header_id|>user<|end_header_id|>\n\n{U}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ("llama3.2", "system"): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}{S}<|eot_id|>"
+    (
+        "llama3.2",
+        "system",
+    ): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}{S}<|eot_id|>"
     f"<|start_header_id|>user<|end_header_id|>\n\n{U}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ("llama3.1", "many"): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}<|eot_id|>"
+    (
+        "llama3.1",
+        "many",
+    ): f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{TOLD}<|eot_id|>"
     f"<|start_header_id|>user<|end_header_id|>\n\n{U}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     f"A lot.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{V}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    ("qwen2.5", "one"): "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    (
+        "qwen2.5",
+        "one",
+    ): "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     f"<|im_end|>\n<|im_start|>user\n {U}\n<|im_end|>\n<|im_start|>assistant\n",
-    ("smollm2", "one"): "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    (
+        "smollm2",
+        "one",
+    ): "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     f"<|im_end|>\n<|im_start|>user\n {U}\n<|im_end|>\n<|im_start|>assistant\n",
     ("smollm2", "system"): f"<|im_start|>system\n{S}<|im_end|>\n<|im_start|>user\n{U}<|im_end|>\n"
     "<|im_start|>assistant\n",
     ("qwen3", "one"): f"<|im_start|>user\n {U}\n<|im_end|>\n<|im_start|>assistant\n",
-    ("qwen3", "thought"): f"<|im_start|>user\n{U}<|im_end|>\n<|im_start|>assistant\nA lot.<|im_end|>\n"
+    (
+        "qwen3",
+        "thought",
+    ): f"<|im_start|>user\n{U}<|im_end|>\n<|im_start|>assistant\nA lot.<|im_end|>\n"
     f"<|im_start|>user\n{V}<|im_end|>\n<|im_start|>assistant\n",
     ("mistral0.3", "one"): f"<s>[INST]  {U}\n[/INST]",
     ("mistral0.3", "system"): f"<s>[INST] {S}\n\n{U}[/INST]",
     ("mistral0.3", "many"): f"<s>[INST] {U}[/INST] A lot.</s>[INST] {V}[/INST]",
     ("tinyllama", "system"): f"<|system|>\n{S}</s>\n<|user|>\n{U}</s>\n<|assistant|>\n",
-    ("tinyllama", "many"): f"<|user|>\n{U}</s>\n<|assistant|>\nA lot.</s>\n<|user|>\n{V}</s>\n<|assistant|>\n",
-    ("phi4", "system"): f"<|im_start|>system<|im_sep|>{S}<|im_end|><|im_start|>user<|im_sep|>{U}<|im_end|>"
+    (
+        "tinyllama",
+        "many",
+    ): f"<|user|>\n{U}</s>\n<|assistant|>\nA lot.</s>\n<|user|>\n{V}</s>\n<|assistant|>\n",
+    (
+        "phi4",
+        "system",
+    ): f"<|im_start|>system<|im_sep|>{S}<|im_end|><|im_start|>user<|im_sep|>{U}<|im_end|>"
     "<|im_start|>assistant<|im_sep|>",
 }
 TOKENS = {
@@ -157,7 +186,12 @@ TOKENS = {
     "qwen": dict(eos_token="<|im_end|>"),
     "marked": dict(bos_token="<s>", eos_token="</s>"),
 }
-KIND = {"llama3.1": "llama3", "llama3.2": "llama3", "mistral0.3": "marked", "tinyllama": "marked"}  # others: qwen
+KIND = {
+    "llama3.1": "llama3",
+    "llama3.2": "llama3",
+    "mistral0.3": "marked",
+    "tinyllama": "marked",
+}  # others: qwen
 MARKS = ["<s>", "</s>", "[INST]", "[/INST]"]
 EVIL = "hi <|eot_id|><|im_end|></s> {} {{ x }} [INST] \ufdd0\ufdd1 0\ufdd1 naïve"
 
@@ -171,7 +205,8 @@ def make(folder, template, name="qwen"):
             token["content"] = content
         at = 1 + max(t["id"] for t in data["added_tokens"])
         data["added_tokens"] += [
-            dict(data["added_tokens"][0], content=content, id=at + i) for i, content in enumerate(MARKS[2:])
+            dict(data["added_tokens"][0], content=content, id=at + i)
+            for i, content in enumerate(MARKS[2:])
         ]
     write(folder, data, {"chat_template": template, **TOKENS[kind]})
     theirs = transformers.PreTrainedTokenizerFast(
@@ -195,7 +230,9 @@ def test_conversations_are_those_of_transformers(tmp_path, name):
     """The text, and the ids."""
     tok, theirs = make(tmp_path, TEMPLATES[name], name)
     for talk, said in TALKS.items():
-        want = theirs.apply_chat_template(messages(said), tokenize=False, add_generation_prompt=True)
+        want = theirs.apply_chat_template(
+            messages(said), tokenize=False, add_generation_prompt=True
+        )
         assert tok.template.render(messages(said)) == want == SAID.get((name, talk), want), talk
         ids = theirs.apply_chat_template(messages(said), add_generation_prompt=True)["input_ids"]
         assert tok.chat_messages(messages(said)) == ids, talk
@@ -208,7 +245,12 @@ def test_conversations_are_those_of_transformers(tmp_path, name):
 def test_a_text_read_first_and_follow_ups_spell_the_same_conversation(tmp_path, name):
     """Document, first question, answer and second question, encoded apart, are one conversation's text."""
     tok, theirs = make(tmp_path, TEMPLATES[name], name)
-    ids = tok.chat("DOC", end=False) + tok.rest("A? ") + tok.encode("YES") + tok.chat("B?", begin=False)
+    ids = (
+        tok.chat("DOC", end=False)
+        + tok.rest("A? ")
+        + tok.encode("YES")
+        + tok.chat("B?", begin=False)
+    )
     talk = [("user", "DOC\n\nA? "), ("assistant", "YES"), ("user", "B?")]
     want = theirs.apply_chat_template(messages(talk), tokenize=False, add_generation_prompt=True)
     assert shown(tok, ids) == (want.replace("] YES", "]YES") if name == "mistral0.3" else want)
@@ -234,14 +276,23 @@ def test_an_empty_system_text_takes_the_place_of_the_template_s_own(tmp_path):
     assert tok.chat(U) == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
 
 
-@pytest.mark.parametrize("source, whose", [
-    ("{{ 'hello' }}", "user"), ("{{ '' }}", "user"),
-    ("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}", "system"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, whose",
+    [
+        ("{{ 'hello' }}", "user"),
+        ("{{ '' }}", "user"),
+        (
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+            "system",
+        ),
+    ],
+)
 def test_a_template_that_drops_a_text_is_refused(tmp_path, source, whose):
     tok, _ = make(tmp_path, source, "smollm2")
     tok.system = S
-    with pytest.raises(ValueError, match=f"does not write the {whose} message" if whose == "system" else "message"):
+    with pytest.raises(
+        ValueError, match=f"does not write the {whose} message" if whose == "system" else "message"
+    ):
         tok.chat(U)
 
 
@@ -249,7 +300,9 @@ def test_a_template_that_drops_a_text_is_refused(tmp_path, source, whose):
 def test_thinking_can_be_turned_off(tmp_path, name):
     tok, theirs = make(tmp_path, TEMPLATES[name], name)
     talk = messages(TALKS["one"])
-    want = theirs.apply_chat_template(talk, add_generation_prompt=True, enable_thinking=False)["input_ids"]
+    want = theirs.apply_chat_template(talk, add_generation_prompt=True, enable_thinking=False)[
+        "input_ids"
+    ]
     assert tok.chat_messages(talk, enable_thinking=False) == want != tok.chat_messages(talk)
     tok.variables = {"enable_thinking": False}
     assert tok.chat(talk[0]["content"]) == want
@@ -260,7 +313,11 @@ def test_a_template_is_found_where_checkpoints_keep_it(tmp_path, where):
     template = "{{ messages[0].content }} and {{ bos_token }}"
     named = [{"name": "tools", "template": "tools"}, {"name": "default", "template": template}]
     config = {"config": template, "list": named, "jinja": "of old"}[where]
-    write(tmp_path, trained("llama3").to_str().encode(), {"chat_template": config, "bos_token": {"content": "<s>"}})
+    write(
+        tmp_path,
+        trained("llama3").to_str().encode(),
+        {"chat_template": config, "bos_token": {"content": "<s>"}},
+    )
     if where == "jinja":
         (tmp_path / "chat_template.jinja").write_text(template)
     tok = tokenizer.load(tmp_path)
@@ -277,7 +334,12 @@ def test_sentencepiece_puts_spaces_where_hugging_face_does(tmp_path, legacy):
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
     blob = (DATA / "llama2/tokenizer.model").read_bytes()
-    config = {"chat_template": TEMPLATES["mistral0.3"], "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
+    config = {
+        "chat_template": TEMPLATES["mistral0.3"],
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "legacy": legacy,
+    }
     config["added_tokens_decoder"] = {
         str(32000 + i): {"content": mark, "special": True} for i, mark in enumerate(MARKS[2:])
     }
@@ -291,17 +353,30 @@ def test_sentencepiece_puts_spaces_where_hugging_face_does(tmp_path, legacy):
         if (left := piece[:n]) in vocab and (right := piece[n:]) in vocab
     )
     theirs = Tokenizer(
-        models.BPE(vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab,
+            [pair[3:] for pair in pairs],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     theirs.add_special_tokens([AddedToken(mark, normalized=False) for mark in [*MARKS, "<unk>"]])
     if legacy:
-        theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        theirs.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         theirs.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     for talk in (TALKS["one"], TALKS["system"], TALKS["many"]):
         text = tok.template.render(messages(talk))
-        assert tok.chat_messages(messages(talk)) == theirs.encode(text, add_special_tokens=False).ids
-        assert theirs.encode(text[3:], add_special_tokens=False).ids == tok.chat_messages(messages(talk))[1:]
+        assert (
+            tok.chat_messages(messages(talk)) == theirs.encode(text, add_special_tokens=False).ids
+        )
+        assert (
+            theirs.encode(text[3:], add_special_tokens=False).ids
+            == tok.chat_messages(messages(talk))[1:]
+        )
     ids = tok.chat("DOC", end=False) + tok.rest("A?")
     assert ids == theirs.encode("<s>[INST] DOC\n\nA?[/INST]", add_special_tokens=False).ids
 
@@ -311,7 +386,9 @@ def test_white_space_beside_some_special_tokens_belongs_to_them(tmp_path, side):
     """`rstrip`, as of Phi-3's tokens."""
     make(tmp_path, TEMPLATES["qwen2.5"])
     data = json.loads((tmp_path / "tokenizer.json").read_text())
-    data["added_tokens"] = [dict(token, **{side: token["special"]}) for token in data["added_tokens"]]
+    data["added_tokens"] = [
+        dict(token, **{side: token["special"]}) for token in data["added_tokens"]
+    ]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=TEMPLATES["qwen2.5"]
@@ -353,7 +430,9 @@ def test_a_template_that_cannot_be_used_is_one_line(tmp_path, words, monkeypatch
     with pytest.raises(ValueError) as error:
         tok.chat("hi", end=words != "once and as it is")
     message = str(error.value)
-    assert words in message and "\n" not in message and "--raw" in message and str(tmp_path) in message, message
+    assert (
+        words in message and "\n" not in message and "--raw" in message and str(tmp_path) in message
+    ), message
 
 
 def test_a_template_in_a_file_is_utf8_whatever_the_locale(tmp_path):
@@ -362,29 +441,41 @@ def test_a_template_in_a_file_is_utf8_whatever_the_locale(tmp_path):
     path.write_bytes("naïve 語 {{ messages[0].content }}".encode())
     code = f"import tokenizer as t, pathlib as p; print(ascii(t.load(p.Path({str(tmp_path)!r})).template.source))"
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True
+    )
     assert run.stdout.strip() == ascii(path.read_bytes().decode()), run.stderr
     assert tokenizer.load(tmp_path).chat("A") == ours("llama3").encode("naïve 語 A")
     path.write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(ValueError, match="not UTF-8 at byte 2; give the prompt as it is with --raw"):
+    with pytest.raises(
+        ValueError, match="not UTF-8 at byte 2; give the prompt as it is with --raw"
+    ):
         tokenizer.load(tmp_path).chat("A")
 
 
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ m.content }}"
-    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-    "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': '<é>', 'a': [1]} | tojson(sort_keys=true) }}"
-    "{{ {'b': '<é>', 'a': [1]} | tojson(ensure_ascii=true, separators=(',', ':')) }}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ m.content }}"
+        "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
+        "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': '<é>', 'a': [1]} | tojson(sort_keys=true) }}"
+        "{{ {'b': '<é>', 'a': [1]} | tojson(ensure_ascii=true, separators=(',', ':')) }}",
+    ],
+)
 def test_what_templates_may_call_gives_what_it_gives_in_transformers(tmp_path, template):
     """{% break %} and {% continue %}; the arguments of tojson, which escapes no HTML."""
     tok, theirs = make(tmp_path, template)
     talk = messages([("user", "<b>é"), ("assistant", "B"), ("user", "C"), ("user", "D")])
-    assert tok.template.render(talk) == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert tok.template.render(talk) == theirs.apply_chat_template(
+        talk, tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_nested_too_deep_is_one_line_too(tmp_path):
-    for source in ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 3000 + "{% endif %}" * 3000):
+    for source in (
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+    ):
         with pytest.raises(ValueError, match="--raw"):
             Template(Path("chat"), source, {}).render([])
 

@@ -19,39 +19,77 @@ import tokenizer
 from loading import encoders, vocabulary
 from test_slim import DATA, HERE, needs_data
 
-HARD = ["", " ", "\n", "  a", "a  ", "\t\n x", "don't WON'T", "1234567 12", "naïve e\u0301 \u212b ﬁ",
-        "日本語テキスト",
-        "😀👨\u200d👩\u200d👧 🇫🇷",
-        "<|eot_id|><s></s>", "def f(x):\n    return x\r\n\r\n", "\0\x7f\u00a0\ufeff", "a\u3000b  \n c",
-        "x 1  2\t\n3 '4's don'5t 66²Ⅷ  ½ ", "=\x04(\x06\" \x06 a\x13b\x1d\x141 \U000412340'\x04s ( \x16 \x04",
-        "тест\x04 т(т)", "\U00012658\x13     \U00012658\x13"]  # fmt: skip
+HARD = [
+    "",
+    " ",
+    "\n",
+    "  a",
+    "a  ",
+    "\t\n x",
+    "don't WON'T",
+    "1234567 12",
+    "naïve e\u0301 \u212b ﬁ",
+    "日本語テキスト",
+    "😀👨\u200d👩\u200d👧 🇫🇷",
+    "<|eot_id|><s></s>",
+    "def f(x):\n    return x\r\n\r\n",
+    "\0\x7f\u00a0\ufeff",
+    "a\u3000b  \n c",
+    "x 1  2\t\n3 '4's don'5t 66²Ⅷ  ½ ",
+    "=\x04(\x06\" \x06 a\x13b\x1d\x141 \U000412340'\x04s ( \x16 \x04",
+    "тест\x04 т(т)",
+    "\U00012658\x13     \U00012658\x13",
+]
 SOME = " \n\r\t'sStTab1290.!é😀\u0301\u3000日²½\x04\x1d\U00041234"
 TEXTS = st.one_of(st.text(max_size=60), st.text(st.sampled_from(SOME), max_size=40))
-KINDS = ["gpt2", "llama3", "qwen", "smollm2", "tekken", "o200k"]  # SmolLM3, Phi-4: llama3; Qwen3: qwen
+KINDS = [
+    "gpt2",
+    "llama3",
+    "qwen",
+    "smollm2",
+    "tekken",
+    "o200k",
+]  # SmolLM3, Phi-4: llama3; Qwen3: qwen
 relaxed = hypothesis_settings(max_examples=150, deadline=None)
 
 
 @functools.cache
 def trained(kind):
     """A small byte-level BPE trained here by the `tokenizers` library: the reference for tokenizer.json."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     splits = dict(zip(("llama3", "qwen", "tekken", "o200k"), vocabulary.SPLITS))
     if split := splits.get(kind):
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(split), "isolated"), byte_level]
+        )
     if kind == "qwen":
         tok.normalizer = normalizers.NFC()
     chatml = kind in ("qwen", "smollm2")
     llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     special = ["<|im_start|>", "<|im_end|>"] if chatml else llama3
-    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<SPECIAL_5>"] if kind == "tekken" else special
+    special = (
+        ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<SPECIAL_5>"]
+        if kind == "tekken"
+        else special
+    )
     corpus = [
         (HERE / "test_slim.py").read_text(),
         *HARD * 3,
-        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n" * 20,
+        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n"
+        * 20,
     ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind == "smollm2":  # knows the bytes it was trained on and no others
@@ -65,19 +103,34 @@ def trained(kind):
             initial_alphabet=alphabet,
         ),
     )
-    if kind == "qwen":  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
+    if (
+        kind == "qwen"
+    ):  # as in Qwen2.5: after the vocabulary, some of them matched in text but not special
         tok.add_special_tokens(special)
-        tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<tool>", "<tool><tool>", "</tool>")])
+        tok.add_tokens(
+            [
+                AddedToken(t, special=False, normalized=False)
+                for t in ("<tool>", "<tool><tool>", "</tool>")
+            ]
+        )
     elif kind == "tekken":
-        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tok.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     elif not chatml:
         bos = ("<|begin_of_text|>", tok.token_to_id("<|begin_of_text|>"))
-        template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
+        template = processors.TemplateProcessing(
+            single="<|begin_of_text|> $A", special_tokens=[bos]
+        )
         tok.post_processor = (
-            processors.Sequence([processors.ByteLevel(trim_offsets=False), template]) if kind == "llama3" else template
+            processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+            if kind == "llama3"
+            else template
         )
     if kind == "smollm2":  # only now, so that there are merges of digits that must not be used
-        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), tok.pre_tokenizer])
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), tok.pre_tokenizer]
+        )
     tok.encode_special_tokens = True  # specials in text are text, as here
     return tok
 
@@ -122,14 +175,19 @@ def by_reference(kind, text):
 
 
 def all_kinds():
-    return [ours(kind) for kind in KINDS] + ([real(name) for name in ("llama3", "llama2")] if DATA.is_dir() else [])
+    return [ours(kind) for kind in KINDS] + (
+        [real(name) for name in ("llama3", "llama2")] if DATA.is_dir() else []
+    )
 
 
 @needs_data
 @pytest.mark.parametrize("name, golden", [("llama3", "llama3-bpe"), ("llama2", "llama2-spm")])
 def test_ids_are_the_goldens(name, golden):
     texts = (DATA / f"goldens/{golden}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-    want = [list(map(int, line.split())) for line in (DATA / f"goldens/{golden}.out").read_text().splitlines()]
+    want = [
+        list(map(int, line.split()))
+        for line in (DATA / f"goldens/{golden}.out").read_text().splitlines()
+    ]
     assert len(want) == 46 and [real(name).encode(text) for text in texts[:46]] == want
 
 
@@ -146,19 +204,27 @@ def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
     tok, reference = ours(kind), trained(kind)
     bos = {"qwen": None, "smollm2": None, "tekken": "<s>"}.get(kind, "<|begin_of_text|>")
     assert tok.bos_id == (bos and reference.token_to_id(bos))
-    assert tok.special == {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.special}
+    assert tok.special == {
+        t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.special
+    }
     assert tok.vocab_size == reference.get_vocab_size() and tok.bytes(tok.vocab_size + 5) == b""
 
 
 def random_text(rng):
     """Some 30 characters: words, white space and punctuation as in text, and anything in Unicode."""
-    words = "don't It'LL McDonald iPHONE's naïve e\u0301 語。 тест x_y <|im_end|> [INST] </s>".split()
+    words = (
+        "don't It'LL McDonald iPHONE's naïve e\u0301 語。 тест x_y <|im_end|> [INST] </s>".split()
+    )
     draws = (
         lambda: rng.choice(SOME),
         lambda: rng.choice(" \n") * rng.randrange(1, 4),
         lambda: rng.choice(words),
         lambda: str(rng.randrange(10 ** rng.randrange(1, 9))),
-        lambda: chr(rng.choice((rng.randrange(1, 0x250), rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)))),
+        lambda: chr(
+            rng.choice(
+                (rng.randrange(1, 0x250), rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000))
+            )
+        ),
     )
     return "".join(rng.choice(draws)() for _ in range(rng.randrange(1, 16)))
 
@@ -172,7 +238,11 @@ def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
     else:
         name = kind.removesuffix(".json")
         tok, reference = ours(name), trained(name)
-        tok = tokenizer.load(write(tmp_path, as_tekken(reference), name="tekken.json")) if kind != name else tok
+        tok = (
+            tokenizer.load(write(tmp_path, as_tekken(reference), name="tekken.json"))
+            if kind != name
+            else tok
+        )
     for _ in range(int(os.environ.get("SLIM_STRINGS", "500"))):
         text = random_text(rng)
         if kind == "sentencepiece":  # adds a space, where Hugging Face lets one that leads be it
@@ -182,19 +252,37 @@ def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
 
 def as_tekken(reference):
     """A trained tokenizer in the layout of Mistral's tekken.json; the last special token has no name there."""
-    special = {t.content: i for i, t in reference.get_added_tokens_decoder().items() if t.content != "<SPECIAL_5>"}
+    special = {
+        t.content: i
+        for i, t in reference.get_added_tokens_decoder().items()
+        if t.content != "<SPECIAL_5>"
+    }
     vocab = sorted((i, token) for token, i in reference.get_vocab().items() if i >= 6)
-    tokens = [base64.b64encode(bytes(vocabulary.BYTE_OF[c] for c in token)).decode() for _, token in vocab]
-    config = {"pattern": vocabulary.TEKKEN_SPLIT, "default_vocab_size": 6 + len(vocab), "default_num_special_tokens": 6}
+    tokens = [
+        base64.b64encode(bytes(vocabulary.BYTE_OF[c] for c in token)).decode() for _, token in vocab
+    ]
+    config = {
+        "pattern": vocabulary.TEKKEN_SPLIT,
+        "default_vocab_size": 6 + len(vocab),
+        "default_num_special_tokens": 6,
+    }
     return {
         "config": config,
-        "vocab": [{"rank": i, "token_bytes": t, "token_str": None} for i, t in enumerate([*tokens, "YQ=="])],
-        "special_tokens": [{"rank": i, "token_str": token, "is_control": True} for token, i in special.items()],
+        "vocab": [
+            {"rank": i, "token_bytes": t, "token_str": None}
+            for i, t in enumerate([*tokens, "YQ=="])
+        ],
+        "special_tokens": [
+            {"rank": i, "token_str": token, "is_control": True} for token, i in special.items()
+        ],
     }
 
 
 def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
-    tok, same = tokenizer.load(write(tmp_path, as_tekken(trained("tekken")), name="tekken.json")), ours("tekken")
+    tok, same = (
+        tokenizer.load(write(tmp_path, as_tekken(trained("tekken")), name="tekken.json")),
+        ours("tekken"),
+    )
     assert (tok.special, tok.bos_id, tok.vocab_size) == (same.special, same.bos_id, same.vocab_size)
     for word, spoil in {
         "names no special tokens": lambda d: d.pop("special_tokens"),
@@ -213,12 +301,24 @@ def sentencepieces(folder, **config):
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-    corpus = [line for line in (*(HERE / "test_slim.py").read_text().splitlines(), *HARD * 3) if "\0" not in line]
+    corpus = [
+        line
+        for line in (*(HERE / "test_slim.py").read_text().splitlines(), *HARD * 3)
+        if "\0" not in line
+    ]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=900,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-        allow_whitespace_only_pieces=True, control_symbols=["[INST]", "[/INST]"], minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=900,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        control_symbols=["[INST]", "[/INST]"],
+        minloglevel=2,
+    )
     blob = (folder / "tokenizer.model").read_bytes()
     model = sentencepiece.SentencePieceProcessor(model_proto=blob)
     vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
@@ -228,13 +328,17 @@ def sentencepieces(folder, **config):
         for n in range(1, len(piece))
         if (left := piece[:n]) in vocab and (right := piece[n:]) in vocab
     )
-    bpe = models.BPE(vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    bpe = models.BPE(
+        vocab, [pair[3:] for pair in pairs], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
     reference = Tokenizer(bpe)
     special = [name for name, i in vocab.items() if model.is_control(i) or model.is_unknown(i)]
     reference.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     reference.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     reference.encode_special_tokens = True
-    return tokenizer.load(write(folder, blob, {"legacy": False} | config, "tokenizer.model")), reference
+    return tokenizer.load(
+        write(folder, blob, {"legacy": False} | config, "tokenizer.model")
+    ), reference
 
 
 ADDED = {"<|user|>": 900, "<|end|>": 901}
@@ -245,18 +349,30 @@ def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, n
     """transformers 5 writes no added_tokens_decoder; without its tokens a template's marks would be spelled out."""
     from loading.config import named_end
 
-    tokens = [{"content": content, "rstrip": content == "<|end|>", "id": i} for content, i in ADDED.items()]
+    tokens = [
+        {"content": content, "rstrip": content == "<|end|>", "id": i}
+        for content, i in ADDED.items()
+    ]
     decoder = {str(token["id"]): token for token in tokens}
-    config = {"eos_token": "<|end|>"} | ({"added_tokens_decoder": decoder} if name == "tokenizer_config.json" else {})
+    config = {"eos_token": "<|end|>"} | (
+        {"added_tokens_decoder": decoder} if name == "tokenizer_config.json" else {}
+    )
     sentencepieces(tmp_path, **config)
     if name != "tokenizer_config.json":
         write(tmp_path, {"added_tokens": tokens} if name == "tokenizer.json" else ADDED, name=name)
     tok = tokenizer.load(tmp_path)
-    assert ADDED.items() <= tok.special.items() and tok.vocab_size == 902 and named_end(tmp_path) == {901}
+    assert (
+        ADDED.items() <= tok.special.items()
+        and tok.vocab_size == 902
+        and named_end(tmp_path) == {901}
+    )
     assert tok.v.rstrip == (set() if name == "added_tokens.json" else {"<|end|>"})
     for id in (-1, None, "x"):
         wrong = [{"content": "<|user|>", "id": id}]
-        wrong = {"tokenizer.json": {"added_tokens": wrong}, "added_tokens.json": {"<|user|>": id}}.get(name)
+        wrong = {
+            "tokenizer.json": {"added_tokens": wrong},
+            "added_tokens.json": {"<|user|>": id},
+        }.get(name)
         wrong = wrong or config | {"added_tokens_decoder": {str(id): tokens[0]}}
         refused(write(tmp_path, wrong, name=name), "added tokens", name)
 
@@ -268,7 +384,9 @@ def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_
     char = {b: c for c, b in vocabulary.BYTE_OF.items()}
     lines = (line.split() for line in (DATA / "llama3/tokenizer.model").read_bytes().splitlines())
     vocab = {"".join(char[b] for b in base64.b64decode(t)): int(i) for t, i in lines}
-    pairs = [(t[:k], t[k:]) for t in vocab for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab]
+    pairs = [
+        (t[:k], t[k:]) for t in vocab for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab
+    ]
     data = json.loads(trained("llama3").to_str())
     data["model"] |= {
         "vocab": vocab,
@@ -300,22 +418,30 @@ def test_cuts_of_a_long_text_do_not_show_in_the_ids(kind, monkeypatch):
     text = "".join(rng.choice(some) + rng.choice(["", "a ", " 7\n", "語、"]) for _ in range(3000))
     monkeypatch.setattr(encoders, "PIECE", 70)
     pieces = list(encoders._pieces(text))
-    assert len(pieces) > 400 and all(len(piece) < 70 for piece in pieces)  # 70 would be a cut by force
+    assert len(pieces) > 400 and all(
+        len(piece) < 70 for piece in pieces
+    )  # 70 would be a cut by force
     assert ours(kind).encode(text) == by_reference(kind, text)
 
 
 def test_only_runs_beyond_the_limit_are_cut():
     for text in ("a" * 25_000 + " b", " " * 25_000 + "b"):
-        assert list(encoders._pieces(text)) == [text] and ours("llama3").encode(text) == by_reference("llama3", text)
+        assert list(encoders._pieces(text)) == [text] and ours("llama3").encode(
+            text
+        ) == by_reference("llama3", text)
     for char in "a \n":
         assert list(map(len, encoders._pieces(char * 60_000 + "b 1"))) == [25_000, 25_000, 10_003]
 
 
-@pytest.mark.parametrize("text", [part * (10**6 // len(part)) for part in ("a", " ", "\n", "\r\n \t", "日", "a\x04")])
+@pytest.mark.parametrize(
+    "text", [part * (10**6 // len(part)) for part in ("a", " ", "\n", "\r\n \t", "日", "a\x04")]
+)
 def test_a_megabyte_of_anything_goes_there_and_back(text):
     """Uncut, a megabyte of spaces crashes the regex engine."""
     for tok in all_kinds():
-        assert tok.decode(tok.encode(text)) == (without_lost(text).decode() if tok is ours("smollm2") else text)
+        assert tok.decode(tok.encode(text)) == (
+            without_lost(text).decode() if tok is ours("smollm2") else text
+        )
 
 
 @relaxed
@@ -329,14 +455,18 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
             want = without_lost(text).decode(errors="replace")
         assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.dummy_prefix else want)
         assert not set(ids) & set(tok.special.values())
-        assert "".join(tok.stream(iter(ids))) == " " * (tok.dummy_prefix and bool(ids)) + tok.decode(ids)
+        assert "".join(tok.stream(iter(ids))) == " " * (
+            tok.dummy_prefix and bool(ids)
+        ) + tok.decode(ids)
         if tok is ours("smollm2") and want.encode() != without_lost(text):
             continue  # half a character is left, so pieces are not whole
         out = []
 
         def feed():
             held = b""
-            for i in ids:  # what is out before the next id is all that those before hold in whole characters
+            for i in (
+                ids
+            ):  # what is out before the next id is all that those before hold in whole characters
                 so_far = "".join(out).encode()
                 assert held.startswith(so_far) and len(held) - len(so_far) < 4
                 yield i
@@ -348,25 +478,47 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
 
 def test_a_stream_waits_for_the_rest_of_a_character_and_flushes():
     tok = ours("gpt2")
-    ids = [i for b in "é😀".encode() for i, piece in tok.encoder.pieces.items() if piece == bytes([b])]
+    ids = [
+        i for b in "é😀".encode() for i, piece in tok.encoder.pieces.items() if piece == bytes([b])
+    ]
     assert list(tok.stream(iter(ids))) == ["é", "😀"]
     assert list(tok.stream(iter(ids[:-1]))) == ["é", "\ufffd"] and tok.decode(ids[:-1]) == "é\ufffd"
-    assert next(tok.stream(i for i in [*ids[:2], None])) == "é"  # out before the next id is asked for
+    assert (
+        next(tok.stream(i for i in [*ids[:2], None])) == "é"
+    )  # out before the next id is asked for
 
 
 def refused(folder, *words):
     with pytest.raises(ValueError) as error:
         tokenizer.load(folder)
     message = str(error.value)
-    assert type(error.value) is ValueError and "\n" not in message and str(folder) in message, message
+    assert type(error.value) is ValueError and "\n" not in message and str(folder) in message, (
+        message
+    )
     assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-@pytest.mark.parametrize("blob", [b"", b"\n", b"{", b"[]", b"{}", b"null", b"\xff\xfe\0", b"version https://git-lfs",
-                                  b"YQ== 0\n", b"YQ== x\n", b"YQ 0\n",
-                                  b'{"a":' * 100_000, b'{"model": 3}',
-                                  b"\n\x0e\n\x05<unk>", b'{"model": {"vocab": [], "merges": {}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "blob",
+    [
+        b"",
+        b"\n",
+        b"{",
+        b"[]",
+        b"{}",
+        b"null",
+        b"\xff\xfe\0",
+        b"version https://git-lfs",
+        b"YQ== 0\n",
+        b"YQ== x\n",
+        b"YQ 0\n",
+        b'{"a":' * 100_000,
+        b'{"model": 3}',
+        b"\n\x0e\n\x05<unk>",
+        b'{"model": {"vocab": [], "merges": {}}}',
+    ],
+)
 def test_a_garbage_tokenizer_is_refused(tmp_path, name, blob):
     refused(write(tmp_path, blob, name=name), name)
 
@@ -384,7 +536,12 @@ def test_a_truncated_tokenizer_is_refused(tmp_path, name):
 
 def digits_first(individual_digits=True, use_regex=True):
     digits = {"type": "Digits", "individual_digits": individual_digits}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
     return {"type": "Sequence", "pretokenizers": [digits, byte_level]}
 
 
@@ -393,24 +550,34 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "sentencepiece": lambda d: d["model"].update(byte_fallback=True),
     "Metaspace": lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"}),
     "NFKC": lambda d: d.update(normalizer={"type": "NFKC"}),
-    "add_prefix_space": lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-    "another split": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "another split"}),
+    "add_prefix_space": lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(
+        add_prefix_space=True
+    ),
+    "another split": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(
+        pattern={"Regex": "another split"}
+    ),
     "individual_digits": lambda d: d.update(pre_tokenizer=digits_first(individual_digits=False)),
     "use_regex": lambda d: d.update(pre_tokenizer=digits_first(use_regex=False)),
     "dropout": lambda d: d["model"].update(dropout=0.1),
     "merge order": lambda d: d["model"]["merges"].reverse(),
     "no merge": lambda d: d["model"]["merges"].pop(),
-    "256 single bytes": lambda d: d["model"]["vocab"].pop("\u0100") and d["model"].update(unk_token="!"),
+    "256 single bytes": lambda d: (
+        d["model"]["vocab"].pop("\u0100") and d["model"].update(unk_token="!")
+    ),
     "twice": lambda d: d["model"]["vocab"].update({"\u0100": d["model"]["vocab"]["!"]}),
     "an id twice": lambda d: d["added_tokens"][1].update(id=d["added_tokens"][0]["id"]),
     "not a pair": lambda d: d["model"]["merges"].append(["a"]),
-    "lstrip": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], special=False, lstrip=True)),
+    "lstrip": lambda d: d["added_tokens"].append(
+        dict(d["added_tokens"][0], special=False, lstrip=True)
+    ),
     "laid out": lambda d: d.update(added_tokens=[3]),
     "without a name": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], content="")),
     "that is none of them": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
         "<|begin_of_text|>"
     ].update(ids=[-1]),
-    "IndexError": lambda d: d["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"].update(ids=[]),
+    "IndexError": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
+        "<|begin_of_text|>"
+    ].update(ids=[]),
 }
 
 

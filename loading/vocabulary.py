@@ -42,23 +42,44 @@ LLAMA3_SPECIAL = {
     9: "eot_id",
     10: "python_tag",
 }
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as themselves
-BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
-TO_BYTES = dict.fromkeys(range(256), 0x10FFFF) | {ord(c): b for c, b in BYTE_OF.items()}  # others cannot be encoded
+PRINTABLE = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+]  # GPT-2 writes these bytes as themselves
+BYTE_OF = dict(
+    zip(
+        map(chr, [*PRINTABLE, *range(256, 324)]),
+        [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})],
+    )
+)
+TO_BYTES = dict.fromkeys(range(256), 0x10FFFF) | {
+    ord(c): b for c, b in BYTE_OF.items()
+}  # others cannot be encoded
 
 
 @dataclass
 class Vocabulary:
     special: dict[str, int]  # tokens that no text gives
     bos_id: int | None
-    ranks: dict[bytes, int] = field(default_factory=dict)  # of a byte-level BPE: its ids, which rise with the merges
+    ranks: dict[bytes, int] = field(
+        default_factory=dict
+    )  # of a byte-level BPE: its ids, which rise with the merges
     split: str = ""  # the regular expression that cuts text into words
     nfc: bool = False
-    added: dict[str, int] = field(default_factory=dict)  # tokens that are not special: text gives them too
+    added: dict[str, int] = field(
+        default_factory=dict
+    )  # tokens that are not special: text gives them too
     proto: bytes = b""  # a sentencepiece model instead
-    legacy: bool = False  # sentencepiece puts a space after special tokens too, as Llama 2's tokenizer did
-    lstrip: set[str] = field(default_factory=set)  # special tokens that swallow the white space before them
-    rstrip: set[str] = field(default_factory=set)  # and those that swallow the white space after them
+    legacy: bool = (
+        False  # sentencepiece puts a space after special tokens too, as Llama 2's tokenizer did
+    )
+    lstrip: set[str] = field(
+        default_factory=set
+    )  # special tokens that swallow the white space before them
+    rstrip: set[str] = field(
+        default_factory=set
+    )  # and those that swallow the white space after them
 
 
 def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
@@ -68,10 +89,14 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there")
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there"
+        )
     v = _parse(folder, path, path.read_bytes(), settings)
     names = v.special | v.added
-    if not all(isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()) or v.bos_id not in (
+    if not all(
+        isinstance(n, str) and n and type(i) is int and i >= 0 for n, i in names.items()
+    ) or v.bos_id not in (
         None,
         *v.special.values(),
     ):
@@ -88,7 +113,11 @@ def read_settings(folder: Path) -> dict:
     path = folder / "tokenizer_config.json"
     settings = _json(path, path.read_bytes()) if path.is_file() else {}
     if not isinstance(settings.get("add_bos_token"), bool | None):
-        raise _bad(path, f"key 'add_bos_token' is {settings['add_bos_token']!r:.60}", "make it true or false")
+        raise _bad(
+            path,
+            f"key 'add_bos_token' is {settings['add_bos_token']!r:.60}",
+            "make it true or false",
+        )
     return settings
 
 
@@ -113,11 +142,17 @@ def added_tokens(folder: Path, settings: dict) -> dict[int, dict]:
             else:
                 tokens = data["added_tokens_decoder"].items()
             for i, token in tokens:
-                if not token["content"] or not isinstance(token["content"], str) or not str(i).isdecimal():
+                if (
+                    not token["content"]
+                    or not isinstance(token["content"], str)
+                    or not str(i).isdecimal()
+                ):
                     raise TypeError(f"{token['content']!r} with the id {i!r}")
                 found[int(i)] = token
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise _bad(folder / name, f"does not list added tokens as Hugging Face does ({error!r:.100})") from None
+            raise _bad(
+                folder / name, f"does not list added tokens as Hugging Face does ({error!r:.100})"
+            ) from None
     return found
 
 
@@ -151,7 +186,9 @@ def _parse(folder, path, blob, settings):
             data = _json(path, blob)
             return _from_tekken(path, data) if "vocab" in data else _from_json(path, data)
         except (LookupError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
-            raise _bad(path, f"not laid out like a tokenizer.json or tekken.json ({error!r:.100})") from None
+            raise _bad(
+                path, f"not laid out like a tokenizer.json or tekken.json ({error!r:.100})"
+            ) from None
     if blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
         return _from_sentencepiece(folder, path, blob, settings)
     raise _bad(path, f"starts with {blob[:20]!r}, no known tokenizer format")
@@ -163,11 +200,19 @@ def _from_sentencepiece(folder, path, blob, settings):
         names = [model.id_to_piece(i) for i in range(model.vocab_size())]
     except (RuntimeError, UnicodeDecodeError):
         raise _bad(path, "sentencepiece cannot parse it") from None
-    special = {name: i for i, name in enumerate(names) if model.is_control(i) or model.is_unknown(i)}
-    bos_id = model.bos_id() if settings.get("add_bos_token") is not False and model.bos_id() >= 0 else None
+    special = {
+        name: i for i, name in enumerate(names) if model.is_control(i) or model.is_unknown(i)
+    }
+    bos_id = (
+        model.bos_id()
+        if settings.get("add_bos_token") is not False and model.bos_id() >= 0
+        else None
+    )
     tokens = added_tokens(folder, settings)
     special |= {token["content"]: i for i, token in tokens.items() if i >= len(names)}
-    lstrip, rstrip = ({t["content"] for t in tokens.values() if t.get(key)} for key in ("lstrip", "rstrip"))
+    lstrip, rstrip = (
+        {t["content"] for t in tokens.values() if t.get(key)} for key in ("lstrip", "rstrip")
+    )
     legacy = settings.get("legacy") is not False
     return Vocabulary(special, bos_id, proto=blob, legacy=legacy, lstrip=lstrip, rstrip=rstrip)
 
@@ -183,7 +228,9 @@ def _from_tiktoken(path, blob):
     if lost := lost_bytes(ranks):
         raise _bad(path, f"lacks {len(lost)} of the 256 single bytes")
     reserved = iter(range(256))
-    names = [LLAMA3_SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
+    names = [
+        LLAMA3_SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)
+    ]
     special = {f"<|{name}|>": LLAMA3_RANKS + i for i, name in enumerate(names)}
     return Vocabulary(special, LLAMA3_RANKS, ranks, LLAMA3_SPLIT)
 
@@ -208,13 +255,27 @@ def _from_tekken(path, data):
 def _from_json(path, data):
     """Translate a byte-level BPE; what could change ids in a way not known here is refused."""
     model, normalizer, special, added = data["model"], data.get("normalizer"), {}, {}
-    odd = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)}
+    odd = {
+        key: model[key]
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        if model.get(key)
+    }
     if model.get("byte_fallback") or "Metaspace" in str(data.get("pre_tokenizer")):
-        raise _bad(path, "byte_fallback or Metaspace, so made from sentencepiece", "put its tokenizer.model there")
+        raise _bad(
+            path,
+            "byte_fallback or Metaspace, so made from sentencepiece",
+            "put its tokenizer.model there",
+        )
     if model.get("type", "BPE") != "BPE" or odd or normalizer not in (None, {"type": "NFC"}):
-        raise _bad(path, f"model {model.get('type')!s:.60} {odd or ''!s:.60} with normalizer {normalizer!s:.200}", ONLY)
+        raise _bad(
+            path,
+            f"model {model.get('type')!s:.60} {odd or ''!s:.60} with normalizer {normalizer!s:.200}",
+            ONLY,
+        )
     match data.get("pre_tokenizer"):
-        case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
+        case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get(
+            "use_regex", True
+        ):
             split = GPT2_SPLIT
         case {
             "type": "Sequence",
@@ -227,7 +288,12 @@ def _from_json(path, data):
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": split},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         } if split in SPLITS:
@@ -239,13 +305,26 @@ def _from_json(path, data):
         if not token["special"] and flags - (set() if normalizer else {"normalized"}):
             raise _bad(path, f"added token {token['content']!r:.60} with {', '.join(flags)}", ONLY)
         (special if token["special"] else added)[token["content"]] = token["id"]
-    lstrip, rstrip = ({t["content"] for t in data.get("added_tokens") or [] if t[key]} for key in ("lstrip", "rstrip"))
+    lstrip, rstrip = (
+        {t["content"] for t in data.get("added_tokens") or [] if t[key]}
+        for key in ("lstrip", "rstrip")
+    )
     ranks = _ranks(path, model, special.keys() | added)
     lost = lost_bytes(ranks)
-    if lost and (model.get("unk_token") is not None or len(lost) == 256 or split in (TEKKEN_SPLIT, O200K_SPLIT)):
-        raise _bad(path, f"lacks {len(lost)} of the 256 single bytes, unk_token {model.get('unk_token')!r:.60}", ONLY)
+    if lost and (
+        model.get("unk_token") is not None
+        or len(lost) == 256
+        or split in (TEKKEN_SPLIT, O200K_SPLIT)
+    ):
+        raise _bad(
+            path,
+            f"lacks {len(lost)} of the 256 single bytes, unk_token {model.get('unk_token')!r:.60}",
+            ONLY,
+        )
     bos_id = _bos_id(data.get("post_processor"))
-    return Vocabulary(special, bos_id, ranks, split, normalizer is not None, added, lstrip=lstrip, rstrip=rstrip)
+    return Vocabulary(
+        special, bos_id, ranks, split, normalizer is not None, added, lstrip=lstrip, rstrip=rstrip
+    )
 
 
 def _ranks(path, model, added):
@@ -259,7 +338,11 @@ def _ranks(path, model, added):
         raise _bad(path, "ids do not rise in merge order, so they cannot serve as ranks", ONLY)
     names = vocab.keys() & BYTE_OF | {left + right for left, right in pairs}
     if alone := {*vocab, *(part for pair in pairs for part in pair)} - names - added:
-        raise _bad(path, f"{len(alone)} vocabulary entries come from no merge, such as {min(alone)!r:.60}", ONLY)
+        raise _bad(
+            path,
+            f"{len(alone)} vocabulary entries come from no merge, such as {min(alone)!r:.60}",
+            ONLY,
+        )
     return {name.translate(TO_BYTES).encode("latin-1"): vocab[name] for name in names}
 
 

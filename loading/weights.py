@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loading.config import read_json
+from loading.files import read_json
 from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
@@ -31,7 +31,11 @@ class MappedFile:
     def __init__(self, path):
         self.path, self.version = path, stamp(path)
         self.file, self.read = safe_open(path, framework="pt", device="cpu"), math.inf
-        self.keys, self.metadata, self.get_slice = self.file.keys, self.file.metadata, self.file.get_slice
+        self.keys, self.metadata, self.get_slice = (
+            self.file.keys,
+            self.file.metadata,
+            self.file.get_slice,
+        )
 
     def get_tensor(self, name: str) -> Tensor:
         """Return a tensor, mapped, not read yet."""
@@ -55,9 +59,14 @@ def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
         heads, ffn = {"qkv": q + 2 * kv}, {"gate_up": 2 * c.hidden_dim}
     for i in range(c.n_layers):
         p = f"model.layers.{i}."
-        shapes |= {p + "input_layernorm.weight": (c.dim,), p + "post_attention_layernorm.weight": (c.dim,)}
+        shapes |= {
+            p + "input_layernorm.weight": (c.dim,),
+            p + "post_attention_layernorm.weight": (c.dim,),
+        }
         shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in heads.items()}
-        shapes |= {p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in heads.items() if c.qkv_bias}
+        shapes |= {
+            p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in heads.items() if c.qkv_bias
+        }
         shapes |= {p + f"self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk" if c.qk_norm}
         shapes |= {p + "self_attn.o_proj.bias": (c.dim,)} if c.o_bias else {}
         shapes[p + "self_attn.o_proj.weight"] = (c.dim, q)
@@ -92,7 +101,9 @@ def open_shards(folder: Path) -> dict[str, object]:
         try:
             shard = MappedFile(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or not safetensors ({error}); download it again") from None
+            raise ValueError(
+                f"{path} is truncated or not safetensors ({error}); download it again"
+            ) from None
         tensors |= dict.fromkeys(shard.keys(), shard)
     return tensors
 
@@ -100,13 +111,19 @@ def open_shards(folder: Path) -> dict[str, object]:
 def shard_names(index: Path) -> list[str]:
     """Return the files that an index names; raise ValueError for one outside the index's folder."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index}: key 'weight_map' does not map tensor names to file names; download it again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise ValueError(
+            f"{index}: key 'weight_map' does not map tensor names to file names; download it again"
+        )
     names = sorted(set(weight_map.values()))
     for name in names:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name:
-            raise ValueError(f"{index} names {name!r:.60}, outside its folder; only files in that folder are read")
+            raise ValueError(
+                f"{index} names {name!r:.60}, outside its folder; only files in that folder are read"
+            )
     return names
 
 
@@ -115,38 +132,54 @@ def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
     needed, problems = tensor_shapes(c), []
     kinds = ("F64", "F32", "F16", "BF16")
     scales = [name for name in needed if name + SCALE in tensors] if c.tile else []
-    for name, shape in [*needed.items(), *((name + SCALE, scale_shape(needed[name], c.tile)) for name in scales)]:
+    for name, shape in [
+        *needed.items(),
+        *((name + SCALE, scale_shape(needed[name], c.tile)) for name in scales),
+    ]:
         if name not in tensors:
             problems.append(f"missing {name}")
         elif (found := tuple(tensors[name].get_slice(name).get_shape())) != shape:
             problems.append(f"{name} has shape {found}, config.json asks for {shape}")
-        elif (kind := tensors[name].get_slice(name).get_dtype()) not in (*kinds, "F8_E4M3" if name in scales else ""):
+        elif (kind := tensors[name].get_slice(name).get_dtype()) not in (
+            *kinds,
+            "F8_E4M3" if name in scales else "",
+        ):
             problems.append(f"{name} has dtype {kind}, quantised weights are not supported")
-    harmless = ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)  # derived or shared
+    harmless = (
+        ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)
+    )  # derived or shared
     problems += [
         f"unexpected {name}"
         for name in sorted(tensors)
-        if name not in needed and not name.endswith(harmless) and name.removesuffix(SCALE) not in scales
+        if name not in needed
+        and not name.endswith(harmless)
+        and name.removesuffix(SCALE) not in scales
     ]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
 
 
-def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dtype, progress=None) -> Weights:
+def load_weights(
+    tensors: dict, c: Config, device: torch.device, dtype: torch.dtype, progress=None
+) -> Weights:
     """Copy each tensor from its mapped file to the device; QKV and gate/up become one matrix each."""
     done, total = 0, weight_bytes(c, dtype)
 
     def fuse(*names: str) -> Tensor:
         nonlocal done
         parts = [tensors[name].get_tensor(name) for name in names]  # mapped, not read yet
-        fused = torch.empty(sum(len(p) for p in parts), *parts[0].shape[1:], dtype=dtype, device=device)
+        fused = torch.empty(
+            sum(len(p) for p in parts), *parts[0].shape[1:], dtype=dtype, device=device
+        )
         for name, part, rows in zip(names, parts, fused.split([len(p) for p in parts])):
             if part.dtype != torch.float8_e4m3fn:
                 rows.copy_(part)
                 continue
             (high, wide), scale = c.tile, tensors[name + SCALE].get_tensor(name + SCALE).float()
-            for some, to, by in zip(part.split(high), rows.split(high), scale):  # a row of tiles at a time
+            for some, to, by in zip(
+                part.split(high), rows.split(high), scale
+            ):  # a row of tiles at a time
                 to.copy_(some.float() * by.repeat_interleave(wide)[: part.shape[1]])
         done += fused.nbytes
         if progress:
@@ -172,7 +205,9 @@ def load_weights(tensors: dict, c: Config, device: torch.device, dtype: torch.dt
     embed = fuse("model.embed_tokens.weight")
     head = embed if c.tied else fuse("lm_head.weight")
     inv_freq = torch.stack([inverse_frequencies(c, long) for long in (False, True)]).to(device)
-    return Weights(embed, [layer(i) for i in range(c.n_layers)], fuse("model.norm.weight"), head, inv_freq)
+    return Weights(
+        embed, [layer(i) for i in range(c.n_layers)], fuse("model.norm.weight"), head, inv_freq
+    )
 
 
 def fingerprint(c: Config, tensors: dict) -> str:

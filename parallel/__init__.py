@@ -35,10 +35,12 @@ import kvcache
 import model
 import prune
 import slim
-from loading.plan import Checkpoint, check_memory, dtype_name, env_number
 from loading.weights import SCALE
 from model import Config
 from parallel.ranks import Ranks, print_error
+from planning.checkpoint import Checkpoint, dtype_name
+from planning.memory import check_memory
+from planning.settings import env_number
 
 VOCABULARY_BYTES = 2**25
 
@@ -56,20 +58,43 @@ def main(program) -> int:
         code = ranks.follow(start_worker) if ranks.rank else ranks.lead(program)
     except ValueError as error:
         code = 2
-        if os.environ.get("RANK", "0") == "0" or not dist.is_torchelastic_launched():  # nobody else would say it
+        if (
+            os.environ.get("RANK", "0") == "0" or not dist.is_torchelastic_launched()
+        ):  # nobody else would say it
             print_error(error)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)  # threads wait for connections, and torch would wait for the threads
 
 
+def load(
+    ckpt,
+    device="auto",
+    dtype="auto",
+    schedule="auto",
+    score="peak",
+    n_prompt=1,
+    n_new=0,
+    progress=None,
+    **settings,
+) -> "Engine":
+    """Load this rank's part of a checkpoint; every rank of torchrun calls it alike. See `slim.load`."""
+    return start(
+        Checkpoint.open(ckpt, device, dtype, schedule, score, **settings), n_prompt, n_new, progress
+    )
+
+
 def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     """Load this rank's part of a checkpoint; see `slim.start`. Raises ValueError on all ranks if one cannot."""
     ranks = connect()
     recipe = dict(
-        ckpt=str(ckpt.folder.resolve()), device=ckpt.device.type, dtype=dtype_name(ckpt.dtype),
-        schedule=ckpt.schedule, score=ckpt.rule.name, **asdict(ckpt.settings),
-    )  # fmt: skip
+        ckpt=str(ckpt.folder.resolve()),
+        device=ckpt.device.type,
+        dtype=dtype_name(ckpt.dtype),
+        schedule=ckpt.schedule,
+        score=ckpt.rule.name,
+        **asdict(ckpt.settings),
+    )
     with ranks.command("start", recipe, n_prompt, n_new):
         return start_together(ranks, lambda: ckpt, n_prompt, n_new, progress)
 
@@ -121,10 +146,17 @@ class Part(Checkpoint):
 
     def pieces(self, name: str) -> tuple[int, list[slice]]:
         """Return along which dimension a tensor is cut, and the pieces of it that this rank has."""
-        c, f, (q, kv) = self.full.config, self.hidden, (by(self.full.config.head_dim, s) for s in (self.q, self.kv))
+        c, f, (q, kv) = (
+            self.full.config,
+            self.hidden,
+            (by(self.full.config.head_dim, s) for s in (self.q, self.kv)),
+        )
         n_q, n_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         rows = {"q": [q], "k": [kv], "v": [kv], "gate": [f], "up": [f]}
-        rows |= {"qkv": [q, after(n_q, kv), after(n_q + n_kv, kv)], "gate_up": [f, after(c.hidden_dim, f)]}
+        rows |= {
+            "qkv": [q, after(n_q, kv), after(n_q + n_kv, kv)],
+            "gate_up": [f, after(c.hidden_dim, f)],
+        }
         rows |= {"embed_tokens": [self.vocab], "lm_head": [self.vocab]}
         kind = name.split(".")[-2].removesuffix("_proj")
         if kind in ("o", "down") and name.endswith(("weight", SCALE)):
@@ -166,11 +198,15 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
             f"{n} ranks cannot share {c.n_heads} heads and {c.n_kv_heads} KV heads; --nproc-per-node can be {known}"
         )
     if n > (least := min(c.hidden_dim, c.vocab_size, c.dim)):
-        raise ValueError(f"{n} ranks cannot share {least} columns of an FFN, of x or of the vocabulary; start fewer")
+        raise ValueError(
+            f"{n} ranks cannot share {least} columns of an FFN, of x or of the vocabulary; start fewer"
+        )
     if device.type == "cuda":
         local = env_number("LOCAL_RANK", r, least=0)
         if local >= torch.cuda.device_count():
-            raise ValueError(f"there are {torch.cuda.device_count()} GPUs here; start one rank for each, not more")
+            raise ValueError(
+                f"there are {torch.cuda.device_count()} GPUs here; start one rank for each, not more"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     q, kv, hidden = (span(k, r, n) for k in (c.n_heads, c.n_kv_heads, c.hidden_dim))
@@ -178,13 +214,18 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     vocab = span(c.vocab_size, r, n) if large else slice(0, c.vocab_size)
     check_tiles(c, n, (by(c.head_dim, q), by(c.head_dim, kv), hidden))
     local = replace(
-        c, n_heads=q.stop - q.start, n_kv_heads=kv.stop - kv.start, hidden_dim=hidden.stop - hidden.start,
+        c,
+        n_heads=q.stop - q.start,
+        n_kv_heads=kv.stop - kv.start,
+        hidden_dim=hidden.stop - hidden.start,
         vocab_size=vocab.stop - vocab.start,
-    )  # fmt: skip
+    )
     rule = replace(ckpt.rule, score=joined(ckpt.rule, ranks, c.n_kv_heads))
     fields = vars(ckpt) | dict(config=local, device=device, rule=rule, tensors={})
     fields.pop("weights_hash", None)
-    part = Part(**fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=span(c.dim, r, n))
+    part = Part(
+        **fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=span(c.dim, r, n)
+    )
     part.tensors.update({name: PartFile(ckpt.tensors[name], part) for name in ckpt.tensors})
     return part
 
@@ -193,7 +234,9 @@ def check_tiles(c: Config, n: int, parts: tuple[slice, slice, slice]) -> None:
     """Raise ValueError if a rank's rows of q, of k and v, or of the FFN end inside a tile of FP8 weights."""
     ends = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.hidden_dim)
     for part, end, tile in zip(parts, ends, (c.tile, c.tile[:1], c.tile) if c.tile else ()):
-        edges = {part.start, part.stop} - (set() if c.fused else {end})  # the end is no cut, unless more follows in it
+        edges = {part.start, part.stop} - (
+            set() if c.fused else {end}
+        )  # the end is no cut, unless more follows in it
         if wrong := [e for e in sorted(edges) if any(e % size for size in tile)]:
             raise ValueError(
                 f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0]}; "
@@ -259,9 +302,15 @@ class Model(model.Model):
 
     def head(self, x: Tensor) -> Tensor:
         logits = super().head(x)
-        return self.ranks.assemble(logits, 1, self.part.vocab, self.vocab_size) if self.vocab_is_cut else logits
+        return (
+            self.ranks.assemble(logits, 1, self.part.vocab, self.vocab_size)
+            if self.vocab_is_cut
+            else logits
+        )
 
-    def score_layer(self, layer: int, stage, rows, n: int, queries: Tensor, weights, scores: Tensor) -> None:
+    def score_layer(
+        self, layer: int, stage, rows, n: int, queries: Tensor, weights, scores: Tensor
+    ) -> None:
         """Join the maxima where they count: at the boundary, and in the prompt's step also where the map shows them."""
         super().score_layer(layer, stage, rows, n, queries, weights, scores)
         if self.rule.heads == "max" and (self.kv.length == 0 or layer == stage.layers[-1]):
@@ -290,7 +339,9 @@ class KVCache(kvcache.KVCache):
             return 2, *heads  # (layers, 2, G, B, D)
         if ".aux." in name:
             return 1, self.part.columns, self.c.dim  # (B, C)
-        return (1, self.part.q, self.c.n_heads) if n_dims == 3 else None  # seen: queries (w, H, D), or scores (w, N)
+        return (
+            (1, self.part.q, self.c.n_heads) if n_dims == 3 else None
+        )  # seen: queries (w, H, D), or scores (w, N)
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """As of one rank, with all heads and columns; on the others than rank 0 without the tensors."""
@@ -298,7 +349,9 @@ class KVCache(kvcache.KVCache):
         for name, tensor in tensors.items():
             if place := self.place(name, tensor.ndim):
                 dim, where, n = place
-                again = where.start * self.ranks.n // n < self.ranks.rank  # a head that the rank before has too
+                again = (
+                    where.start * self.ranks.n // n < self.ranks.rank
+                )  # a head that the rank before has too
                 part = tensor.narrow(dim, 0, 0) if again and n < self.ranks.n else tensor
                 tensor = self.ranks.assemble(part.cpu().contiguous(), dim, where, n)
             tensors[name] = tensor if self.ranks.rank == 0 else None
@@ -308,7 +361,11 @@ class KVCache(kvcache.KVCache):
         def own(name: str) -> Tensor:
             saved = tensor(name)
             place = self.place(name, saved.ndim)
-            return saved if place is None else saved.narrow(place[0], place[1].start, place[1].stop - place[1].start)
+            return (
+                saved
+                if place is None
+                else saved.narrow(place[0], place[1].start, place[1].stop - place[1].start)
+            )
 
         super().load_state(layout, own, schedule, room)
 
@@ -352,7 +409,9 @@ class Engine(slim.Engine):
         """Write one file of all ranks' parts, by rank 0."""
         ready = self.usable and self.model.rule.name
         write = super().save
-        self.ranks.together(lambda: write(path, extra) if self.ranks.rank == 0 or not ready else self.kv.state())
+        self.ranks.together(
+            lambda: write(path, extra) if self.ranks.rank == 0 or not ready else self.kv.state()
+        )
 
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))
@@ -366,7 +425,9 @@ class Engine(slim.Engine):
         logits = super().run(ids, n_logits)
         return logits if self.ranks.role else self.ranks.first(logits)
 
-    def generate(self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, *args, **options):
+    def generate(
+        self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, *args, **options
+    ):
         if seed is None and temperature and not self.ranks.role:
             seed = int(self.ranks.first(torch.randint(2**62, (1,), device=self.kv.device)))
         return super().generate(ids, max_new_tokens, temperature, top_p, seed, *args, **options)

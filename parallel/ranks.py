@@ -24,10 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loading.plan import one_line
+from loading.files import one_line
 
-IDLE = timedelta(days=30)  # for objects: ranks wait for a person, and for a disk; a rank that ends ends this too
-STEP = timedelta(minutes=10)  # for tensors: in a step, ranks wait for each other no longer than this
+IDLE = timedelta(
+    days=30
+)  # for objects: ranks wait for a person, and for a disk; a rank that ends ends this too
+STEP = timedelta(
+    minutes=10
+)  # for tensors: in a step, ranks wait for each other no longer than this
 MEET = timedelta(minutes=1)  # until all have started
 GRACE = 2.0  # seconds that a rank has to say itself why it ends
 
@@ -52,8 +56,12 @@ class Ranks:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=STEP)
                 atexit.register(leave)
             self.rank, self.n = dist.get_rank(), dist.get_world_size()
-            self.tensors = dist.new_group(backend=backend, timeout=STEP)  # a script's own group may lack CPU or GPU
-            self.objects = dist.new_group(backend="gloo", timeout=IDLE)  # on the CPU; breaks with any rank
+            self.tensors = dist.new_group(
+                backend=backend, timeout=STEP
+            )  # a script's own group may lack CPU or GPU
+            self.objects = dist.new_group(
+                backend="gloo", timeout=IDLE
+            )  # on the CPU; breaks with any rank
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 f"the ranks do not reach each other: {first_line(error)}; start them with torchrun, or unset "
@@ -188,7 +196,10 @@ class Ranks:
         """Carry out the leader's commands until it ends; return its exit code."""
         engine = None
         self.begin("worker")
-        for ending in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C under torchrun reaches every rank, and ends them all
+        for ending in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # Ctrl-C under torchrun reaches every rank, and ends them all
             signal.signal(ending, signal.SIG_DFL)
         while True:
             try:
@@ -220,7 +231,9 @@ class Ranks:
             yield
         except RuntimeError as error:
             self.outlive_sigterm()
-            why = self.wait_for_cause() or f"the connection between ranks broke ({first_line(error)})"
+            why = (
+                self.wait_for_cause() or f"the connection between ranks broke ({first_line(error)})"
+            )
             raise Lost(f"{why}; all ranks end") from None
 
     def watch(self, peer: int) -> None:
@@ -233,7 +246,9 @@ class Ranks:
             self.leave_cause(f"rank {peer} was lost")
         except RuntimeError:
             pass
-        time.sleep(2 * GRACE)  # by now the main thread has met the loss, unless it waits for a GPU or a person
+        time.sleep(
+            2 * GRACE
+        )  # by now the main thread has met the loss, unless it waits for a GPU or a person
         if self.may_print():
             print_error(f"{self.wait_for_cause() or f'rank {peer} was lost'}; all ranks end")
         os._exit(2)

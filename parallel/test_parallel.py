@@ -23,9 +23,10 @@ from torch.distributed import TCPStore
 
 import cli
 import kvcache
-import loading.plan
 import model
 import parallel
+import planning.checkpoint
+import planning.memory
 import prune
 import slim
 from bench import speed
@@ -73,7 +74,8 @@ class Group:
         fork = multiprocessing.get_context("fork")
         ports = fork.SimpleQueue()
         self.ranks = [
-            fork.Process(target=become, args=(r, n, ports, self.folder, work, args), daemon=True) for r in range(n)
+            fork.Process(target=become, args=(r, n, ports, self.folder, work, args), daemon=True)
+            for r in range(n)
         ]
         for rank in self.ranks:
             rank.start()
@@ -106,7 +108,9 @@ class Group:
 
     def results(self) -> list:
         assert self.codes() == [0] * len(self.ranks), self.text("err")
-        return [pickle.loads((self.folder / f"result.{r}").read_bytes()) for r in range(len(self.ranks))]
+        return [
+            pickle.loads((self.folder / f"result.{r}").read_bytes()) for r in range(len(self.ranks))
+        ]
 
 
 def command(*argv, patches=(), stdin=None):
@@ -130,7 +134,9 @@ def mass(weights):
 
 
 def strongest(queries, keys, blocks, unit_len):
-    units = prune.unit_keys(keys, unit_len).repeat_interleave(queries.shape[1] // keys.shape[2], 2)  # (N, U, H, D)
+    units = prune.unit_keys(keys, unit_len).repeat_interleave(
+        queries.shape[1] // keys.shape[2], 2
+    )  # (N, U, H, D)
     return torch.einsum("whd,nuhd->nuhw", queries, units).amax((1, 2, 3))
 
 
@@ -148,10 +154,19 @@ def talk(folder, rule="peak", n=300, saved=None, dtype="float64", steps=6, cut=F
     """Read, decode, ask, rewind, save and resume; return logits, choices and counters."""
     parallel.VOCABULARY_BYTES = 0 if cut else 2**25
     engine = slim.load(
-        folder, "cpu", dtype=dtype, schedule={2: 96, 3: 64}, score=RULES[rule], block_len=16, unit_len=4, chunk=100
+        folder,
+        "cpu",
+        dtype=dtype,
+        schedule={2: 96, 3: 64},
+        score=RULES[rule],
+        block_len=16,
+        unit_len=4,
+        chunk=100,
     )
     choices, logits = [], []
-    engine.model.on_select = lambda i, candidates, scores, active: choices.append((i, sorted(active)))
+    engine.model.on_select = lambda i, candidates, scores, active: choices.append(
+        (i, sorted(active))
+    )
     logits.append(engine.prefill(draw(n), room=8))
     for token in draw(steps, seed=1):
         logits.append(engine.extend([token]))
@@ -165,10 +180,19 @@ def talk(folder, rule="peak", n=300, saved=None, dtype="float64", steps=6, cut=F
     logits.append(engine.extend(draw(3, seed=4)))
     stats = {key: value for key, value in engine.stats.items() if not key.endswith("_s")}
     w = engine.model.weights
-    tensors = [w.embed, w.norm, w.head, *(t for layer in w.layers for t in vars(layer).values() if t is not None)]
+    tensors = [
+        w.embed,
+        w.norm,
+        w.head,
+        *(t for layer in w.layers for t in vars(layer).values() if t is not None),
+    ]
     size = sum(t.nbytes for t in {id(t): t for t in tensors}.values())  # a tied head once
-    return {"logits": [x.double().numpy() for x in logits], "choices": choices, "stats": stats,
-            "weights": size}  # fmt: skip
+    return {
+        "logits": [x.double().numpy() for x in logits],
+        "choices": choices,
+        "stats": stats,
+        "weights": size,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -185,9 +209,17 @@ def all_cases(folders, n_ranks: int, tmp_path) -> dict:
     cases = {family: dict(folder=folder) for family, folder in folders.items()}
     if n_ranks == 4:
         cases = {family: cases[family] for family in ("qwen2-bias", "demo", "llama2-mha")}
-    cases |= {f"rule {rule}": dict(folder=folders["llama3-gqa"], rule=rule) for rule in list(RULES)[1 : 7 - n_ranks]}
-    cases |= {f"cut {f}": dict(folder=folders[f], cut=True) for f in ("llama3-gqa", "llama3.2-tied")[: 4 // n_ranks]}
-    cases["saved"] = dict(folder=folders["qwen2-bias"], rule="paper", saved=str(tmp_path / f"saved.{n_ranks}"))
+    cases |= {
+        f"rule {rule}": dict(folder=folders["llama3-gqa"], rule=rule)
+        for rule in list(RULES)[1 : 7 - n_ranks]
+    }
+    cases |= {
+        f"cut {f}": dict(folder=folders[f], cut=True)
+        for f in ("llama3-gqa", "llama3.2-tied")[: 4 // n_ranks]
+    }
+    cases["saved"] = dict(
+        folder=folders["qwen2-bias"], rule="paper", saved=str(tmp_path / f"saved.{n_ranks}")
+    )
     return cases
 
 
@@ -195,17 +227,30 @@ def all_cases(folders, n_ranks: int, tmp_path) -> dict:
 def test_ranks_compute_what_one_does(folders, tmp_path, n):
     """Logits, every choice, swaps and revivals; of each family, rule and both ways to hold the vocabulary."""
     cases = all_cases(folders, n, tmp_path)
-    found = Group(tmp_path, n, lambda: {name: talk(**case) for name, case in cases.items()}).results()
+    found = Group(
+        tmp_path, n, lambda: {name: talk(**case) for name, case in cases.items()}
+    ).results()
     for name, case in cases.items():
         one = talk(**case)
         for got in (ranks[name] for ranks in found):
             assert got["choices"] == one["choices"], name
             worst = max(abs(a - b).max() for a, b in zip(got["logits"], one["logits"], strict=True))
             assert worst < 1e-10, (name, worst)
-            assert all(got["stats"][key] == one["stats"][key] for key in ("swaps", "revived", "kept", "tokens")), name
+            assert all(
+                got["stats"][key] == one["stats"][key]
+                for key in ("swaps", "revived", "kept", "tokens")
+            ), name
         assert one["stats"]["swaps"] > 0 and one["stats"]["revived"] > 0, name
-    for key in ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes"):  # each rank has its share and no more
-        assert n * found[0]["llama2-mha"]["stats"][key] == talk(folders["llama2-mha"])["stats"][key] > 0, key
+    for key in (
+        "kv_gpu_bytes",
+        "kv_cpu_bytes",
+        "aux_cpu_bytes",
+    ):  # each rank has its share and no more
+        assert (
+            n * found[0]["llama2-mha"]["stats"][key]
+            == talk(folders["llama2-mha"])["stats"][key]
+            > 0
+        ), key
     for a, b in zip(found[0]["saved"]["logits"][-3], found[0]["saved"]["logits"][-2]):
         assert a == b  # resumed on as many ranks: bit for bit
 
@@ -215,14 +260,26 @@ def test_a_saved_conversation_opens_on_any_number_of_ranks(folders, tmp_path):
 
     def save():
         for rule in ("peak", "paper"):
-            talk(folders["qwen2-bias"], rule, saved=str(tmp_path / f"{rule}.{os.environ.get('WORLD_SIZE', 1)}"))
+            talk(
+                folders["qwen2-bias"],
+                rule,
+                saved=str(tmp_path / f"{rule}.{os.environ.get('WORLD_SIZE', 1)}"),
+            )
 
     def resume():
         logits = {}
         for rule in ("peak", "paper"):
             for n in (1, 4):
-                engine = slim.load(folders["qwen2-bias"], "cpu", dtype="float64", schedule={2: 96, 3: 64},
-                                   score=rule, block_len=16, unit_len=4, chunk=100)  # fmt: skip
+                engine = slim.load(
+                    folders["qwen2-bias"],
+                    "cpu",
+                    dtype="float64",
+                    schedule={2: 96, 3: 64},
+                    score=rule,
+                    block_len=16,
+                    unit_len=4,
+                    chunk=100,
+                )
                 engine.resume(str(tmp_path / f"{rule}.{n}"))
                 logits[rule, n] = torch.stack([engine.extend([token]) for token in draw(3, seed=9)])
         return logits
@@ -242,10 +299,17 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
 
     def work():
         engine = slim.load(
-            folders["llama2-mha"], "cpu", dtype="bfloat16", schedule={2: 96, 3: 64}, block_len=16, unit_len=4
+            folders["llama2-mha"],
+            "cpu",
+            dtype="bfloat16",
+            schedule={2: 96, 3: 64},
+            block_len=16,
+            unit_len=4,
         )
         choices = []
-        engine.model.on_select = lambda i, candidates, scores, active: choices.append((i, scores, sorted(active)))
+        engine.model.on_select = lambda i, candidates, scores, active: choices.append(
+            (i, scores, sorted(active))
+        )
         torch.manual_seed(int(os.environ["RANK"]))
         head, engine.model.head = engine.model.head, lambda x: torch.randn_like(head(x))
         engine.generate(draw(300), steps)
@@ -257,7 +321,10 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
     assert len(first[0]) == steps and len(first[1]) == 2 * steps
     for other in others:
         assert other[0] == first[0]
-        assert all(a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(other[1], first[1]))
+        assert all(
+            a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2]
+            for a, b in zip(other[1], first[1])
+        )
 
 
 def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
@@ -275,13 +342,28 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
             self.rank, self.n = rank, n
 
     raw = json.loads((folders["qwen3-bias"] / "config.json").read_text())
-    raw |= dict(hidden_size=64, intermediate_size=128, head_dim=16, num_attention_heads=8, num_key_value_heads=4)
+    raw |= dict(
+        hidden_size=64,
+        intermediate_size=128,
+        head_dim=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
     config = parse_config(raw, "x")
     object.__setattr__(config, "tile", (16, 32))
     q, o = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
     shapes = {q: (128, 64), o: (64, 128), q + "_scale_inv": (8, 2), o + "_scale_inv": (4, 4)}
-    ckpt = slim.Checkpoint(Path("x"), config, dict.fromkeys(shapes, File(shapes)), set(), torch.device("cpu"),
-                           torch.float32, {}, prune.RULES["peak"], loading.settings.Settings())  # fmt: skip
+    ckpt = slim.Checkpoint(
+        Path("x"),
+        config,
+        dict.fromkeys(shapes, File(shapes)),
+        set(),
+        torch.device("cpu"),
+        torch.float32,
+        {},
+        prune.RULES["peak"],
+        planning.settings.Settings(),
+    )
     for n in (2, 4):
         parts = [parallel.split(ckpt, Rank(r, n)) for r in range(n)]
         for name in shapes:
@@ -290,22 +372,39 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
             assert torch.equal(torch.cat(pieces, dim), File(shapes).get_tensor(name)), name
             assert all(piece.shape[dim] == shapes[name][dim] // n for piece in pieces)
     for rank in range(2):
-        with pytest.raises(ValueError, match="8 ranks would cut through the FP8 tiles of 16 x 32 weights, at 16"):
+        with pytest.raises(
+            ValueError, match="8 ranks would cut through the FP8 tiles of 16 x 32 weights, at 16"
+        ):
             parallel.split(ckpt, Rank(rank, 8))
-    odd = slim.replace(ckpt, config=slim.replace(config, hidden_dim=129))  # its last tile is a piece, and stays whole
+    odd = slim.replace(
+        ckpt, config=slim.replace(config, hidden_dim=129)
+    )  # its last tile is a piece, and stays whole
     gate, down = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
-    shapes |= {gate: (129, 64), down: (64, 129), gate + "_scale_inv": (9, 2), down + "_scale_inv": (4, 5)}
+    shapes |= {
+        gate: (129, 64),
+        down: (64, 129),
+        gate + "_scale_inv": (9, 2),
+        down + "_scale_inv": (4, 5),
+    }
     odd.tensors.update(dict.fromkeys(shapes, File(shapes)))
     parts = [parallel.split(odd, Rank(r, 2)) for r in range(2)]
     for name in (gate, down, gate + "_scale_inv", down + "_scale_inv"):
         pieces = [part.tensors[name].get_tensor(name) for part in parts]
-        assert torch.equal(torch.cat(pieces, int("down" in name)), File(shapes).get_tensor(name)), name
-    with pytest.raises(ValueError, match="2 ranks would cut through the FP8 tiles of 16 x 32 weights, at 129"):
+        assert torch.equal(torch.cat(pieces, int("down" in name)), File(shapes).get_tensor(name)), (
+            name
+        )
+    with pytest.raises(
+        ValueError, match="2 ranks would cut through the FP8 tiles of 16 x 32 weights, at 129"
+    ):
         parallel.split(slim.replace(odd, config=slim.replace(odd.config, fused=True)), Rank(1, 2))
     for field in ("hidden_dim", "vocab_size", "dim"):
         with pytest.raises(ValueError, match="4 ranks cannot share 3 columns"):
-            parallel.split(slim.replace(ckpt, config=slim.replace(config, **{field: 3})), Rank(0, 4))
-    with pytest.raises(ValueError, match="3 ranks cannot share 8 heads and 4 KV heads; .* can be 1, 2, 4, 8"):
+            parallel.split(
+                slim.replace(ckpt, config=slim.replace(config, **{field: 3})), Rank(0, 4)
+            )
+    with pytest.raises(
+        ValueError, match="3 ranks cannot share 8 heads and 4 KV heads; .* can be 1, 2, 4, 8"
+    ):
         parallel.split(ckpt, Rank(0, 3))
 
 
@@ -313,8 +412,14 @@ def test_a_scorer_that_fails_fails_alike_on_all_ranks(folders, tmp_path):
     def work():
         for wrong in (lambda w: 7, lambda w: w, lambda w: w.amax((1, 3)) * torch.nan):
             for heads in ("all", "mean", "max"):
-                engine = slim.load(folders["llama3-gqa"], "cpu", schedule={2: 96}, block_len=16, unit_len=4,
-                                   score=prune.Rule("wrong", wrong, heads=heads))  # fmt: skip
+                engine = slim.load(
+                    folders["llama3-gqa"],
+                    "cpu",
+                    schedule={2: 96},
+                    block_len=16,
+                    unit_len=4,
+                    score=prune.Rule("wrong", wrong, heads=heads),
+                )
                 with pytest.raises(ValueError, match="the scoring function returned"):
                     engine.prefill(draw(300))
         return True
@@ -328,7 +433,12 @@ def test_a_script_may_have_met_the_ranks_on_a_backend_of_its_own(folders, tmp_pa
     def work():
         torch.distributed.init_process_group("cuda:gloo")
         engine = slim.load(
-            folders["llama3-gqa"], "cpu", schedule={2: 96}, block_len=16, unit_len=4, score=RULES["all"]
+            folders["llama3-gqa"],
+            "cpu",
+            schedule={2: 96},
+            block_len=16,
+            unit_len=4,
+            score=RULES["all"],
         )
         engine.prefill(draw(300))
         engine.save(tmp_path / "a.slim")
@@ -356,7 +466,15 @@ def test_a_script_that_ends_leaves_the_others_first(folders, tmp_path, monkeypat
 
 def test_torchrun_gives_the_text_of_one_process(tmp_path):
     """The demo, dense and pruned, as rank 0 alone prints it."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "slim.py"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "slim.py",
+    ]
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=2 * LIMIT, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     one = Group(tmp_path, 1, command())
@@ -366,7 +484,16 @@ def test_torchrun_gives_the_text_of_one_process(tmp_path):
 
 
 def test_chat_map_json_save_and_resume_work(tmp_path):
-    options = "--ckpt", ROOT / "demo", "--schedule", "5:1/4,6:1/8", "--max-new-tokens", "8", "--dtype", "float64"
+    options = (
+        "--ckpt",
+        ROOT / "demo",
+        "--schedule",
+        "5:1/4,6:1/8",
+        "--max-new-tokens",
+        "8",
+        "--dtype",
+        "float64",
+    )
     lines = "first question\n/stats\n/map {0}/map.html\n/reset\n/nonsense\nfirst question\n/quit\nnever read\n"
 
     def ask(folder, run):
@@ -377,8 +504,10 @@ def test_chat_map_json_save_and_resume_work(tmp_path):
         out.append(run(*read, "--save", folder / "a.slim"))
         out.append(run("--resume", folder / "a.slim", "--ask", "first question"))
         out.append(run(*read, "--chat", stdin=lines.format(folder)))
-        data = [page.split('type="application/json">')[-1] for page in
-                ((folder / name).read_text() for name in ("a.html", "map.html"))]  # fmt: skip
+        data = [
+            page.split('type="application/json">')[-1]
+            for page in ((folder / name).read_text() for name in ("a.html", "map.html"))
+        ]
         return out, [page.replace(str(folder), "") for page in data]
 
     def on(n, *argv, stdin=""):
@@ -390,7 +519,11 @@ def test_chat_map_json_save_and_resume_work(tmp_path):
 
     one, two = (ask(tmp_path / str(n), partial(on, n)) for n in (1, 2))
     a, b = (json.loads(out[0][0]) for out in (one, two))
-    assert a["ids"] == b["ids"] and a["kept"] == b["kept"] and a["kv_gpu_bytes"] == 2 * b["kv_gpu_bytes"]
+    assert (
+        a["ids"] == b["ids"]
+        and a["kept"] == b["kept"]
+        and a["kv_gpu_bytes"] == 2 * b["kv_gpu_bytes"]
+    )
     assert one[0][1:] == two[0][1:]
     assert [len(page) > 1000 for page in one[1] + two[1]] == [True] * 4
 
@@ -400,7 +533,9 @@ def test_without_torchrun_nothing_of_it_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "1.5")])
+@pytest.mark.parametrize(
+    "name, value", [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "1.5")]
+)
 def test_a_number_of_ranks_that_is_none_is_refused_in_one_line(monkeypatch, capsys, name, value):
     monkeypatch.setenv(name, value)
     want = f"error: the environment variable {name} is {value!r}; it must be a whole number of at least 1"
@@ -409,7 +544,9 @@ def test_a_number_of_ranks_that_is_none_is_refused_in_one_line(monkeypatch, caps
     assert said.startswith(f"slim: {want}") and said.count("\n") == 1
     with pytest.raises(ValueError, match=want[7:].replace(".", "[.]")):
         slim.load(ROOT / "demo", "cpu")
-    monkeypatch.setattr(sys, "argv", ["speed.py", *"--shape tiny --lengths 64 --device cpu".split()])
+    monkeypatch.setattr(
+        sys, "argv", ["speed.py", *"--shape tiny --lengths 64 --device cpu".split()]
+    )
     with pytest.raises(SystemExit, match="2"):
         speed.main()
     assert want in capsys.readouterr().err
@@ -422,9 +559,17 @@ def test_an_empty_variable_counts_as_unset(monkeypatch):
 
 
 def test_half_of_torchruns_variables_are_refused_in_one_line():
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run([sys.executable, "slim.py"], env=env | {"WORLD_SIZE": "2"}, cwd=ROOT, capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith(b"slim: error: the ranks do not reach each other: ")
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    done = subprocess.run(
+        [sys.executable, "slim.py"], env=env | {"WORLD_SIZE": "2"}, cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        b"slim: error: the ranks do not reach each other: "
+    )
     assert done.stderr.count(b"\n") == 1
 
 
@@ -448,7 +593,17 @@ def one_line(group: Group, codes: list[int], text: str) -> None:
 
 
 DOCUMENT = ROOT / "demo/document.txt"
-QUIET = "--quiet", "--ckpt", ROOT / "demo", "--schedule", "5:1/4", "--max-prompt-tokens", "2000", "--prompt", DOCUMENT
+QUIET = (
+    "--quiet",
+    "--ckpt",
+    ROOT / "demo",
+    "--schedule",
+    "5:1/4",
+    "--max-prompt-tokens",
+    "2000",
+    "--prompt",
+    DOCUMENT,
+)
 ASK = *QUIET, "--ask", "x"
 
 
@@ -465,7 +620,11 @@ def test_an_error_of_rank_0_ends_all(tmp_path):
     def fail(self, layer, x):
         raise MemoryError("no room for 7 MiB")
 
-    one_line(Group(tmp_path, 2, command(*ASK, patches=[(0, model.Model, "ffn", fail)])), [2, 2], "no room for 7 MiB")
+    one_line(
+        Group(tmp_path, 2, command(*ASK, patches=[(0, model.Model, "ffn", fail)])),
+        [2, 2],
+        "no room for 7 MiB",
+    )
 
 
 def slow(self, layer, x):
@@ -534,15 +693,27 @@ def test_ranks_refuse_together(tmp_path):
     def missing(ckpt):
         raise FileNotFoundError(f"no checkpoint {ckpt.rpartition('/')[2]!r} here")
 
-    memory = [(1, loading.plan, "free_bytes", lambda device: 2**20)]
+    memory = [(1, planning.memory, "free_bytes", lambda device: 2**20)]
     group = Group(tmp_path, 2, command(*ASK, patches=memory))
     one_line(group, [2, 2], "rank 1: not enough memory on cpu")
-    group = Group(tmp_path, 2, command(*ASK, patches=[(1, loading.plan, "find_checkpoint", missing)]))
+    group = Group(
+        tmp_path, 2, command(*ASK, patches=[(1, planning.checkpoint, "find_checkpoint", missing)])
+    )
     one_line(group, [2, 2], "rank 1: no checkpoint 'demo' here")
-    one_line(Group(tmp_path, 5, command(*ASK)), [2] * 5, "5 ranks cannot share 4 heads and 2 KV heads")
-    one_line(Group(tmp_path, 2, command("--ckpt", "nowhere", "--ask", "x")), [2, 2], "no checkpoint 'nowhere'")
+    one_line(
+        Group(tmp_path, 5, command(*ASK)), [2] * 5, "5 ranks cannot share 4 heads and 2 KV heads"
+    )
+    one_line(
+        Group(tmp_path, 2, command("--ckpt", "nowhere", "--ask", "x")),
+        [2, 2],
+        "no checkpoint 'nowhere'",
+    )
     one_line(Group(tmp_path, 2, command("--serve", "0")), [2, 2], "--serve works on one GPU only")
-    one_line(Group(tmp_path, 2, command("--device", "cuda:1")), [2, 2], "'cuda:1': under torchrun each rank takes")
+    one_line(
+        Group(tmp_path, 2, command("--device", "cuda:1")),
+        [2, 2],
+        "'cuda:1': under torchrun each rank takes",
+    )
     group = Group(tmp_path, 2, command("--nonsense"))
     one_line(group, [2, 2], "unrecognized arguments: --nonsense")
 
@@ -554,14 +725,28 @@ def test_a_question_that_one_rank_cannot_take_is_refused_and_the_next_answered(t
     def fits(*args):
         return next(calls, True)
 
-    group = Group(tmp_path, 2, command(*QUIET, "--chat", "--max-new-tokens", "4", stdin=tmp_path / "typed",
-                                       patches=[(1, slim, "fits", fits)]))  # fmt: skip
+    group = Group(
+        tmp_path,
+        2,
+        command(
+            *QUIET,
+            "--chat",
+            "--max-new-tokens",
+            "4",
+            stdin=tmp_path / "typed",
+            patches=[(1, slim, "fits", fits)],
+        ),
+    )
     assert group.codes() == [0, 0], group.text("err")
-    assert group.text("err").count("slim: error: ") == 1 and "more than is free" in group.text("err", 0)
+    assert group.text("err").count("slim: error: ") == 1 and "more than is free" in group.text(
+        "err", 0
+    )
     assert len(group.text("out", 0)) > 1
 
 
-def test_a_question_that_one_rank_needs_more_memory_for_is_refused_by_all(folders, tmp_path, monkeypatch):
+def test_a_question_that_one_rank_needs_more_memory_for_is_refused_by_all(
+    folders, tmp_path, monkeypatch
+):
     """As where the FFN's columns are not cut evenly."""
 
     def work():
@@ -583,7 +768,7 @@ def test_a_prompt_that_one_rank_has_no_memory_for_is_refused_by_all(folders, tmp
         engine = slim.load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
         with monkeypatch.context() as patch:
             if engine.ranks.rank == 1:
-                patch.setattr(loading.plan, "free_bytes", lambda device: 0)
+                patch.setattr(planning.memory, "free_bytes", lambda device: 0)
             with pytest.raises(ValueError, match="rank 1: not enough memory on cpu"):
                 engine.prefill(draw(300))
         return engine.prefill(draw(300)).tolist()
@@ -601,7 +786,9 @@ def test_a_file_that_cannot_be_written_or_read_leaves_all_ranks_as_they_were(fol
                 engine.save(path)
         mine = tmp_path / ("no.slim" if os.environ["RANK"] == "1" else "yes.slim")
         engine.save(tmp_path / "yes.slim")
-        with pytest.raises(ValueError, match="no.slim is not a conversation saved by Slim: no such file"):
+        with pytest.raises(
+            ValueError, match="no.slim is not a conversation saved by Slim: no such file"
+        ):
             engine.resume(mine)
         return engine.extend([1, 2]).tolist()
 
@@ -616,7 +803,9 @@ def test_a_rank_may_load_save_and_resume_for_longer_than_a_step(folders, tmp_pat
 
         def late(owner, name, slow_rank):
             function = getattr(owner, name)
-            monkeypatch.setattr(owner, name, lambda *args: (time.sleep(3 * (rank == slow_rank)), function(*args))[1])
+            monkeypatch.setattr(
+                owner, name, lambda *args: (time.sleep(3 * (rank == slow_rank)), function(*args))[1]
+            )
 
         late(slim, "load_weights", 0)
         late(slim, "write_saved", 0)
@@ -633,15 +822,29 @@ def test_a_rank_may_load_save_and_resume_for_longer_than_a_step(folders, tmp_pat
 
 def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
     """The real thing: no process is left, and the line is said once."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with subprocess.Popen([*torchrun, "slim.py", *map(str, QUIET[1:]), "--chat"], cwd=ROOT, text=True,
-                          stdin=subprocess.PIPE, stderr=subprocess.PIPE) as run:  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    with subprocess.Popen(
+        [*torchrun, "slim.py", *map(str, QUIET[1:]), "--chat"],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
         said = []
         for line in run.stderr:
             said.append(line)
             if "ask away" in line:
                 break
-        children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        children = [
+            int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        ]
         assert len(children) == 2
         os.kill(children[1], signal.SIGKILL)
         said += run.stderr.readlines()
@@ -658,10 +861,15 @@ def test_ranks_send_what_the_arithmetic_says(tmp_path, cut):
         parallel.VOCABULARY_BYTES = 0 if cut else 2**25
         engine = speed.make_engine("tiny", "cpu", "bfloat16", "2:1/4,3:1/8", 300)
         engine.model.gamma, sent = 0.0, []
-        for n, step in ((1500, lambda: engine.prefill([7] * 1500, room=2)), (1, lambda: engine.extend([1]))):
+        for n, step in (
+            (1500, lambda: engine.prefill([7] * 1500, room=2)),
+            (1, lambda: engine.extend([1])),
+        ):
             engine.ranks.calls = engine.ranks.bytes = 0
             step()
-            sent.append(((engine.ranks.calls, engine.ranks.bytes), speed.expected_traffic(engine, n)))
+            sent.append(
+                ((engine.ranks.calls, engine.ranks.bytes), speed.expected_traffic(engine, n))
+            )
         return sent
 
     for sent in Group(tmp_path, 2, work).results():

@@ -26,7 +26,9 @@ from serve.texts import Texts, check_folder
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_CLIENTS = 256  # connections at a time
-TIMEOUT = 30.0  # seconds for a request to arrive whole, and for a client to take a piece of its answer
+TIMEOUT = (
+    30.0  # seconds for a request to arrive whole, and for a client to take a piece of its answer
+)
 IDLE = 10.0  # seconds without news after which a stream sends a comment
 PIECE = 512  # tokens of a follow-up that are read at once; between two pieces the client may be found gone
 
@@ -93,7 +95,10 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
         counts["disconnected"] += 1
     except ApiError as error:
         job.out.put(error)
-    except (ValueError, MemoryError) as error:  # a ValueError before a step: the request asks too much
+    except (
+        ValueError,
+        MemoryError,
+    ) as error:  # a ValueError before a step: the request asks too much
         broken = isinstance(error, MemoryError) or engine.steps != steps and not engine.usable
         job.out.put(ApiError(500 if broken else 400, str(error)))
     except Exception as error:  # noqa: BLE001  a bug, or torch out of memory: the others are still served
@@ -134,7 +139,9 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
         begin += PIECE
         check()
     sampling = r.max_tokens, r.temperature, r.top_p, r.seed
-    tokens = Tokens(engine.generate(r.ids[begin:], *sampling, follow_up=cached > 0, tail=tail), check)
+    tokens = Tokens(
+        engine.generate(r.ids[begin:], *sampling, follow_up=cached > 0, tail=tail), check
+    )
     if not cached:
         engine.model.on_chunk = check  # a new reading may be broken off anywhere: nothing is lost
     try:
@@ -145,7 +152,11 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     n, now = tokens.n, time.perf_counter()
     job.out.put(("length" if tokens.ended and n == r.max_tokens else "stop", usage(r, n, cached)))
     server.counts["answers"] += 1
-    for name, value in (("prompt_tokens", len(r.ids)), ("cached_tokens", cached), ("completion_tokens", n)):
+    for name, value in (
+        ("prompt_tokens", len(r.ids)),
+        ("cached_tokens", cached),
+        ("completion_tokens", n),
+    ):
         server.counts[name] += value
     first, more = tokens.first or now, max(0, n - 1)
     say(
@@ -161,14 +172,18 @@ def open_server(args) -> "Server":
     """Return a server that is bound and does not answer yet; raise ValueError for a place, key or folder of no use."""
     key = args.api_key or os.environ.get("SLIM_API_KEY") or None
     if key and (not key.isascii() or not key.isprintable() or key != key.strip()):
-        raise ValueError("the key must be printable ASCII without spaces around it, as a header carries no other")
+        raise ValueError(
+            "the key must be printable ASCII without spaces around it, as a header carries no other"
+        )
     host, port = check_place(args.serve, key)
     if args.cache_dir is not None:
         check_folder(args.cache_dir)
     try:
         return Server(host, port, key)
     except OSError as error:
-        raise ValueError(f"--serve {args.serve} cannot be opened: {error.strerror or error}; take another") from None
+        raise ValueError(
+            f"--serve {args.serve} cannot be opened: {error.strerror or error}; take another"
+        ) from None
 
 
 def check_place(place: str, key: str | None) -> tuple[str, int]:
@@ -176,9 +191,13 @@ def check_place(place: str, key: str | None) -> tuple[str, int]:
     host, colon, port = place.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if colon else "127.0.0.1"
     if not (port.isascii() and port.isdigit() and int(port) < 2**16) or not host:
-        raise ValueError(f"--serve {place!r} is not [HOST:]PORT with a port within 0..65535; give one such as 8080")
+        raise ValueError(
+            f"--serve {place!r} is not [HOST:]PORT with a port within 0..65535; give one such as 8080"
+        )
     if not key and not is_loopback(host):
-        raise ValueError(f"--serve {place} is open to other machines; set a key with --api-key or $SLIM_API_KEY")
+        raise ValueError(
+            f"--serve {place} is open to other machines; set a key with --api-key or $SLIM_API_KEY"
+        )
     return host, int(port)
 
 
@@ -200,12 +219,23 @@ class Server(socketserver.ThreadingTCPServer):
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
         self.key, self.jobs, self.stopping = key, queue.SimpleQueue(), threading.Event()
         self.clients: set[socket.socket] = set()
-        self.arriving: dict[socket.socket, float] = {}  # connections whose request is not here yet: until when
-        names = "answers", "errors", "disconnected", "prompt_tokens", "cached_tokens", "completion_tokens"
+        self.arriving: dict[
+            socket.socket, float
+        ] = {}  # connections whose request is not here yet: until when
+        names = (
+            "answers",
+            "errors",
+            "disconnected",
+            "prompt_tokens",
+            "cached_tokens",
+            "completion_tokens",
+        )
         self.counts, self.engine_stats = dict.fromkeys(names, 0), {}
 
     def ready(self, engine, tok, args) -> None:
-        self.model = os.path.basename(os.path.abspath(args.ckpt))  # of --ckpt .; no hash where it lies in a cache
+        self.model = os.path.basename(
+            os.path.abspath(args.ckpt)
+        )  # of --ckpt .; no hash where it lies in a cache
         self.max_len, self.tok, self.args = engine.config.max_len, tok, args
         self.created = int(time.time())
 
@@ -261,7 +291,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_OPTIONS(self):
         """A browser asks whether a page of another site may send its request; the key decides, not the site."""
-        self.guarded(lambda path: self.send_head(204, "text/plain", {}) if self.server.key else self.post(path))
+        self.guarded(
+            lambda path: (
+                self.send_head(204, "text/plain", {}) if self.server.key else self.post(path)
+            )
+        )
 
     def guarded(self, method) -> None:
         """Run a method; what it raises is sent as an error object, if there is still somebody."""
@@ -272,7 +306,9 @@ class Handler(BaseHTTPRequestHandler):
                 method(unquote(self.path.partition("?")[0]).rstrip("/") or "/")
             except ApiError as error:
                 self.server.counts["errors"] += 1
-                self.send_event(error.body) if self.streaming else self.send_json(error.status, error.body)
+                self.send_event(error.body) if self.streaming else self.send_json(
+                    error.status, error.body
+                )
             self.linger()
         except OSError:  # the client has left
             pass
@@ -280,22 +316,39 @@ class Handler(BaseHTTPRequestHandler):
     def check_caller(self) -> None:
         """Refuse callers without the key and, where there is none, pages of other sites in this machine's browser."""
         if self.connection not in self.server.clients:
-            raise ApiError(503, f"{MOST_CLIENTS} clients are being served, the most there may be; try again later")
+            raise ApiError(
+                503,
+                f"{MOST_CLIENTS} clients are being served, the most there may be; try again later",
+            )
         key, given = self.server.key, self.headers.get("Authorization", "")
         free = self.path == "/health" or self.command == "OPTIONS"
         if key and not free and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise ApiError(401, "the key is missing or wrong; send Authorization: Bearer KEY", None, "invalid_api_key")
+            raise ApiError(
+                401,
+                "the key is missing or wrong; send Authorization: Bearer KEY",
+                None,
+                "invalid_api_key",
+            )
         host, origin = self.headers.get("Host", "localhost").lower(), self.headers.get("Origin")
         name = host[: host.rfind("]") + 1] or host.partition(":")[0]
-        if not key and (not is_loopback(name.strip("[]")) or origin and origin.lower() != f"http://{host}"):
+        if not key and (
+            not is_loopback(name.strip("[]")) or origin and origin.lower() != f"http://{host}"
+        ):
             raise ApiError(
-                403, f"requests to {host!r:.60} from {origin or 'there'!r:.60} need a key: start the server with "
-                "--api-key or $SLIM_API_KEY; without one, only programs of this machine are served, at 127.0.0.1"
-            )  # fmt: skip
+                403,
+                f"requests to {host!r:.60} from {origin or 'there'!r:.60} need a key: start the server with "
+                "--api-key or $SLIM_API_KEY; without one, only programs of this machine are served, at 127.0.0.1",
+            )
 
     def get(self, path: str) -> None:
         s = self.server
-        card = {"id": s.model, "object": "model", "created": s.created, "owned_by": "slim", "context_length": s.max_len}
+        card = {
+            "id": s.model,
+            "object": "model",
+            "created": s.created,
+            "owned_by": "slim",
+            "context_length": s.max_len,
+        }
         if path == "/health":
             self.send_json(200, {"status": "ok"})
         elif path == "/v1/models":
@@ -303,7 +356,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == f"/v1/models/{s.model}":
             self.send_json(200, card)
         elif path == "/v1/stats":
-            self.send_json(200, s.counts | {"waiting": s.jobs.qsize(), "conversation": s.engine_stats})
+            self.send_json(
+                200, s.counts | {"waiting": s.jobs.qsize(), "conversation": s.engine_stats}
+            )
         else:
             raise self.no_such(path)
 
@@ -407,7 +462,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self.streaming:
             self.streaming = "headers"
             self.send_head(200, "text/event-stream", {"Cache-Control": "no-cache"})
-        self.wfile.write(b": still reading\n\n" if event is None else b"data: " + json.dumps(event).encode() + b"\n\n")
+        self.wfile.write(
+            b": still reading\n\n"
+            if event is None
+            else b"data: " + json.dumps(event).encode() + b"\n\n"
+        )
 
     def send_json(self, status: int, value: dict) -> None:
         data = json.dumps(value).encode() + b"\n"
@@ -421,7 +480,10 @@ class Handler(BaseHTTPRequestHandler):
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.server.key:  # pages of any site may read the answer: they had the key
-            headers |= {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Headers": "Authorization, *"}
+            headers |= {
+                "Access-Control-Allow-Origin": "*",
+                "Access-Control-Allow-Headers": "Authorization, *",
+            }
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -436,7 +498,10 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """What the standard library refuses by itself: a bad request line, too long a header, an unknown method."""
         self.server.counts["errors"] += 1
-        self.close_connection, self.request_version = True, self.protocol_version  # a status line for nonsense too
+        self.close_connection, self.request_version = (
+            True,
+            self.protocol_version,
+        )  # a status line for nonsense too
         code = 405 if code == 501 else int(code)
         with contextlib.suppress(OSError):
             self.send_json(code, ApiError(code, message or HTTPStatus(code).phrase).body)

@@ -10,10 +10,19 @@ MOST_STOPS = 16
 class ApiError(Exception):
     """What a client is told: an HTTP status, and OpenAI's error object."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ):
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.status = status
-        self.body = {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": code}}
+        self.body = {
+            "error": {
+                "message": " ".join(message.split()),
+                "type": kind,
+                "param": param,
+                "code": code,
+            }
+        }
 
 
 @dataclass
@@ -39,15 +48,32 @@ class Request:
 WANTED = "model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"
 # What asks for no other answer; a value elsewhere than here is refused, so that nobody waits for what never comes.
 HARMLESS = {
-    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
-    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
     "response_format": ({"type": "text"},),
-}  # fmt: skip
+}
 IGNORED = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
     "prompt_cache_retention",
-)  # fmt: skip
+)
 
 
 def parse(chat: bool, body, tok, model: str, max_len: int, defaults) -> Request:
@@ -61,39 +87,67 @@ def parse(chat: bool, body, tok, model: str, max_len: int, defaults) -> Request:
     body = {key: value for key, value in body.items() if value is not None}
     extra = ("messages", "max_completion_tokens") if chat else ("prompt",)
     for key, value in body.items():
-        if key in HARMLESS and not any(value == ok and type(value) in (type(ok), float) for ok in HARMLESS[key]):
-            raise ApiError(400, f"{key} {value!r:.60} is not supported; leave it out", key, "unsupported_value")
+        if key in HARMLESS and not any(
+            value == ok and type(value) in (type(ok), float) for ok in HARMLESS[key]
+        ):
+            raise ApiError(
+                400, f"{key} {value!r:.60} is not supported; leave it out", key, "unsupported_value"
+            )
         if key not in (*WANTED, *extra, *HARMLESS, *IGNORED):
-            raise ApiError(400, f"unknown parameter {key!r:.60}; leave it out", key[:60], "unknown_parameter")
+            raise ApiError(
+                400, f"unknown parameter {key!r:.60}; leave it out", key[:60], "unknown_parameter"
+            )
     name = get(body, "model", str, None)
     if name is None:
         raise ApiError(400, f"model is missing; this server has {model!r}", "model")
     if name != model:
         raise ApiError(
-            404, f"the model {name!r:.60} does not exist; this server has {model!r}", "model", "model_not_found"
+            404,
+            f"the model {name!r:.60} does not exist; this server has {model!r}",
+            "model",
+            "model_not_found",
         )
-    ids = chat_ids(tok, get(body, "messages", list, [])) if chat else prompt_ids(tok, body.get("prompt", ""))
+    ids = (
+        chat_ids(tok, get(body, "messages", list, []))
+        if chat
+        else prompt_ids(tok, body.get("prompt", ""))
+    )
     if len(ids) >= max_len:
         raise ApiError(
-            400, f"the prompt has {len(ids):,} tokens; this model's context is {max_len:,}, the answer included",
-            "messages" if chat else "prompt", "context_length_exceeded",
-        )  # fmt: skip
+            400,
+            f"the prompt has {len(ids):,} tokens; this model's context is {max_len:,}, the answer included",
+            "messages" if chat else "prompt",
+            "context_length_exceeded",
+        )
     asked = get(body, "max_tokens", int, defaults.max_new_tokens, 1)
     if chat:
         asked = get(body, "max_completion_tokens", int, asked, 1)
     stop = body.get("stop", defaults.stop)
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
-        raise ApiError(400, f"stop must be a string, or a list of up to {MOST_STOPS}, none of them empty", "stop")
+    if (
+        not isinstance(stop, list)
+        or len(stop) > MOST_STOPS
+        or not all(isinstance(s, str) and s for s in stop)
+    ):
+        raise ApiError(
+            400,
+            f"stop must be a string, or a list of up to {MOST_STOPS}, none of them empty",
+            "stop",
+        )
     temperature = float(get(body, "temperature", (int, float), defaults.temperature, 0, 2))
     seed = get(body, "seed", int, defaults.seed)
     return Request(
-        chat, model, ids, min(asked, max_len - len(ids)),
+        chat,
+        model,
+        ids,
+        min(asked, max_len - len(ids)),
         temperature if temperature >= 1e-6 else 0.0,
         max(1e-6, float(get(body, "top_p", (int, float), defaults.top_p, 0, 1))),
-        None if seed is None else seed % 2**63, stop, get(body, "stream", bool, False),
+        None if seed is None else seed % 2**63,
+        stop,
+        get(body, "stream", bool, False),
         get(get(body, "stream_options", dict, {}), "include_usage", bool, False),
-    )  # fmt: skip
+    )
 
 
 def get(body: dict, key: str, kind, default, least=float("-inf"), most=float("inf")):
@@ -102,8 +156,16 @@ def get(body: dict, key: str, kind, default, least=float("-inf"), most=float("in
         return default
     value, kinds = body[key], kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in kinds:
-        names = {int: "a whole number", float: "a number", list: "a list", dict: "an object", bool: "true or false"}
-        raise ApiError(400, f"{key} is {value!r:.60}; it must be {names.get(kinds[-1], 'a string')}", key)
+        names = {
+            int: "a whole number",
+            float: "a number",
+            list: "a list",
+            dict: "an object",
+            bool: "true or false",
+        }
+        raise ApiError(
+            400, f"{key} is {value!r:.60}; it must be {names.get(kinds[-1], 'a string')}", key
+        )
     if least > float("-inf") and not least <= value <= most:
         raise ApiError(400, f"{key} is {value!r:.60}; it must be within {least}..{most}", key)
     return value
@@ -115,9 +177,17 @@ def prompt_ids(tok, prompt) -> list[int]:
         prompt = prompt[0]
     if isinstance(prompt, str) and prompt:
         return ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(prompt)
-    if isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < tok.vocab_size for i in prompt):
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(type(i) is int and 0 <= i < tok.vocab_size for i in prompt)
+    ):
         return prompt
-    raise ApiError(400, f"prompt must be one text, or one list of ids below {tok.vocab_size}, and not empty", "prompt")
+    raise ApiError(
+        400,
+        f"prompt must be one text, or one list of ids below {tok.vocab_size}, and not empty",
+        "prompt",
+    )
 
 
 def chat_ids(tok, messages) -> list[int]:
@@ -147,10 +217,13 @@ def read_message(message, name: str) -> tuple[str, str]:
     if isinstance(parts, str):
         parts = [{"type": "text", "text": parts}]
     good = isinstance(parts, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in parts
     )
     if not good or message.get("tool_calls"):
-        raise ApiError(400, f"{name} must have text for content; nothing else can be read", "messages")
+        raise ApiError(
+            400, f"{name} must have text for content; nothing else can be read", "messages"
+        )
     role = {"developer": "system"}.get(message["role"], message["role"])
     return role, "".join(part["text"] for part in parts)
 
@@ -169,23 +242,40 @@ def usage(r: Request, n_new: int, n_cached: int) -> dict:
 
 def whole(r: Request, text: str, finish: str, used: dict) -> dict:
     """Return the answer to a request that is not streamed."""
-    said = {"message": {"role": "assistant", "content": text, "refusal": None}} if r.chat else {"text": text}
+    said = (
+        {"message": {"role": "assistant", "content": text, "refusal": None}}
+        if r.chat
+        else {"text": text}
+    )
     kind = "chat.completion" if r.chat else "text_completion"
     return head(r, kind) | {"choices": [choice(said, finish)], "usage": used}
 
 
-def chunk(r: Request, text: str | None = None, finish: str | None = None, used: dict | None = None) -> dict:
+def chunk(
+    r: Request, text: str | None = None, finish: str | None = None, used: dict | None = None
+) -> dict:
     """Return one event of a stream: a piece of text, the end, or what was used; of a chat, no text: its first event."""
     said = {"text": text or ""}
     if r.chat:
-        said = {"delta": {} if finish else {"role": "assistant", "content": ""} if text is None else {"content": text}}
+        said = {
+            "delta": {}
+            if finish
+            else {"role": "assistant", "content": ""}
+            if text is None
+            else {"content": text}
+        }
     event = head(r, "chat.completion.chunk" if r.chat else "text_completion")
     event["choices"] = [] if used else [choice(said, finish)]
     return event | ({"usage": used} if r.include_usage else {})
 
 
 def head(r: Request, kind: str) -> dict:
-    return {"id": ("chatcmpl-" if r.chat else "cmpl-") + r.id, "object": kind, "created": r.created, "model": r.model}
+    return {
+        "id": ("chatcmpl-" if r.chat else "cmpl-") + r.id,
+        "object": kind,
+        "created": r.created,
+        "model": r.model,
+    }
 
 
 def choice(said: dict, finish: str | None) -> dict:

@@ -27,7 +27,9 @@ def make_sample(tok, book: str, n_tokens: int, rng) -> tuple[str, list[tuple[str
     lines = tok.decode(tok.encode(book[start : start + 8 * n_tokens])[:n_tokens]).split("\n")
     facts = [(place, str(rng.randrange(1000, 10000))) for place in PLACES]
     for place, number in facts:
-        lines.insert(rng.randrange(len(lines)), f"\nThe special magic number for {place} is: {number}.\n")
+        lines.insert(
+            rng.randrange(len(lines)), f"\nThe special magic number for {place} is: {number}.\n"
+        )
     return "\n".join(lines), facts
 
 
@@ -68,7 +70,9 @@ def main():
                     seconds["again" if cached else "fresh"].append(took)
                     if j:
                         right[how].append(number in said)
-            shown = ", ".join(f"{how} {sum(got)} of {len(got)}" for how, got in right.items() if got)
+            shown = ", ".join(
+                f"{how} {sum(got)} of {len(got)}" for how, got in right.items() if got
+            )
             first, later = median(seconds["fresh"]), seconds["again"]
             print(
                 f"{schedule}: {i + 1} texts; right {shown}; first token {first:.2f} s fresh, {median(later):.2f} s "

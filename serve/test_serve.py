@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 import slim
 import tokenizer
 from cli import main as cli_main
-from loading.settings import check_sampling
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
+from planning.settings import check_sampling
 from serve import Disconnected, Job, Server, answer, check_place
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
@@ -48,12 +48,19 @@ def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_p
     """Requests that share beginnings of any length: dense, the answers of a fresh engine; pruned, the same ids."""
     rng, options = random.Random(seed), PRUNED if pruned else {"schedule": "dense", "block_len": 32}
     engine, fresh = slim.load(tiny, "cpu", **options), slim.load(tiny, "cpu", **options)
-    texts, asked = Texts(engine, tmp_path_factory.mktemp("texts") if rng.random() < 0.5 else None), [draw(1200, seed)]
+    texts, asked = (
+        Texts(engine, tmp_path_factory.mktemp("texts") if rng.random() < 0.5 else None),
+        [draw(1200, seed)],
+    )
     for i in range(6):
         old = rng.choice(asked)
         ids = old[: rng.randint(1, len(old))] + draw(rng.randint(1, 200), seed + i)
         cached, tail = texts.reuse(ids, 3)
-        assert 0 <= cached < len(ids) and cached == 0 or ids[:cached] == (engine.ids + engine.pending)[:cached]
+        assert (
+            0 <= cached < len(ids)
+            and cached == 0
+            or ids[:cached] == (engine.ids + engine.pending)[:cached]
+        )
         answer = list(engine.generate(ids[cached:], 3, follow_up=cached > 0, tail=tail))
         assert engine.ids[: len(ids)] == ids
         asked.append(ids + answer)
@@ -64,7 +71,11 @@ def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_p
 def test_another_question_on_the_same_text_reads_itself_alone(tiny):
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, text = Texts(engine), draw(2000)
-    ask = [text + draw(40, seed) for seed in (1, 2)] + [text + draw(700, 3), text + draw(700, 4), text + draw(700, 5)]
+    ask = [text + draw(40, seed) for seed in (1, 2)] + [
+        text + draw(700, 3),
+        text + draw(700, 4),
+        text + draw(700, 5),
+    ]
     kept = []
     for ids in ask:
         cached, tail = texts.reuse(ids)
@@ -111,7 +122,9 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
     texts.put_away()
     again = Texts(slim.load(tiny, "cpu", **PRUNED), tmp_path)  # the next day
     assert again.reuse(docs[1] + draw(20, 9))[0] >= 1600 and again.engine.ids == docs[1]
-    other = Texts(slim.load(tiny, "cpu", schedule="dense", block_len=32), tmp_path)  # other settings: not for them
+    other = Texts(
+        slim.load(tiny, "cpu", schedule="dense", block_len=32), tmp_path
+    )  # other settings: not for them
     assert other.reuse(docs[1] + draw(20, 9))[0] == 0
     for path in texts.files():
         path.write_bytes(path.read_bytes()[:-9])
@@ -147,7 +160,9 @@ def test_two_long_chats_on_one_text_both_stay(tiny, tmp_path):
     a, b = text + draw(1200, 2), text + draw(1200, 3)
     assert [read(ids) for ids in (text, a, b)] == [0, 2000, 2000]
     assert read(a + draw(9, 4)) == len(a) and read(b + draw(9, 5)) == len(b)
-    assert read(a + draw(300, 6)) == len(a) and len(texts.files()) == 2  # no file of what another goes on from
+    assert (
+        read(a + draw(300, 6)) == len(a) and len(texts.files()) == 2
+    )  # no file of what another goes on from
     texts.put_away()
     assert len(texts.files()) == 2
 
@@ -195,7 +210,9 @@ def test_dense_logits_after_a_rewind_are_those_of_a_new_prefill(tiny):
     engine.prefill(draw(500), tail=200)
     engine.extend(draw(50, 1))
     engine.rewind(333)
-    assert torch.allclose(engine.extend(draw(60, 2)), other.prefill(draw(500)[:333] + draw(60, 2)), atol=1e-4)
+    assert torch.allclose(
+        engine.extend(draw(60, 2)), other.prefill(draw(500)[:333] + draw(60, 2)), atol=1e-4
+    )
 
 
 # ---- requests ---------------------------------------------------------------------------------
@@ -215,10 +232,16 @@ MALFORMED = {  # a body: the parameter that the error names, its status
     '{"model": "m", "messages": [{"role": "tool", "content": "x"}]}': ("messages", 400),
     '{"model": "m", "messages": [{"role": "system", "content": "x"}]}': ("messages", 400),
     '{"model": "m", "messages": [{"role": "assistant", "content": "x"}]}': ("messages", 400),
-    '{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': ("messages", 400),
+    '{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': (
+        "messages",
+        400,
+    ),
     '{"model": "m", "messages": USER, "max_tokens": 0}': ("max_tokens", 400),
     '{"model": "m", "messages": USER, "max_tokens": "5"}': ("max_tokens", 400),
-    '{"model": "m", "messages": USER, "max_completion_tokens": true}': ("max_completion_tokens", 400),
+    '{"model": "m", "messages": USER, "max_completion_tokens": true}': (
+        "max_completion_tokens",
+        400,
+    ),
     '{"model": "m", "messages": USER, "temperature": 3}': ("temperature", 400),
     '{"model": "m", "messages": USER, "temperature": NaN}': ("temperature", 400),
     '{"model": "m", "messages": USER, "top_p": -1}': ("top_p", 400),
@@ -230,7 +253,10 @@ MALFORMED = {  # a body: the parameter that the error names, its status
     '{"model": "m", "messages": USER, "n": 2}': ("n", 400),
     '{"model": "m", "messages": USER, "tools": [{}]}': ("tools", 400),
     '{"model": "m", "messages": USER, "logprobs": true}': ("logprobs", 400),
-    '{"model": "m", "messages": USER, "response_format": {"type": "json_object"}}': ("response_format", 400),
+    '{"model": "m", "messages": USER, "response_format": {"type": "json_object"}}': (
+        "response_format",
+        400,
+    ),
     '{"model": "m", "messages": USER, "top_k": 5}': ("top_k", 400),
     '{"model": "m", "messages": LONG}': ("messages", 400),
 }
@@ -252,11 +278,37 @@ def test_a_malformed_body_is_refused_with_the_parameter(tok, body):
     assert set(error.value.body["error"]) == {"message", "type", "param", "code"}
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-                        ["role", "content", "type", "text", "include_usage"]), inner, max_size=3)),
-       st.sampled_from(["messages", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream",
-                        "stream_options", "n", "logit_bias", "model", "x"]), st.booleans())  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["role", "content", "type", "text", "include_usage"]),
+                inner,
+                max_size=3,
+            )
+        ),
+    ),
+    st.sampled_from(
+        [
+            "messages",
+            "prompt",
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "seed",
+            "stop",
+            "stream",
+            "stream_options",
+            "n",
+            "logit_bias",
+            "model",
+            "x",
+        ]
+    ),
+    st.booleans(),
+)
 @settings(max_examples=300, deadline=None)
 def test_any_value_is_taken_or_refused(tok, value, name, chat):
     body = {"model": "m", "messages": USER} if chat else {"model": "m", "prompt": "ABBA"}
@@ -267,10 +319,24 @@ def test_any_value_is_taken_or_refused(tok, value, name, chat):
 
 
 def test_what_is_left_open_comes_from_the_command_line(tok):
-    r = parse(True, {"model": "m", "messages": USER, "seed": None, "n": 1.0}, tok, "m", 4096, DEFAULTS)
-    assert (r.max_tokens, r.temperature, r.top_p, r.seed, r.stop, r.stream) == (9, 0, 1, None, [], False)
     r = parse(
-        True, {"model": "m", "messages": USER, "max_tokens": 5000, "seed": -1, "stop": "x"}, tok, "m", 100, DEFAULTS
+        True, {"model": "m", "messages": USER, "seed": None, "n": 1.0}, tok, "m", 4096, DEFAULTS
+    )
+    assert (r.max_tokens, r.temperature, r.top_p, r.seed, r.stop, r.stream) == (
+        9,
+        0,
+        1,
+        None,
+        [],
+        False,
+    )
+    r = parse(
+        True,
+        {"model": "m", "messages": USER, "max_tokens": 5000, "seed": -1, "stop": "x"},
+        tok,
+        "m",
+        100,
+        DEFAULTS,
     )
     assert r.max_tokens == 100 - len(r.ids) and r.seed == 2**63 - 1 and r.stop == ["x"]
 
@@ -299,12 +365,19 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
 @pytest.mark.parametrize(
     ("place", "key", "good"),
     [
-        ("8080", None, ("127.0.0.1", 8080)), ("localhost:1", None, ("localhost", 1)), ("[::1]:80", None, ("::1", 80)),
-        ("0.0.0.0:80", "k", ("0.0.0.0", 80)), ("0.0.0.0:80", None, "api-key"), ("example.org:80", "", "api-key"),
-        ("http", None, "PORT"), ("65536", None, "PORT"), (":80", None, "PORT"), ("", None, "PORT"),
+        ("8080", None, ("127.0.0.1", 8080)),
+        ("localhost:1", None, ("localhost", 1)),
+        ("[::1]:80", None, ("::1", 80)),
+        ("0.0.0.0:80", "k", ("0.0.0.0", 80)),
+        ("0.0.0.0:80", None, "api-key"),
+        ("example.org:80", "", "api-key"),
+        ("http", None, "PORT"),
+        ("65536", None, "PORT"),
+        (":80", None, "PORT"),
+        ("", None, "PORT"),
         ("²", None, "PORT"),
     ],
-)  # fmt: skip
+)
 def test_only_this_machine_is_served_without_a_key(place, key, good):
     if isinstance(good, tuple):
         assert check_place(place, key) == good
@@ -320,7 +393,16 @@ class Running:
     """A server of its own in another process."""
 
     def __init__(self, ckpt, *args, env=None):
-        command = [sys.executable, str(HERE / "slim.py"), "--ckpt", str(ckpt), "--serve", "0", "--block-len", "32"]
+        command = [
+            sys.executable,
+            str(HERE / "slim.py"),
+            "--ckpt",
+            str(ckpt),
+            "--serve",
+            "0",
+            "--block-len",
+            "32",
+        ]
         self.process = subprocess.Popen(
             [*command, "--schedule", "2:256,3:128", *args],
             stderr=subprocess.PIPE,
@@ -333,13 +415,19 @@ class Running:
             self.lines.append(line)
         self.url = line.split(" at ")[1].split("/v1")[0]
         self.port, self.model = int(self.url.rpartition(":")[2]), Path(ckpt).name
-        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self.reader = threading.Thread(
+            target=lambda: self.lines.extend(self.process.stderr), daemon=True
+        )
         self.reader.start()
 
     def ask(self, path, body=None, **headers):
         """Return the status and the JSON, or the events, that come back."""
-        data = None if body is None else json.dumps(body).encode() if isinstance(body, dict) else body
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} | headers)
+        data = (
+            None if body is None else json.dumps(body).encode() if isinstance(body, dict) else body
+        )
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"} | headers
+        )
         try:
             answer = urllib.request.urlopen(request, timeout=60)
         except urllib.error.HTTPError as error:
@@ -347,14 +435,19 @@ class Running:
         with answer:
             text = answer.read().decode()
         if answer.headers["Content-Type"] == "text/event-stream":
-            events = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+            events = [
+                line.removeprefix("data: ")
+                for line in text.split("\n")
+                if line.startswith("data: ")
+            ]
             assert events[-1] == "[DONE]" or "error" in events[-1]
             return answer.status, [json.loads(event) for event in events if event != "[DONE]"]
         return answer.status, json.loads(text)
 
     def chat(self, text, **more):
         status, answer = self.ask(
-            "/v1/chat/completions", {"model": self.model, "messages": [{"role": "user", "content": text}]} | more
+            "/v1/chat/completions",
+            {"model": self.model, "messages": [{"role": "user", "content": text}]} | more,
         )
         assert status == 200, answer
         return answer
@@ -366,7 +459,10 @@ class Running:
 
     def post(self, body: dict, path="/v1/chat/completions") -> bytes:
         data = json.dumps({"model": self.model} | body).encode()
-        return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+        return (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            + data
+        )
 
     def rss(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -379,7 +475,9 @@ class Running:
 
 @pytest.fixture(scope="module")
 def server(talking, tmp_path_factory):
-    running = Running(talking, "--cache-dir", str(tmp_path_factory.mktemp("cache")), "--max-new-tokens", "12")
+    running = Running(
+        talking, "--cache-dir", str(tmp_path_factory.mktemp("cache")), "--max-new-tokens", "12"
+    )
     yield running
     if running.process.poll() is None:
         assert running.close() == 0
@@ -390,15 +488,23 @@ def test_streamed_or_not_the_answer_is_the_engines(server, talking):
     tok, ids = engine.tokenizer, chat_ids(engine.tokenizer, [{"role": "user", "content": TEXT}])
     expected = "".join(tok.stream(engine.generate(ids, 12, tail=min(512, len(ids) // 4))))
     whole = server.chat(TEXT)
-    assert whole["choices"][0]["message"]["content"] == expected and whole["object"] == "chat.completion"
-    assert whole["usage"]["prompt_tokens"] == len(ids) and whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert (
+        whole["choices"][0]["message"]["content"] == expected
+        and whole["object"] == "chat.completion"
+    )
+    assert (
+        whole["usage"]["prompt_tokens"] == len(ids)
+        and whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    )
     used = whole["usage"]["completion_tokens"]
     assert whole["choices"][0]["finish_reason"] == ("length" if used == 12 else "stop")
     server.chat("something else " * 200)
     events = server.chat(TEXT, stream=True, stream_options={"include_usage": True})
     assert [e["choices"][0]["delta"].get("role") for e in events[:1]] == ["assistant"]
     assert events[-2]["choices"][0]["finish_reason"] and events[-1]["choices"] == []
-    assert events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == len(ids) - 1  # it waited in a file
+    assert (
+        events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == len(ids) - 1
+    )  # it waited in a file
     assert all(event["usage"] is None if "usage" in event else True for event in events[:-1])
     again = "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1])
     assert again == server.chat(TEXT)["choices"][0]["message"]["content"]
@@ -409,15 +515,23 @@ def test_completions_take_texts_and_ids(server, talking):
     ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode("ABBA CAB")
     texts = []
     for prompt in ("ABBA CAB", ["ABBA CAB"], ids, [ids]):
-        status, answer = server.ask("/v1/completions", {"model": server.model, "prompt": prompt, "max_tokens": 5})
-        assert status == 200 and answer["object"] == "text_completion" and answer["usage"]["prompt_tokens"] == len(ids)
+        status, answer = server.ask(
+            "/v1/completions", {"model": server.model, "prompt": prompt, "max_tokens": 5}
+        )
+        assert (
+            status == 200
+            and answer["object"] == "text_completion"
+            and answer["usage"]["prompt_tokens"] == len(ids)
+        )
         texts.append(answer["choices"][0]["text"])
     assert len(set(texts)) == 1
     body = {"model": server.model, "prompt": ids, "max_tokens": 5, "stream": True}
     status, events = server.ask("/v1/completions", body)
     assert status == 200 and "".join(event["choices"][0]["text"] for event in events) == texts[0]
     sampled = [
-        server.chat("ABBA", temperature=1.5, seed=seed, max_tokens=9)["choices"][0]["message"]["content"]
+        server.chat("ABBA", temperature=1.5, seed=seed, max_tokens=9)["choices"][0]["message"][
+            "content"
+        ]
         for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -428,11 +542,16 @@ def test_stops_and_limits_end_an_answer(server):
     stop = text[4:6]
     answer = server.chat("CAB", max_tokens=12, stop=[stop, "never said"])["choices"][0]
     assert answer == {
-        "index": 0, "message": {"role": "assistant", "content": text[: text.find(stop)], "refusal": None},
-        "logprobs": None, "finish_reason": "stop",
-    }  # fmt: skip
+        "index": 0,
+        "message": {"role": "assistant", "content": text[: text.find(stop)], "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
     answer = server.chat("CAB", max_tokens=1)
-    assert answer["usage"]["completion_tokens"] == 1 and answer["choices"][0]["finish_reason"] == "length"
+    assert (
+        answer["usage"]["completion_tokens"] == 1
+        and answer["choices"][0]["finish_reason"] == "length"
+    )
 
 
 def test_the_small_paths_and_errors_in_their_shape(server):
@@ -440,8 +559,14 @@ def test_the_small_paths_and_errors_in_their_shape(server):
     status, models = server.ask("/v1/models")
     assert status == 200 and [model["id"] for model in models["data"]] == [server.model]
     assert server.ask(f"/v1/models/{server.model}")[1] == models["data"][0]
-    assert server.ask(f"/v1/models/%{ord(server.model[0]):x}{server.model[1:]}")[1] == models["data"][0]
-    for headers in ({"Host": "LOCALHOST:80"}, {"Host": f"LocalHost:{server.port}", "Origin": server.url}):
+    assert (
+        server.ask(f"/v1/models/%{ord(server.model[0]):x}{server.model[1:]}")[1]
+        == models["data"][0]
+    )
+    for headers in (
+        {"Host": "LOCALHOST:80"},
+        {"Host": f"LocalHost:{server.port}", "Origin": server.url},
+    ):
         headers |= {"Origin": f"HTTP://localhost:{server.port}"} if "Origin" in headers else {}
         assert server.ask("/health", **headers)[0] == 200
     assert "there is no '/';" in server.ask("/")[1]["error"]["message"]
@@ -452,21 +577,39 @@ def test_the_small_paths_and_errors_in_their_shape(server):
     assert stats["answers"] > 0 and stats["conversation"]["tokens"] > 0 and stats["waiting"] == 0
     chat = "/v1/chat/completions"
     for path, body, headers, status in [
-        ("/", None, {}, 404), ("/v1/nothing", {}, {}, 404), (chat, None, {}, 405), ("/v1/models", {}, {}, 405),
-        (chat, b"{", {}, 400), (chat, b"[" * 100_000, {}, 400), (chat, b"\xff", {}, 400), (chat, {}, {}, 400),
-        (chat, {"model": "other"}, {}, 404), (chat, b"x" * 40_000_000, {}, 413),
-        ("/health", None, {"Host": "evil.example"}, 403), (chat, {}, {"Origin": "http://evil.example"}, 403),
+        ("/", None, {}, 404),
+        ("/v1/nothing", {}, {}, 404),
+        (chat, None, {}, 405),
+        ("/v1/models", {}, {}, 405),
+        (chat, b"{", {}, 400),
+        (chat, b"[" * 100_000, {}, 400),
+        (chat, b"\xff", {}, 400),
+        (chat, {}, {}, 400),
+        (chat, {"model": "other"}, {}, 404),
+        (chat, b"x" * 40_000_000, {}, 413),
+        ("/health", None, {"Host": "evil.example"}, 403),
+        (chat, {}, {"Origin": "http://evil.example"}, 403),
         ("/v1/completions", {"model": server.model, "prompt": [10**9]}, {}, 400),
-    ]:  # fmt: skip
+    ]:
         got, answer = server.ask(path, body, **headers)
-        assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}, (path, answer)
+        assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}, (
+            path,
+            answer,
+        )
         assert "\n" not in answer["error"]["message"]
     for data, status in [
-        (b"nonsense\r\n\r\n", 400), (b"BREW /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
-        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414), (b"GET /health HTTP/9.9\r\n\r\n", 505),
+        (b"nonsense\r\n\r\n", 400),
+        (b"BREW /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /health HTTP/9.9\r\n\r\n", 505),
         (b"POST " + chat.encode() + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 411),
-        (b"POST " + chat.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 411),
-    ]:  # fmt: skip
+        (
+            b"POST "
+            + chat.encode()
+            + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+            411,
+        ),
+    ]:
         with server.raw(data) as connection:
             answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
         assert answer.split(" ")[1] == str(status) and '"error"' in answer, answer
@@ -497,12 +640,21 @@ def test_a_key_is_asked_for(talking):
     server = Running(talking, env={"SLIM_API_KEY": "sesame=1"})
     assert server.ask("/v1/models")[0] == 401
     assert server.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
-    assert server.ask("/v1/models", Authorization="Bearer sesame=1")[0] == 200 and server.ask("/health")[0] == 200
+    assert (
+        server.ask("/v1/models", Authorization="Bearer sesame=1")[0] == 200
+        and server.ask("/health")[0] == 200
+    )
     key = {"Authorization": "Bearer sesame=1"}
-    for origin in ("file://", "app://x", "https://example.org"):  # with the key any page and host will do
+    for origin in (
+        "file://",
+        "app://x",
+        "https://example.org",
+    ):  # with the key any page and host will do
         assert server.ask("/v1/models", Origin=origin, Host="a.example", **key)[0] == 200
     for data, status in [(b"OPTIONS /v1/models", 204), (b"GET /v1/models", 401)]:
-        with server.raw(data + b" HTTP/1.1\r\nHost: a.example\r\nOrigin: null\r\n\r\n") as connection:
+        with server.raw(
+            data + b" HTTP/1.1\r\nHost: a.example\r\nOrigin: null\r\n\r\n"
+        ) as connection:
             got = b"".join(iter(lambda: connection.recv(65536), b""))
         assert f" {status} ".encode() in got and b"Access-Control-Allow-Origin: *" in got
     assert server.close(signal.SIGTERM) == 0
@@ -512,7 +664,9 @@ def test_a_client_too_many_is_told_so(monkeypatch):
     monkeypatch.setattr("serve.MOST_CLIENTS", 1)
     with Server("127.0.0.1", 0, None) as door:
         threading.Thread(target=door.serve_forever, daemon=True).start()
-        first, second = (socket.create_connection(door.server_address, timeout=60) for _ in range(2))
+        first, second = (
+            socket.create_connection(door.server_address, timeout=60) for _ in range(2)
+        )
         with first, second:
             second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             got = b"".join(iter(lambda: second.recv(65536), b""))
@@ -522,10 +676,15 @@ def test_a_client_too_many_is_told_so(monkeypatch):
 
 def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, monkeypatch):
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2600)
-    texts, request = Texts(engine), {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []}
+    texts, request = (
+        Texts(engine),
+        {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []},
+    )
     engine.prefill(text[:1500], tail=100)
     job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
-    monkeypatch.setattr(engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more))
+    monkeypatch.setattr(
+        engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more)
+    )
     with pytest.raises(Disconnected):
         answer(job, None, engine, None, texts, print)
     assert engine.usable and engine.ids == text[:2012] and texts.reuse(text) == (2012, 0)
@@ -534,7 +693,11 @@ def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, mon
 def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
     monkeypatch.chdir(HERE)
     engine = SimpleNamespace(config=SimpleNamespace(max_len=9))
-    names = (".", HERE.name), ("llama3.1-8b", "llama3.1-8b"), ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B")
+    names = (
+        (".", HERE.name),
+        ("llama3.1-8b", "llama3.1-8b"),
+        ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B"),
+    )
     for ckpt, name in names:
         with Server("127.0.0.1", 0, None) as door:
             door.ready(engine, None, SimpleNamespace(ckpt=ckpt))
@@ -544,7 +707,9 @@ def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
 def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tmp_path):
     server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
     running = server.raw(
-        server.post({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True})
+        server.post(
+            {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True}
+        )
     )
     data = running.recv(4096)
     waiting = server.raw(server.post({"messages": USER}))
@@ -562,12 +727,17 @@ def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tm
 def test_a_server_that_cannot_open_says_so_in_one_line(talking, server, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     for args, names in [
-        (["--serve", str(server.port)], "cannot be opened"), (["--serve", "x"], "PORT"),
-        (["--serve", "0.0.0.0:0"], "--api-key"), (["--serve", "0", "--ask", "x"], "--ask"),
-        (["--serve", "0", "--cache-dir", str(tmp_path / "file")], "--cache-dir"), (["--cache-dir", "x"], "--serve"),
-        (["--serve", "0", "--cache-gib", "nan"], "--cache-gib"), (["--serve", "0", "--api-key", "schlüssel"], "ASCII"),
-        (["--serve", "0", "--api-key", "a\udcfcb"], "ASCII"), (["--serve", "0", "--api-key", "a\n"], "ASCII"),
-    ]:  # fmt: skip
+        (["--serve", str(server.port)], "cannot be opened"),
+        (["--serve", "x"], "PORT"),
+        (["--serve", "0.0.0.0:0"], "--api-key"),
+        (["--serve", "0", "--ask", "x"], "--ask"),
+        (["--serve", "0", "--cache-dir", str(tmp_path / "file")], "--cache-dir"),
+        (["--cache-dir", "x"], "--serve"),
+        (["--serve", "0", "--cache-gib", "nan"], "--cache-gib"),
+        (["--serve", "0", "--api-key", "schlüssel"], "ASCII"),
+        (["--serve", "0", "--api-key", "a\udcfcb"], "ASCII"),
+        (["--serve", "0", "--api-key", "a\n"], "ASCII"),
+    ]:
         try:
             code = cli_main(["--ckpt", str(talking), *args])
         except SystemExit as stop:
@@ -582,9 +752,15 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
     todo = list(range(MANY))
 
     def one(i):
-        text = rng.choice([TEXT, TEXT[:900], "ABBA CAB " * rng.randint(1, 150)]) + rng.choice(["", "CAB?", str(i)])
+        text = rng.choice([TEXT, TEXT[:900], "ABBA CAB " * rng.randint(1, 150)]) + rng.choice(
+            ["", "CAB?", str(i)]
+        )
         if i % 20 == 3:
-            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 200, "stream": i % 40 == 3}
+            body = {
+                "messages": [{"role": "user", "content": text}],
+                "max_tokens": 200,
+                "stream": i % 40 == 3,
+            }
             with server.raw(server.post(body)) as connection:
                 time.sleep(rng.random() * 0.2)
                 connection.close()
@@ -595,7 +771,9 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
         if i % 3 == 0:
             body = {"model": server.model, "prompt": text, "max_tokens": 3, "stream": i % 2 == 0}
             return server.ask("/v1/completions", body)[0] == 200
-        return bool(server.chat(text, max_tokens=rng.randint(1, 8), stream=i % 2 == 0, temperature=i % 2))
+        return bool(
+            server.chat(text, max_tokens=rng.randint(1, 8), stream=i % 2 == 0, temperature=i % 2)
+        )
 
     def client():
         with contextlib.suppress(IndexError):
@@ -615,7 +793,9 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
     assert not lost and len(done) == MANY
     quarter = len(sizes) // 4
     early, late = max(sizes[quarter : 2 * quarter]), max(sizes[-quarter:])
-    print(f"{MANY} requests; memory {early / 2**20:.0f} MiB in the second quarter, {late / 2**20:.0f} in the last")
+    print(
+        f"{MANY} requests; memory {early / 2**20:.0f} MiB in the second quarter, {late / 2**20:.0f} in the last"
+    )
     assert late < early + 2**25
     until = time.monotonic() + 30
     while len(os.listdir(f"/proc/{server.process.pid}/task")) > 30 and time.monotonic() < until:
@@ -625,32 +805,57 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
 
 
 def test_the_openai_package_is_served(server):
-    openai = pytest.importorskip("openai", reason="the openai package is not installed: pip install openai")
+    openai = pytest.importorskip(
+        "openai", reason="the openai package is not installed: pip install openai"
+    )
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
     with client:
-        whole = client.chat.completions.create(model=server.model, messages=USER, max_completion_tokens=6)
+        whole = client.chat.completions.create(
+            model=server.model, messages=USER, max_completion_tokens=6
+        )
         pieces = client.chat.completions.create(
-            model=server.model, messages=USER, max_tokens=6, stream=True, stream_options={"include_usage": True}
+            model=server.model,
+            messages=USER,
+            max_tokens=6,
+            stream=True,
+            stream_options={"include_usage": True},
         )
         *events, last = pieces
-        assert "".join(e.choices[0].delta.content or "" for e in events) == whole.choices[0].message.content
+        assert (
+            "".join(e.choices[0].delta.content or "" for e in events)
+            == whole.choices[0].message.content
+        )
         assert last.usage.prompt_tokens == whole.usage.prompt_tokens
         assert last.usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
-        assert client.completions.create(model=server.model, prompt="ABBA", max_tokens=2).choices[0].finish_reason
+        assert (
+            client.completions.create(model=server.model, prompt="ABBA", max_tokens=2)
+            .choices[0]
+            .finish_reason
+        )
         assert [model.id for model in client.models.list()] == [server.model]
-        for model, n, error in (("other", 1, openai.NotFoundError), (server.model, 2, openai.BadRequestError)):
+        for model, n, error in (
+            ("other", 1, openai.NotFoundError),
+            (server.model, 2, openai.BadRequestError),
+        ):
             with pytest.raises(error, match="other|n 2"):
                 client.chat.completions.create(model=model, messages=USER, n=n)
 
 
 def test_langchain_is_served(server):
-    chat = pytest.importorskip("langchain_openai", reason="not installed: pip install langchain-openai").ChatOpenAI(
+    chat = pytest.importorskip(
+        "langchain_openai", reason="not installed: pip install langchain-openai"
+    ).ChatOpenAI(
         base_url=server.url + "/v1", api_key="none", model=server.model, max_tokens=6, max_retries=0
     )
     whole = chat.invoke([("system", "ABBA"), ("human", "CAB")])
-    assert "".join(piece.content for piece in chat.stream([("system", "ABBA"), ("human", "CAB")])) == whole.content
+    assert (
+        "".join(piece.content for piece in chat.stream([("system", "ABBA"), ("human", "CAB")]))
+        == whole.content
+    )
     assert whole.usage_metadata["input_tokens"] > 0
 
 
 def test_common():
-    assert [common(a, b) for a, b in (([], [1]), ([1, 2], [1, 2, 3]), ([1, 2], [1, 3]), ([2], [1]))] == [0, 2, 1, 0]
+    assert [
+        common(a, b) for a, b in (([], [1]), ([1, 2], [1, 2, 3]), ([1, 2], [1, 3]), ([2], [1]))
+    ] == [0, 2, 1, 0]

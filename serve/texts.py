@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 from kvcache import last_block_len
-from loading.plan import NoRoom
 from loading.saved import check_saved, read_saved
+from planning.memory import NoRoom
 
 TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter of it at most
 WORTH_A_FILE = 1024  # tokens of a text, or of what was said about it; less is sooner read again
@@ -36,7 +36,9 @@ def check_folder(folder: str) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OSError("it does not allow writing")
     except OSError as error:
-        raise ValueError(f"--cache-dir {folder} cannot be used ({error}); give another folder") from None
+        raise ValueError(
+            f"--cache-dir {folder} cannot be used ({error}); give another folder"
+        ) from None
 
 
 class Texts:
@@ -44,10 +46,14 @@ class Texts:
 
     def __init__(self, engine, folder=None, gib: float = 8.0, say=print):
         self.engine, self.most, self.say = engine, int(gib * 2**30), say
-        self.saved: dict[Path, tuple[list[int], int]] = {}  # file -> its ids, the first place it can be rewound to
+        self.saved: dict[
+            Path, tuple[list[int], int]
+        ] = {}  # file -> its ids, the first place it can be rewound to
         self.folder = Path(folder) if folder else None
         for path in self.files():
-            with contextlib.suppress(ValueError):  # of another model or other settings: it waits for those
+            with contextlib.suppress(
+                ValueError
+            ):  # of another model or other settings: it waits for those
                 header, _ = read_saved(path)
                 check_saved(path, header, engine.ckpt.identity)
                 n = header["kv"]["n_prompt"]
@@ -66,11 +72,17 @@ class Texts:
         that it had better be pruned. At least one id is left to run.
         """
         engine, found, longest = self.engine, (None, 0), 0
-        at_hand = [(None, (engine.ids + engine.pending, engine.kv.tail_start))] if engine.usable else []
+        at_hand = (
+            [(None, (engine.ids + engine.pending, engine.kv.tail_start))] if engine.usable else []
+        )
         for path, (known, first) in [*at_hand, *self.saved.items()]:
             kept = min(common(known, ids), len(ids) - 1)
             longest = max(longest, kept)
-            if kept >= max(1, first) and kept > found[1] and len(ids) - kept <= max(kept, WORTH_A_FILE):
+            if (
+                kept >= max(1, first)
+                and kept > found[1]
+                and len(ids) - kept <= max(kept, WORTH_A_FILE)
+            ):
                 found = path, kept
         return *found, longest
 
@@ -88,7 +100,10 @@ class Texts:
                 os.utime(path)
             except NoRoom:  # the file is good
                 raise
-            except (ValueError, OSError) as error:  # damaged, or removed by somebody else: read the text again
+            except (
+                ValueError,
+                OSError,
+            ) as error:  # damaged, or removed by somebody else: read the text again
                 self.say(f"slim: {error}")
                 self.drop(path)
                 return self.reuse(ids, room)
@@ -113,7 +128,10 @@ class Texts:
             return
         ids, first = engine.ids + engine.pending, engine.kv.tail_start
         self.saved = {path: known for path, known in self.saved.items() if path.exists()}
-        shared = {path: (common(known, ids), len(known), start) for path, (known, start) in self.saved.items()}
+        shared = {
+            path: (common(known, ids), len(known), start)
+            for path, (known, start) in self.saved.items()
+        }
         if not any(len(ids) - same <= FEW and start <= first for same, _, start in shared.values()):
             name = hashlib.sha256(repr((engine.ckpt.identity, ids)).encode()).hexdigest()[:16]
             path = self.folder / f"text-{name}.slim"

@@ -1,0 +1,11 @@
+"""`python slim.py` and `python -m cli` start here."""
+
+import signal
+
+signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+)  # Ctrl-C while torch is imported ends without a traceback
+
+from cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""What can be set about a run, an answer or a call, with defaults and limits. Wrong values raise ValueError."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set about a run, with its default; checked when built."""
+
+    block_len: int = 64  # tokens per block
+    unit_len: int = 8  # tokens per unit of a block, for rules that see keys
+    window: int = 0  # newest queries that count; 0: as many as the rule wants
+    gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
+    chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
+    overlap: bool = True  # copies on a stream of their own
+    rope_yarn: float = (
+        0.0  # the factor by which YaRN stretches the trained context; 0: as config.json says
+    )
+
+    def __post_init__(self):
+        limits = (
+            ("block_len", 1, 2**24),
+            ("unit_len", 1, 2**24),
+            ("window", 0, 2**16),
+            ("chunk", 0, 2**24),
+        )
+        for name, least, most in limits:
+            if type(value := getattr(self, name)) is not int or not least <= value <= most:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--{flag} is {value!r}; it must be a whole number within {least}..{most}"
+                )
+        if self.block_len % self.unit_len:
+            raise ValueError(
+                f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}"
+            )
+        if type(self.gamma) not in (int, float) or not (0 <= self.gamma <= 1 or self.gamma == -1):
+            raise ValueError(
+                f"--gamma {self.gamma!r} must be an overlap within 0..1, or -1 to leave it to the rule"
+            )
+        if type(self.overlap) is not bool:
+            raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
+        yarn = self.rope_yarn
+        if type(yarn) not in (int, float) or not (yarn == 0 or 1 <= yarn <= 2**10):
+            raise ValueError(
+                f"--rope-yarn {yarn!r} must be a factor within 1..{2**10}, or 0 for what config.json says"
+            )
+
+
+def check_count(n, name: str, least: int = 0) -> None:
+    if type(n) is not int or n < least:
+        raise ValueError(f"{name} is {n!r}; it must be a whole number of tokens, {least} or more")
+
+
+def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
+    if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**31:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens} must be a whole number within 1..{2**31 - 1}"
+        )
+    if type(temperature) not in (int, float) or not (
+        temperature == 0 or 1e-6 <= temperature < float("inf")
+    ):
+        raise ValueError(
+            f"--temperature {temperature!r} must be 0 (greedy) or a number from 0.000001 up"
+        )
+    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+        raise ValueError(
+            f"--top-p {top_p!r} is outside 0..1 (0 excluded), the range of a probability"
+        )
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise ValueError(f"--seed {seed!r} is not a whole number within 0..{2**63 - 1}")
+
+
+def env_number(name: str, default: int = 1, least: int = 1) -> int:
+    """Return a variable that torchrun sets, such as WORLD_SIZE, or the default; raise ValueError if it is no number."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise ValueError(
+            f"the environment variable {name} is {text!r}; it must be a whole number of at least {least}, as torchrun "
+            "sets it; unset it to run one process"
+        )
+    return int(text)
