@@ -499,7 +499,7 @@ def plot(path: str, results: dict, n: int) -> None:
         gaps: dict = {}
         for key, r in rows.items():
             gaps.setdefault(key[2:4], []).append(
-                100 * (r["right"] - results[*key[:4], "dense"]["right"])
+                100 * (r["right"] - results[(*key[:4], "dense")]["right"])
             )
         means = [mean(gap) for gap in gaps.values()]
         points.append((mean(means), mean(r["flops"] for r in rows.values()), error(means), name))

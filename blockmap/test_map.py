@@ -12,7 +12,7 @@ import torch
 
 import blockmap
 import slim
-from test_slim import checkpoints, draw, talking, tiny  # noqa: F401  fixtures among them
+from conftest import draw
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='owned'\"><!-- --> '\"&lt;&amp; \u2028\u2029\ufeff\0 "

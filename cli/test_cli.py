@@ -23,17 +23,9 @@ from cli import main as cli_main
 from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress
 from cli.talk import Talk, stop_between_tokens
+from conftest import HERE, LLAMA3_ROPE, edit_json, edit_tensors, make_checkpoint, set_free
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
-from test_slim import (
-    HERE,
-    LLAMA3_ROPE,
-    edit_json,
-    edit_tensors,
-    make_checkpoint,
-    set_free,
-    talking,  # noqa: F401  a fixture
-)
 
 K = "model.layers.1.self_attn.k_proj.weight"
 

@@ -17,7 +17,6 @@ from evals import harness
 from evals.lm import MESSAGES, SlimLM
 from planning.checkpoint import Checkpoint
 from serve.api import chat_ids
-from test_slim import talking  # noqa: F401  a fixture
 
 SENTENCES = [
     f"The {a} is {b}. "

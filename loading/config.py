@@ -1,6 +1,5 @@
 """config.json, read strictly: a key that is not understood and would change the numbers is an error that names it."""
 
-import json
 import math
 import re
 from dataclasses import dataclass, field

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import loading.template
 import tokenizer
+from conftest import DATA, HERE, needs_data
 from loading.encoders import Encoder
 from loading.template import Template
 from loading.test_vocabulary import ours, trained, write
 from loading.vocabulary import Vocabulary
-from test_slim import DATA, HERE, needs_data
 
 U, V, S = "What's  new?", "And\nthen?", "Be brief."
 TALKS = {

@@ -16,8 +16,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import tokenizer
+from conftest import DATA, HERE, needs_data
 from loading import encoders, vocabulary
-from test_slim import DATA, HERE, needs_data
 
 HARD = [
     "",

@@ -30,8 +30,8 @@ import planning.memory
 import prune
 import slim
 from bench import speed
+from conftest import draw, make_checkpoint
 from loading.config import parse_config
-from test_slim import draw, make_checkpoint
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent

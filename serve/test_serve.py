@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 import slim
 import tokenizer
 from cli import main as cli_main
+from conftest import HERE, draw, set_free
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
 from planning.settings import check_sampling
 from serve import Disconnected, Job, Server, answer, check_place
 from serve.api import ApiError, chat_ids, parse
 from serve.texts import Texts, common
-from test_slim import HERE, checkpoints, draw, set_free, talking, tiny  # noqa: F401  fixtures
 
 PRUNED = {"schedule": {2: 256, 3: 128}, "block_len": 32}
 TEXT = "ABBA CAB " * 200

@@ -1,0 +1,162 @@
+"""What config.json says is what transformers makes of it, or it is refused by name."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+import transformers
+
+from conftest import edit_json
+from loading.config import read_config
+from loading.rope import inverse_frequencies
+from model import rotate
+
+
+def test_rope_by_position_and_scaled_like_transformers(checkpoints):
+    for family, (folder, reference) in checkpoints.items():
+        c, rope = read_config(folder / "config.json"), reference.model.rotary_emb
+        ours = inverse_frequencies(c, long=False)
+        torch.testing.assert_close(ours.float(), rope.original_inv_freq, rtol=1e-5, atol=0)
+        assert math.isclose(c.rope_scaling.get("attention_factor", 1.0), rope.attention_scaling), (
+            family
+        )
+    x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 4)
+    assert torch.equal(rotate(x, angle.cos(), angle.sin()), x)
+
+
+def test_ministral3_that_says_nothing_of_rope_has_the_yarn_of_transformers(checkpoints, tmp_path):
+    folder, _ = checkpoints["ministral3"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", rope_parameters="remove")
+    theirs = transformers.Ministral3Config.from_pretrained(tmp_path)
+    silent = read_config(tmp_path / "config.json")
+    assert silent.rope_theta == 1e6 and silent.rope_scaling["rope_type"] == "yarn"
+    edit_json(tmp_path / "config.json", rope_parameters=theirs.rope_parameters | {"type": None})
+    assert silent == read_config(tmp_path / "config.json")
+    edit_json(tmp_path / "config.json", rope_parameters=None)
+    assert silent == read_config(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="scales RoPE itself"):
+        read_config(tmp_path / "config.json", 4.0)
+
+
+def test_yarn_on_request_is_what_the_config_would_say(checkpoints, tmp_path):
+    """Qwen3's 40,960 are 32,768 and room for an answer: its authors stretch the 32,768."""
+    folder, _ = checkpoints["qwen3"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", max_position_embeddings=40960)
+    asked = read_config(tmp_path / "config.json", 4.0)
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    }
+    for written in (
+        131072,
+        40960,
+        32768,
+    ):  # Qwen's cards add YaRN and leave the shorter context as it is
+        edit_json(tmp_path / "config.json", max_position_embeddings=written, rope_parameters=rope)
+        assert asked == read_config(tmp_path / "config.json"), written
+    edit_json(
+        tmp_path / "config.json", rope_parameters="remove", rope_scaling=rope, rope_theta=10000.0
+    )
+    assert asked == read_config(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="scales RoPE itself"):
+        read_config(tmp_path / "config.json", 4.0)
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    edit_json(
+        tmp_path / "config.json",
+        rope_parameters=plain,
+        rope_scaling=plain,
+        max_position_embeddings=40960,
+    )
+    edit_json(
+        tmp_path / "config.json", original_max_position_embeddings=4096
+    )  # of an older stretch
+    assert asked == read_config(tmp_path / "config.json", 4.0)
+
+
+def test_a_window_must_cover_what_yarn_stretches_the_context_to(checkpoints, tmp_path):
+    folder, _ = checkpoints["mistral"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+    }
+    edit_json(tmp_path / "config.json", rope_parameters=rope, sliding_window=16384)
+    assert read_config(tmp_path / "config.json").max_len == 16384
+    edit_json(tmp_path / "config.json", sliding_window=4096)
+    with pytest.raises(ValueError, match="sliding_window"):
+        read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "rope, said",
+    [
+        ({"rope_type": "dynamic"}, "type 'dynamic'"),
+        ({"rope_type": "linear", "factor": "x"}, "key 'factor'"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "key 'truncate'"),
+    ],
+)
+def test_what_is_wrong_with_rope_names_the_file_and_its_key(tiny, tmp_path, key, rope, said):
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", rope_parameters="remove")
+    edit_json(tmp_path / "config.json", **{key: rope})
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'config.json'}: {key} {said}")):
+        read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_older_names_of_longrope_are_longrope(checkpoints, tmp_path, name):
+    """As in Phi-3's first files, and as transformers reads them."""
+    folder, _ = checkpoints["phi3-longrope"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    shared = "short_factor", "long_factor", "original_max_position_embeddings"
+    old = {"type": name, **{key: rope[key] for key in shared}}
+    edit_json(
+        tmp_path / "config.json", rope_parameters="remove", rope_scaling=old, rope_theta=10000.0
+    )
+    assert (
+        transformers.Phi3Config.from_pretrained(tmp_path).rope_parameters["rope_type"] == "longrope"
+    )
+    assert read_config(tmp_path / "config.json") == read_config(folder / "config.json")
+
+
+LONG = ["x" * 10_000]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"hidden_size": LONG},
+        {"attention_bias": LONG},
+        {"dtype": LONG},
+        {"model_type": LONG},
+        {"rope_scaling": LONG},
+        {"layer_types": LONG},
+        {"hidden_act": LONG},
+        {"rope_theta": LONG},
+        {"rope_scaling": {"type": LONG}},
+        {"rope_scaling": {"type": "linear", LONG[0]: 1}},
+        {"rope_parameters": {"type": "linear", "factor": LONG}},
+        {"rope_parameters": {"type": "yarn", "factor": 2.0, "truncate": LONG}},
+        {"architectures": LONG},
+        {"quantization_config": LONG},
+        {"sliding_window": LONG},
+        {"no_rope_layers": LONG},
+    ],
+)
+def test_a_long_value_is_cut_in_the_line_about_it(tiny, tmp_path, keys):
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    edit_json(tmp_path / "config.json", rope_parameters="remove")
+    edit_json(tmp_path / "config.json", **keys)
+    with pytest.raises(ValueError) as error:
+        read_config(tmp_path / "config.json")
+    assert len(str(error.value)) < 500 + len(str(tmp_path))

@@ -1,0 +1,304 @@
+"""A saved conversation goes on bit for bit, or it is refused and nothing is lost."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import loading.weights
+import prune
+import slim
+from conftest import (
+    DEVICES,
+    HERE,
+    MASS,
+    SLIM,
+    draw,
+    go_on,
+    make_checkpoint,
+    newest_of_weights,
+    set_free,
+)
+from loading import saved
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("schedule", [{1: 64, 3: 32}, {}])
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+@pytest.mark.parametrize("score", ["peak", "paper", MASS])
+def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedule, gamma, score):
+    """After a prompt, an answer and its unrun last token: tiers, active sets, ring, ids and counters are all in the
+    file.
+    """
+    settings = SLIM | dict(device=device, schedule=schedule, gamma=gamma, score=score)
+    engine, other = slim.load(tiny, **settings), slim.load(tiny, **settings)
+    for n in (3, 150):  # the second file takes the place of the first
+        list(engine.generate(draw(n), 9))
+        engine.save(tmp_path / "talk.slim", {"any": ["JSON"]})
+    other.prefill(draw(30, seed=1))
+    assert other.resume(tmp_path / "talk.slim") == {"any": ["JSON"]}
+    assert (
+        other.pending == engine.pending != [] and other.ids == engine.ids and len(other.ids) == 158
+    )
+    assert torch.equal(go_on(engine, draw(20, seed=2)), go_on(other, draw(20, seed=2)))
+    for counter in (
+        "kept",
+        "tokens",
+        "swaps",
+        "revived",
+        "kv_cpu_bytes",
+        "aux_cpu_bytes",
+        "to_cpu_bytes",
+        "to_gpu_bytes",
+    ):
+        assert engine.stats[counter] == other.stats[counter], counter
+    assert not schedule or engine.stats["revived"] > 0
+
+
+def edit_saved(path, change, sign=False):
+    """Change the header and the tensors of a saved conversation; sign: as if it had been saved so."""
+    with safe_open(path, "pt") as file:
+        crc, header = file.metadata()["crc"], json.loads(file.metadata()["slim"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(header, tensors)
+    text = json.dumps(header)
+    save_file(
+        tensors,
+        path,
+        {"slim": text, "crc": saved.checksum(text, sorted(tensors.items())) if sign else crc},
+    )
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
+    "cut short": (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated"),
+    "empty": (lambda p: p.write_bytes(b""), "truncated"),
+    "absent": (lambda p: p.unlink(), "no such file"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "no such file"),
+    "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "no such file"),
+    "weights": (lambda p: save_file({"x": torch.ones(1)}, p), "not a conversation"),
+    "another format": (lambda p: edit_saved(p, lambda h, t: h.update(format="slim 0")), "slim 0"),
+    "a header of nothing": (
+        lambda p: save_file({"x": torch.ones(1)}, p, {"slim": "[]"}),
+        "not a conversation",
+    ),
+    "no ids": (lambda p: edit_saved(p, lambda h, t: h.update(ids=None)), "parts are missing"),
+    "no kv": (lambda p: edit_saved(p, lambda h, t: h.pop("kv"), sign=True), "parts are missing"),
+    "no extra": (lambda p: edit_saved(p, lambda h, t: h.update(extra=5)), "parts are missing"),
+    "other weights": (
+        lambda p: edit_saved(p, lambda h, t: h["identity"].update(weights="0"), sign=True),
+        "other weights",
+    ),
+    "gamma": (
+        lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True),
+        "gamma 0.1",
+    ),
+    "a bit of a tensor": (lambda p: flip(p, -100), "damaged"),
+    "no prompt length": (
+        lambda p: edit_saved(p, lambda h, t: h["kv"].pop("n_prompt"), sign=True),
+        "parts are missing",
+    ),
+    "no stages": (
+        lambda p: edit_saved(p, lambda h, t: h["kv"].pop("stages"), sign=True),
+        "parts are missing",
+    ),
+    "no seconds": (
+        lambda p: edit_saved(p, lambda h, t: h.pop("prefill_s"), sign=True),
+        "parts are missing",
+    ),
+    "no layer": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2"), sign=True), "incomplete"),
+    "tensor missing": (lambda p: edit_saved(p, lambda h, t: t.pop("layer.2")), "damaged"),
+    "tensor short": (
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2": t["layer.2"][1:]})),
+        "damaged",
+    ),
+    "tensor of another type": (
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2": t["layer.2"].view(torch.int32)})),
+        "damaged",
+    ),
+    "tensors exchanged": (
+        lambda p: edit_saved(p, lambda h, t: t.update({"layer.2": t["layer.1"].clone()})),
+        "damaged",
+    ),
+    "a slot": (
+        lambda p: edit_saved(p, lambda h, t: h["kv"]["stages"][1]["slots"].__setitem__(1, 10**6)),
+        "damaged",
+    ),
+    "length": (lambda p: edit_saved(p, lambda h, t: h["kv"].update(length=-5)), "damaged"),
+    "an id": (
+        lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 63 - h["ids"][0])),
+        "damaged",
+    ),
+    "seconds": (lambda p: edit_saved(p, lambda h, t: h.update(prefill_s="x")), "parts are missing"),
+    "no checksum": (lambda p: edit_saved(p, lambda h, t: h.update(x=1)), "damaged"),
+    "ids of another vocabulary": (
+        lambda p: edit_saved(p, lambda h, t: h["ids"].__setitem__(0, 10**9), sign=True),
+        "vocabulary",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED_SAVES)
+def test_a_spoiled_save_is_refused_and_the_engine_goes_on(tiny, tmp_path, what):
+    spoil, names = SPOILED_SAVES[what]
+    path, engine = tmp_path / "talk.slim", slim.load(tiny, **SLIM)
+    list(engine.generate(draw(150), 4))
+    engine.save(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=names):
+        engine.resume(path)
+    assert len(engine.ids) == 153 and go_on(engine, [1, 2], 2).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(gamma=0.5),
+        dict(schedule={1: 64}),
+        dict(window=2),
+        dict(dtype="bfloat16"),
+        dict(score="paper"),
+        dict(score=prune.Rule("mine", newest_of_weights)),
+        dict(every_layer=False),
+    ],
+)
+def test_a_save_of_other_settings_is_refused(tiny, tmp_path, change):
+    engine = slim.load(tiny, **SLIM)
+    engine.prefill(draw(150))
+    engine.save(tmp_path / "talk.slim")
+    key = next(iter(change))
+    if key == "every_layer":
+        change = dict(score=dataclasses.replace(prune.RULES["peak"], **change))
+    with pytest.raises(ValueError, match=key):
+        slim.load(tiny, **SLIM | change).resume(tmp_path / "talk.slim")
+
+
+def test_a_save_of_another_checkpoint_is_refused(checkpoints, tiny, tmp_path):
+    make_checkpoint(tmp_path / "other", seed=1)
+    engine = slim.load(tiny, **SLIM)
+    engine.prefill(draw(150))
+    engine.save(tmp_path / "talk.slim")
+    with pytest.raises(ValueError, match="other weights"):
+        slim.load(tmp_path / "other", **SLIM).resume(tmp_path / "talk.slim")
+
+
+def test_nothing_is_saved_before_there_is_something_or_where_it_cannot_be(tiny, tmp_path):
+    engine = slim.load(tiny, **SLIM)
+    with pytest.raises(ValueError, match="prefill"):
+        engine.save(tmp_path / "talk.slim")
+    engine.prefill(draw(20))
+    with pytest.raises(ValueError, match="nowhere"):
+        engine.save(tmp_path / "nowhere" / "talk.slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversation_is_saved_though_the_weights_file_is_gone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        loading.weights, "MAPPED_BYTES", 0
+    )  # a file is opened anew for each tensor, as a large one is
+    shutil.copytree(tiny, tmp_path / "model")
+    engine = slim.load(tmp_path / "model", **SLIM)
+    engine.prefill(draw(150), schedule="dense")
+    shutil.rmtree(tmp_path / "model")
+    engine.save(tmp_path / "talk.slim")
+    other = slim.load(tiny, **SLIM | dict(schedule="dense"))
+    other.resume(tmp_path / "talk.slim")
+    assert torch.equal(other.extend([1]), engine.extend([1]))
+
+
+@pytest.mark.parametrize("when", ["writing", "naming"])
+def test_a_save_broken_off_leaves_the_old_file(tiny, tmp_path, monkeypatch, when):
+    engine, path = slim.load(tiny, **SLIM), tmp_path / "talk.slim"
+    engine.prefill(draw(20))
+    engine.save(path)
+    old = path.read_bytes()
+    engine.prefill(draw(150))
+
+    def break_off(*args):
+        Path(args[0]).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        *((saved, "write_tensors") if when == "writing" else (os, "replace")), break_off
+    )
+    with pytest.raises(KeyboardInterrupt):
+        engine.save(path)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_is_on_the_disk_before_its_name_and_every_tensor_is_aligned(tmp_path, monkeypatch):
+    path, calls = tmp_path / "talk.slim", []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(
+            os, name, lambda *a, call=getattr(os, name), name=name: (calls.append(name), call(*a))
+        )
+    tensors = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.ones(3),
+        "c": torch.ones(3, dtype=torch.float64),
+    }
+    saved.write_saved(path, {}, tensors)
+    assert calls == ["fsync", "replace"]
+    header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+    assert all(
+        header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0
+        for name, tensor in tensors.items()
+    )
+    with safe_open(path, "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_save_killed_at_any_moment_leaves_a_whole_file(tiny, tmp_path):
+    """SIGKILL at random moments of saving over and over: what stands there afterwards opens, every time."""
+    path = tmp_path / "talk.slim"
+    code = f"""if True:
+        import slim
+        engine = slim.load({str(tiny)!r}, **{SLIM!r})
+        engine.prefill({draw(150)!r})
+        engine.save({str(path)!r})
+        print("saved", flush=True)
+        while True:
+            engine.save({str(path)!r})"""
+    engine = slim.load(tiny, **SLIM)
+    for seed in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=HERE)
+        process.stdout.readline()
+        time.sleep(random.Random(seed).random() * 0.02)
+        process.kill()
+        process.wait()
+        engine.resume(path)
+        assert len(engine.ids) == 150
+    engine.save(path)
+    assert list(tmp_path.iterdir()) == [path]  # what killed processes left is gone
+
+
+def test_resuming_checks_memory_first_and_ends_a_generator(tiny, tmp_path, monkeypatch):
+    engine = slim.load(tiny, **SLIM)
+    engine.prefill(draw(150))
+    engine.save(tmp_path / "talk.slim")
+    for wrong in (-1, 1.5, "x"):
+        with pytest.raises(ValueError, match="room"):
+            engine.resume(tmp_path / "talk.slim", wrong)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="not enough memory"):
+        set_free(m, 0)
+        engine.resume(tmp_path / "talk.slim", 10**6)
+    answer = engine.generate([1], 5, follow_up=True)
+    next(answer)
+    engine.resume(tmp_path / "talk.slim")
+    with pytest.raises(ValueError, match="used while it generated"):
+        list(answer)
