@@ -133,26 +133,27 @@ class Engine:
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         end = self.kv.length + len(ids)
-        need, entries = self.kv.growth_bytes(end + room), self.kv.exchange_entries()
-        if (
-            need or len(ids) > 1 or any(memory.missing(n) for memory, n in entries)
-        ):  # asking what is free takes 1 ms
-            slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
-            need += step_bytes(
-                self.ckpt, slots, len(ids), n_tail, n_logits=len(ids) if all_logits else 1
-            )
-            if self.lacks(need, swap := self.kv.swap_bytes()):
-                raise ValueError(
-                    f"{len(ids):,} more tokens need {format_bytes(need)} on {self.kv.device} and {format_bytes(swap)} "
-                    "for pruned blocks, more than is free; ask less, or start again with more room"
-                )
+        n_logits = len(ids) if all_logits else 1
+        self.check_growth(end, room, n_logits)
         self.kv.make_room(end + room)
-        logits = self.run(ids, len(ids) if all_logits else 1)
+        logits = self.run(ids, n_logits)
         self.pending = []
         return logits if all_logits else logits[0]
 
-    def lacks(self, n_bytes: int, host: int) -> bool:
-        return not fits(self.kv.device, n_bytes, host)
+    def check_growth(self, end: int, room: int, n_logits: int) -> None:
+        """Raise ValueError unless there is memory for a step up to token `end`, and room for more."""
+        n = end - self.kv.length
+        need, entries = self.kv.growth_bytes(end + room), self.kv.exchange_entries()
+        if not need and n == 1 and not any(memory.missing(size) for memory, size in entries):
+            return  # asking what is free takes 1 ms
+        slots, n_tail = [stage.n_slots for stage in self.kv.stages], end - self.kv.tail_start
+        need += step_bytes(self.ckpt, slots, n, n_tail, n_logits=n_logits)
+        swap = self.kv.swap_bytes()
+        if not fits(self.kv.device, need, swap):
+            raise ValueError(
+                f"{n:,} more tokens need {format_bytes(need)} on {self.kv.device} and {format_bytes(swap)} "
+                "for pruned blocks, more than is free; ask less, or start again with more room"
+            )
 
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         self.usable = False
