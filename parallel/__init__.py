@@ -70,26 +70,13 @@ def main(program) -> int:
     os._exit(code)  # threads wait for connections, and torch would wait for the threads
 
 
-def load(
-    ckpt,
-    device="auto",
-    dtype="auto",
-    schedule="auto",
-    score="peak",
-    n_prompt=1,
-    n_new=0,
-    progress=None,
-    **settings,
-) -> "Engine":
-    """Load this rank's part of a checkpoint; every rank calls it with the same arguments.
+def load(*args, n_prompt=1, n_new=0, progress=None, **settings) -> "Engine":
+    """Load this rank's part of a checkpoint; every rank calls it alike. Arguments as of `slim.load`.
 
-    Arguments as of `slim.load`. Raises ValueError on every rank if one rank cannot, if ranks
-    disagree, or without torchrun.
+    Raises ValueError on every rank if one cannot, if ranks disagree, or without torchrun.
     """
-    opened = connect().together(
-        lambda: Checkpoint.open(ckpt, device, dtype, schedule, score, **settings)
-    )
-    return start(opened, n_prompt, n_new, progress)
+    ckpt = connect().together(lambda: Checkpoint.open(*args, **settings))
+    return start(ckpt, n_prompt, n_new, progress)
 
 
 def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
@@ -141,16 +128,6 @@ def shifted(part: slice, n: int) -> slice:
 
 def length(part: slice) -> int:
     return part.stop - part.start
-
-
-def possible_ranks(config: Config) -> list[int]:
-    """Return the numbers of ranks that can share a model's heads."""
-    n_heads, n_kv_heads = config.n_heads, config.n_kv_heads
-    return [
-        n
-        for n in range(1, n_heads + 1)
-        if n_heads % n == 0 and (n_kv_heads % n == 0 or n % n_kv_heads == 0)
-    ]
 
 
 @dataclass(frozen=True)
@@ -248,11 +225,14 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
 
 def check_ranks(config: Config, n_ranks: int) -> None:
     """Raise ValueError if a model cannot be cut for n_ranks."""
-    possible = possible_ranks(config)
+    heads = config.n_heads
+    kv_heads = config.n_kv_heads
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    possible = [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
     if n_ranks not in possible:
         raise ValueError(
-            f"{n_ranks} ranks cannot share {config.n_heads} heads and {config.n_kv_heads} KV heads"
-            f"; --nproc-per-node can be {', '.join(map(str, possible))}"
+            f"{n_ranks} ranks cannot share {heads} heads and {kv_heads} KV heads; "
+            f"--nproc-per-node can be {', '.join(map(str, possible))}"
         )
     least = min(config.hidden_dim, config.vocab_size, config.dim)
     if n_ranks > least:
