@@ -282,9 +282,9 @@ class Oracle:
             if self.rule == "paper"
             else {row: dict(worth) for row, worth in self.worth.items()}
         )
-        self.ring[p] = (self.ring[p] + [f for row, f in sorted(found.items()) if row >= start])[
-            -self.window :
-        ]
+        newest = max(start, self.n - self.window)  # a row before it only survived, and asks nothing
+        asking = [f for row, f in sorted(found.items()) if row >= newest]
+        self.ring[p] = (self.ring[p] + asking)[-self.window :]
         below = self.boundary_below(p - 1)
         candidates = set(range(self.last + 1)) if below is None else self.active[below]
         k = max(2, self.schedule[p] // self.block_len)
@@ -487,17 +487,21 @@ def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
     """Without a GPU: copies of a layer are put off until it waits, as a stream may; until then its new slots hold
     NaN.
     """
-    want, move_layer, cache_wait, put_off = play(tiny, "cpu"), KVCache.move_layer, KVCache.wait, {}
+    want = play(tiny, "cpu")
+    copy_layer = KVCache.copy_layer
+    cache_wait = KVCache.wait
+    put_off = {}
 
-    def later(kv, stage, i, layer, *args):
+    def later(kv, move, i, *args):
+        layer = move.stage.layers[i]
         assert layer not in put_off
-        put_off[layer] = lambda: move_layer(kv, stage, i, layer, *args)
+        put_off[layer] = lambda: copy_layer(kv, move, i, *args)
 
     def wait(kv, layer):
         put_off.pop(layer, lambda: None)()
         cache_wait(kv, layer)
 
-    monkeypatch.setattr(KVCache, "move_layer", later)
+    monkeypatch.setattr(KVCache, "copy_layer", later)
     monkeypatch.setattr(KVCache, "wait", wait)
     assert torch.equal(play(tiny, "cpu"), want)
 
@@ -577,11 +581,11 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(tiny, steps, n_prompt
         }
         append(kv, layer, slab_rows, k, v)
 
-    def leave(kv, stage, x, first_row):
+    def leave(kv, stage, x, place):
         hidden[kv.stages.index(stage)] |= {
-            block: x[row : row + 8].clone() for block, row in first_row.items()
+            block: x[8 * i : 8 * i + 8].clone() for block, i in place.items()
         }
-        offload(kv, stage, x, first_row)
+        offload(kv, stage, x, place)
 
     def come_back(kv, stage, blocks):
         x = restore(kv, stage, blocks)
@@ -604,10 +608,12 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(tiny, steps, n_prompt
 def check_store(kv, written, hidden):
     for i, stage in enumerate(kv.stages):
         assert len(set(stage.slots)) == len(stage.slots) == stage.n_slots  # no slot held twice
-        assert stage.held == set(stage.slots) | set(stage.home)  # no block homeless
+
         assert set(stage.aux) == set(hidden[i])
         if i:
-            assert stage.held | set(stage.aux) == kv.stages[i - 1].held  # pruned, but not lost
+            assert (
+                stage.has_keys() | set(stage.aux) == kv.stages[i - 1].has_keys()
+            )  # pruned, but not lost
         for j, layer in enumerate(stage.layers):
             places = positions_in_slab(kv, stage, kv.length)
             assert torch.equal(
@@ -628,7 +634,7 @@ def positions_in_slab(kv, stage, length):
 def test_copies_start_after_the_ffn_that_hides_them(tiny, monkeypatch):
     engine, calls = slim.load(tiny, **SLIM), []
     engine.prefill(draw(200))
-    for name in ("attention", "ffn", "activate", "move_layer"):
+    for name in ("attention", "ffn", "activate", "copy_layer"):
         owner = model.Model if hasattr(model.Model, name) else KVCache
         method = getattr(owner, name)
         monkeypatch.setattr(
@@ -641,11 +647,11 @@ def test_copies_start_after_the_ffn_that_hides_them(tiny, monkeypatch):
         )
         engine.extend([1])
     order = [name for i, name in enumerate(calls) if name != calls[i - 1]]
-    assert order.count("move_layer") == 2 * len(engine.kv.stages[1:])
+    assert order.count("copy_layer") == 2 * len(engine.kv.stages[1:])
     assert all(
         order[i - 2 : i] == ["activate", "ffn"]
         for i, name in enumerate(order)
-        if name == "move_layer"
+        if name == "copy_layer"
     ), order
 
 
@@ -915,7 +921,7 @@ def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
     engine.prefill(draw(150))
     go_on(engine, draw(30, seed=1))
     engine.rewind()
-    assert all(stage.recent is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
+    assert all(stage.newest is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
     other = slim.load(tiny, **SLIM | dict(gamma=1.0, window=8))
     other.prefill(draw(150))
     engine.extend(draw(9, seed=2)), other.extend(draw(9, seed=2))
@@ -943,11 +949,11 @@ def test_only_ids_of_the_vocabulary_are_run(tiny):
 
 @pytest.mark.parametrize("tail", [-5, 1.5, "x"])
 def test_a_tail_that_is_no_number_of_tokens_is_refused(tiny, tail):
-    with pytest.raises(ValueError, match="tail is"):
-        slim.load(tiny, "cpu").prefill(draw(100), tail=tail)
-    with pytest.raises(ValueError, match="tail is"):
+    with pytest.raises(ValueError, match="keep_last is"):
+        slim.load(tiny, "cpu").prefill(draw(100), keep_last=tail)
+    with pytest.raises(ValueError, match="keep_last is"):
         slim.load(tiny, "cpu").generate(
-            draw(100), 5, tail=tail
+            draw(100), 5, keep_last=tail
         )  # at once, not when the first token is asked for
 
 
@@ -957,7 +963,7 @@ def test_longrope_counts_the_tail_and_the_answer(checkpoints):
     n = int(engine.config.rope_scaling["original_max_position_embeddings"])
     ids = draw(n + 20)
     whole = engine.prefill(ids)
-    torch.testing.assert_close(engine.prefill(ids, tail=40), whole)
+    torch.testing.assert_close(engine.prefill(ids, keep_last=40), whole)
     engine.prefill(ids[: n - 10], room=30)
     torch.testing.assert_close(engine.extend(ids[n - 10 :]), whole)
 

@@ -12,7 +12,7 @@ cache do not know about ranks: theirs is a model of fewer heads and fewer column
   17 us, the price of one more call (both assumed). Of Llama 3.3 70B (2 GiB each), 4 ranks save
   3 GiB each and read 1.5 GiB less a token.
 - KV heads fewer than ranks are repeated: R must be a multiple of their number, or divide it.
-- A rule says how the scores of all heads are found (`prune.Rule.heads`). A maximum is exact in any
+- A rule says how the scores of all heads are found (`prune.Rule.join`). A maximum is exact in any
   order; any other rule gets all heads, and rank 0's scores count. So every choice of blocks is the
   same on every rank, bit for bit.
 - aux is cut by columns. Whole on every rank it would take T x C each, for 70B at 128k tokens 2 GiB,
@@ -71,7 +71,7 @@ def main(program) -> int:
 
 
 def load(*args, n_prompt=1, n_new=0, progress=None, **settings) -> "Engine":
-    """Load this rank's part of a checkpoint; every rank calls it alike. Arguments as of `slim.load`.
+    """Load this rank's part of a checkpoint; every rank calls it alike. See `slim.load`.
 
     Raises ValueError on every rank if one cannot, if ranks disagree, or without torchrun.
     """
@@ -218,8 +218,8 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     fields.pop("weights_hash", None)
     columns = own(config.dim)
     part = Part(**fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=columns)
-    for name, file in ckpt.tensors.items():
-        part.tensors[name] = PartFile(file, part)
+    for name in ckpt.tensors:
+        part.tensors[name] = PartFile(ckpt.tensors[name], part)
     return part
 
 
@@ -284,7 +284,7 @@ def own_device(device: torch.device, rank: int) -> torch.device:
 def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):
     """Return a rule's function for one rank's heads: it gives the same scores on every rank.
 
-    A maximum of weights is left to `Model.score_layer`, which joins those of many layers at once.
+    A maximum of weights is left to `Model.join_scores`, which joins those of many layers at once.
     """
 
     def all_heads(part: Tensor, dim: int, n_heads: int) -> Tensor:
@@ -309,7 +309,7 @@ def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):
         scores = rule.score(seen, *rest)
         return ranks.first(scores.contiguous()) if is_scores(scores) else scores
 
-    return score_maximum if rule.heads == "max" else score_all
+    return score_maximum if rule.join == "max" else score_all
 
 
 def is_scores(scores) -> bool:
@@ -350,12 +350,9 @@ class Model(model.Model):
             return logits
         return self.ranks.assemble(logits, 1, self.part.vocab, self.vocab_size)
 
-    def score_layer(
-        self, layer: int, stage, rows, n: int, queries: Tensor, weights, scores: Tensor
-    ) -> None:
+    def join_scores(self, scores: Tensor, at_boundary: bool) -> None:
         """Join the maxima at a boundary; in the prompt's step in every layer, for the map."""
-        super().score_layer(layer, stage, rows, n, queries, weights, scores)
-        if self.rule.heads == "max" and (self.kv.length == 0 or layer == stage.layers[-1]):
+        if self.rule.join == "max" and (at_boundary or self.kv.length == 0):
             self.ranks.max(scores)
 
 
@@ -368,8 +365,8 @@ class KVCache(kvcache.KVCache):
         self.part = part
         self.full_config = part.full.config
 
-    def offload(self, stage, x: Tensor, first_row: dict[int, int]) -> None:
-        super().offload(stage, x[:, self.part.columns], first_row)
+    def offload(self, stage, x: Tensor, place: dict[int, int]) -> None:
+        super().offload(stage, x[:, self.part.columns], place)
 
     def restore(self, stage, blocks: list[int]) -> Tensor:
         columns = super().restore(stage, blocks)

@@ -144,7 +144,7 @@ RULES = {
     "peak": "peak",
     "paper": "paper",
     "all": prune.Rule("mass", mass, every_layer=False, window=8),
-    "keys": prune.Rule("keys", strongest, sees="keys", heads="max"),
+    "keys": prune.Rule("keys", strongest, sees="keys", join="max"),
 }
 FAMILIES = "llama3-gqa", "qwen2-bias", "qwen3-bias", "phi3", "llama3.2-tied", "llama2-mha"
 
@@ -415,14 +415,14 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
 def test_a_scorer_that_fails_fails_alike_on_all_ranks(folders, tmp_path):
     def work():
         for wrong in (lambda w: 7, lambda w: w, lambda w: w.amax((1, 3)) * torch.nan):
-            for heads in ("all", "max"):
+            for join in ("all", "max"):
                 engine = load(
                     folders["llama3-gqa"],
                     "cpu",
                     schedule={2: 96},
                     block_len=16,
                     unit_len=4,
-                    score=prune.Rule("wrong", wrong, heads=heads),
+                    score=prune.Rule("wrong", wrong, join=join),
                 )
                 with pytest.raises(ValueError, match="the scoring function returned"):
                     engine.prefill(draw(300))

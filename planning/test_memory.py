@@ -143,7 +143,7 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
         len(list(engine.generate(draw(3), 400, follow_up=True))) == 400
     )  # also where the question itself has room
     assert len(made) == engine.config.n_layers
-    for wrong in (dict(schedule="dense"), dict(tail=5)):
+    for wrong in (dict(schedule="dense"), dict(keep_last=5)):
         with pytest.raises(ValueError, match="follow-up cannot change them"):
             engine.generate(draw(5), 5, follow_up=True, **wrong)
 
@@ -151,7 +151,7 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
 def test_a_tail_is_planned_as_what_it_takes(tiny, monkeypatch):
     engine, plans, check = slim.load(tiny, "cpu", schedule={1: 1 / 8}), [], slim.check_memory
     monkeypatch.setattr(slim, "check_memory", lambda *a, **kw: plans.append(check(*a, **kw)))
-    engine.prefill(draw(2400), tail=1200)
+    engine.prefill(draw(2400), keep_last=1200)
     assert plans[0].kv == engine.stats["kv_gpu_bytes"]
 
 

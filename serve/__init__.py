@@ -140,7 +140,7 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
         check()
     sampling = r.max_tokens, r.temperature, r.top_p, r.seed
     tokens = Tokens(
-        engine.generate(r.ids[begin:], *sampling, follow_up=cached > 0, tail=tail), check
+        engine.generate(r.ids[begin:], *sampling, follow_up=cached > 0, keep_last=tail), check
     )
     if not cached:
         engine.model.on_chunk = check  # a new reading may be broken off anywhere: nothing is lost

@@ -40,7 +40,7 @@ def ask(texts: Texts, tok, text: str, place: str) -> tuple[str, float, int]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": start}]
     engine, ids, started = texts.engine, chat_ids(tok, messages), time.perf_counter()
     cached, tail = texts.reuse(ids, 16)
-    answer = engine.generate(ids[cached:], 16, follow_up=cached > 0, tail=tail)
+    answer = engine.generate(ids[cached:], 16, follow_up=cached > 0, keep_last=tail)
     out = [next(answer, 0)]
     seconds = time.perf_counter() - started
     return tok.decode([*out, *answer]), seconds, cached

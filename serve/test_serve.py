@@ -61,7 +61,7 @@ def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_p
             and cached == 0
             or ids[:cached] == (engine.ids + engine.pending)[:cached]
         )
-        answer = list(engine.generate(ids[cached:], 3, follow_up=cached > 0, tail=tail))
+        answer = list(engine.generate(ids[cached:], 3, follow_up=cached > 0, keep_last=tail))
         assert engine.ids[: len(ids)] == ids
         asked.append(ids + answer)
         if not pruned:
@@ -79,7 +79,7 @@ def test_another_question_on_the_same_text_reads_itself_alone(tiny):
     kept = []
     for ids in ask:
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         kept.append(cached // 10)
     # the first is read; the second goes on; so does a long question, up to where it parts from the second; a
     # fourth parts there too; all is in the tail by then
@@ -93,7 +93,7 @@ def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
     for seed in (1, 2, 3):
         ids = text + draw(900, seed)
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         kept.append(cached)
     assert kept[:2] == [0, 0] and kept[2] >= 2000
 
@@ -114,7 +114,7 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
     def read(i, question):
         ids = docs[i] + draw(20, question)
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         return cached
 
     assert [read(i, 7) for i in (0, 1, 2)] == [0, 0, 0] and len(texts.files()) == 2
@@ -140,7 +140,7 @@ def started(tiny, folder):
 
     def read(ids):
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         return cached
 
     return texts, read
@@ -195,7 +195,7 @@ def test_a_request_that_memory_has_no_room_for_costs_no_file(tiny, tmp_path, mon
 
 def test_a_rewind_stays_within_the_tail(tiny):
     engine = slim.load(tiny, "cpu", **PRUNED)
-    engine.prefill(draw(600), tail=100)
+    engine.prefill(draw(600), keep_last=100)
     assert engine.kv.tail_start == 480
     for n in (479, 601, 0, -1):
         with pytest.raises(ValueError, match="from 480 to 600"):
@@ -207,7 +207,7 @@ def test_a_rewind_stays_within_the_tail(tiny):
 
 def test_dense_logits_after_a_rewind_are_those_of_a_new_prefill(tiny):
     engine, other = (slim.load(tiny, "cpu", schedule="dense", block_len=32) for _ in range(2))
-    engine.prefill(draw(500), tail=200)
+    engine.prefill(draw(500), keep_last=200)
     engine.extend(draw(50, 1))
     engine.rewind(333)
     assert torch.allclose(
@@ -486,7 +486,7 @@ def server(talking, tmp_path_factory):
 def test_streamed_or_not_the_answer_is_the_engines(server, talking):
     engine = slim.load(talking, "cpu", **PRUNED)
     tok, ids = engine.tokenizer, chat_ids(engine.tokenizer, [{"role": "user", "content": TEXT}])
-    expected = "".join(tok.stream(engine.generate(ids, 12, tail=min(512, len(ids) // 4))))
+    expected = "".join(tok.stream(engine.generate(ids, 12, keep_last=min(512, len(ids) // 4))))
     whole = server.chat(TEXT)
     assert (
         whole["choices"][0]["message"]["content"] == expected
@@ -680,7 +680,7 @@ def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, mon
         Texts(engine),
         {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []},
     )
-    engine.prefill(text[:1500], tail=100)
+    engine.prefill(text[:1500], keep_last=100)
     job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
     monkeypatch.setattr(
         engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more)
