@@ -8,6 +8,7 @@ repository: $SLIM_TEST_DATA names their folder, and without it those tests say s
 So does the test of SmolLM2 where that is neither at hand nor, with SLIM_REAL=1, can be made.
 """
 
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.nn.attention.bias import CausalBias
 
 import kvcache
 import model
@@ -55,26 +57,26 @@ from planning import schedule as schedules
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_logits_are_those_of_transformers(checkpoints, family, device):
+    """Every family, at lengths around a block and a chunk: what a checkpoint says is computed."""
     folder, reference = checkpoints[family]
+    engine = slim.load(folder, device, dtype="float32", schedule="dense")
     for length in (1, 63, 64, 65, 997):
         ids = draw(length, seed=length)
         with torch.no_grad():
             want = reference(torch.tensor([ids])).logits[0, -1]
         for chunk in (1, 64, 100, length) if length < 100 else (64, 100, length):
-            got = slim.load(folder, device, dtype="float32", schedule="dense", chunk=chunk).prefill(
-                ids
-            )
+            engine.model.chunk = chunk
+            got = engine.prefill(ids)
             torch.testing.assert_close(got.cpu(), want, atol=ATOL[torch.float32], rtol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_decode_and_follow_up_continue_the_prefill(checkpoints, device):
+    """Positions, masks and the KV go on where the last step ended, for one token as for many."""
     folder, reference = checkpoints["llama3.1-rope"]
-    ids, engine, at = (
-        draw(200),
-        slim.load(folder, device, dtype="float32", schedule={}, chunk=50),
-        100,
-    )
+    engine = slim.load(folder, device, dtype="float32", schedule={}, chunk=50)
+    ids = draw(200)
+    at = 100
     engine.prefill(ids[:at])
     for step in (1, 1, 1, 60, 1, 36):
         at += step
@@ -85,6 +87,7 @@ def test_decode_and_follow_up_continue_the_prefill(checkpoints, device):
 
 
 def test_greedy_generation_is_that_of_transformers(checkpoints):
+    """The loop of steps, and not only each step."""
     folder, reference = checkpoints["qwen2-bias"]
     ids = draw(70)
     want = reference.generate(
@@ -96,13 +99,14 @@ def test_greedy_generation_is_that_of_transformers(checkpoints):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near_float32(checkpoints, dtype, device):
+    """Sums and softmax are in float32; kept in half precision, errors would grow with length."""
     folder, reference = checkpoints["llama3-gqa"]
+    engine = slim.load(folder, device, dtype=str(dtype)[6:], schedule="dense")
     with torch.no_grad():
         want = reference(torch.tensor([draw(300)])).logits[0, -1]
     for chunk in (64, 299, 300):  # joined from chunks, a row alone, all at once
-        got = slim.load(
-            folder, device, dtype=str(dtype)[6:], schedule="dense", chunk=chunk
-        ).prefill(draw(300))
+        engine.model.chunk = chunk
+        got = engine.prefill(draw(300))
         assert got.dtype == torch.float32
         torch.testing.assert_close(
             got.cpu(), want, atol=ATOL[dtype] * want.abs().max().item(), rtol=0
@@ -113,19 +117,16 @@ def test_half_precision_stays_near_float32(checkpoints, dtype, device):
 def test_attention_of_newest_rows_is_the_plain_softmax(dtype):
     """Both kernels' paths; flat attention is where a join in half precision was wrong by 0.015."""
     torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(n, h, 64) * scale
-        for n, h, scale in ((7, 6, 0.01), (4096, 2, 0.01), (4096, 2, 1.0))
-    )
+    q = (0.01 * torch.randn(7, 6, 64)).to(dtype)
+    k = (0.01 * torch.randn(4096, 2, 64)).to(dtype)
+    v = torch.randn(4096, 2, 64) + 1
     v[4089:] += 40  # the newest few weigh little and say much
-    q, k, v = (y.to(dtype) for y in (q, k, v + 1))
+    v = v.to(dtype)
     mask = torch.arange(4096) <= torch.arange(4089, 4096)[:, None]
     logits = torch.einsum("tgrd,sgd->tgrs", q.double().view(7, 2, 3, 64), k.double()) / 8
     weights = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     want = torch.einsum("tgrs,sgd->tgrd", weights, v.double()).flatten(1)
-    atol = {torch.float32: 1e-5, torch.bfloat16: 9e-3}[
-        dtype
-    ]  # near 1 two roundings to bfloat16 are 0.008
+    atol = 1e-5 if dtype == torch.float32 else 9e-3  # near 1 two roundings to bfloat16 are 0.008
     for attend in (model.causal_attention_cpu, model.causal_attention_cuda):
         torch.testing.assert_close(attend(q, k, v).double(), want, atol=atol, rtol=0)
     row, row_weights = model.row_attention(q[-1:], k, v)
@@ -139,17 +140,18 @@ def test_attention_of_newest_rows_is_the_plain_softmax(dtype):
 def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeypatch):
     """With enable_gqa, float32 falls to the math kernel, which builds all scores."""
     seen = {}
-    monkeypatch.setattr(
-        model.F, "scaled_dot_product_attention", lambda q, k, v, **kw: seen.update(kw, k=k) or q
-    )
+
+    def kernel(q, k, v, **options):
+        seen.update(options, k=k)
+        return q
+
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", kernel)
     k = torch.randn(50, 2, 16)
     model.causal_attention_cuda(torch.randn(20, 8, 16), k, k)
-    assert set(seen) == {"attn_mask", "k"} and not isinstance(
-        seen["attn_mask"].__dict__.get("data"), torch.Tensor
-    )
-    assert (
-        seen["k"].shape == (2, 4, 50, 16) and seen["k"].untyped_storage().data_ptr() == k.data_ptr()
-    )
+    assert set(seen) == {"attn_mask", "k"}
+    assert isinstance(seen["attn_mask"], CausalBias)  # a plain tensor would be a written-out mask
+    assert seen["k"].shape == (2, 4, 50, 16)
+    assert seen["k"].untyped_storage().data_ptr() == k.data_ptr()
 
 
 # ---- pruned: the oracle -----------------------------------------------------------------
@@ -160,114 +162,122 @@ class Oracle:
 
     def __init__(self, folder, schedule, block_len, unit_len, window=4, gamma=0.9, rule="paper"):
         self.w = {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}
-        self.c = c = json.loads((folder / "config.json").read_text())
-        self.schedule, self.block_len, self.unit_len, self.window, self.gamma = (
-            schedule,
-            block_len,
-            unit_len,
-            window,
-            gamma,
-        )
-        self.H, self.G, self.L = (
-            c["num_attention_heads"],
-            c["num_key_value_heads"],
-            c["num_hidden_layers"],
-        )
-        self.D = c.get("head_dim") or c["hidden_size"] // self.H
-        self.R = int(self.D * c["rope_parameters"].get("partial_rotary_factor", 1))
-        self.no_rope = [i for i, turned in enumerate(c.get("no_rope_layers") or []) if not turned]
-        self.inv, self.sharper = None, 1.0  # known once the prompt's length is
+        self.config = config = json.loads((folder / "config.json").read_text())
+        self.schedule = schedule
+        self.block_len = block_len
+        self.unit_len = unit_len
+        self.window = window
+        self.gamma = gamma
+        self.rule = rule  # "paper"; "peak"; "mass": sums of the boundary's layer, mean over heads
+        self.H = config["num_attention_heads"]
+        self.G = config["num_key_value_heads"]
+        self.L = config["num_hidden_layers"]
+        self.D = config.get("head_dim") or config["hidden_size"] // self.H
+        self.rope = config["rope_parameters"]
+        self.R = int(self.D * self.rope.get("partial_rotary_factor", 1))
+        turned = config.get("no_rope_layers") or [1] * self.L
+        self.no_rope = [layer for layer in range(self.L) if not turned[layer]]
         self.kv = [{} for _ in range(self.L)]  # layer -> position -> (key, value)
-        self.ring = {p: [] for p in schedule}
-        self.rule = rule  # "paper", "peak", or "mass": summed weights, mean over heads, of the boundary's layer alone
         self.active = {}  # boundary -> blocks
         self.aux = {p: {} for p in schedule}  # boundary -> position -> hidden state
-        self.n = self.swaps = self.revived = 0
+        self.newest = {p: [] for p in schedule}  # boundary -> what its newest queries found
+        self.n = 0
+        self.swaps = 0
+        self.revived = 0
 
-    def norm(self, x, name):
-        return x / (x.square().mean() + self.c["rms_norm_eps"]).sqrt() * self.w[name]
+    # ---- positions
 
     def lay_out_rope(self, prompt):
-        r, pairs = self.c["rope_parameters"], range(self.R // 2)
-        inv = [r["rope_theta"] ** (-2 * i / self.R) for i in pairs]
-        if r["rope_type"] == "longrope":
-            old = self.c["original_max_position_embeddings"]
-            inv = [
-                f / by for f, by in zip(inv, r["long_factor" if prompt > old else "short_factor"])
-            ]
-            self.sharper = math.sqrt(
-                1 + math.log(self.c["max_position_embeddings"] / old) / math.log(old)
-            )
-        if r["rope_type"] == "yarn":
-            full, turns = (
-                r["original_max_position_embeddings"] / (2 * math.pi),
-                (32, 1),
-            )  # beta_fast, beta_slow
-            first, last = (
-                self.R * math.log(full / n) / math.log(r["rope_theta"]) / 2 for n in turns
-            )
-            first, last = max(0, math.floor(first)), min(self.R - 1, math.ceil(last))
-            ramp = [min(1, max(0, (i - first) / (last - first))) for i in pairs]
-            inv = [f / r["factor"] * by + f * (1 - by) for f, by in zip(inv, ramp)]
-            self.sharper = (
-                1.0 if "mscale" in r else 0.1 * math.log(r["factor"]) + 1
-            )  # mscale is as big as the other
+        """Set the frequencies and the scale of RoPE, which depend on the prompt's length."""
+        base = self.rope["rope_theta"]
+        inv = [base ** (-2 * i / self.R) for i in range(self.R // 2)]
+        self.sharper = 1.0
+        if self.rope["rope_type"] == "longrope":
+            old = self.config["original_max_position_embeddings"]
+            factors = self.rope["long_factor" if prompt > old else "short_factor"]
+            inv = [frequency / factor for frequency, factor in zip(inv, factors)]
+            stretch = self.config["max_position_embeddings"] / old
+            self.sharper = math.sqrt(1 + math.log(stretch) / math.log(old))
+        if self.rope["rope_type"] == "yarn":
+            factor = self.rope["factor"]
+            fast = max(0, math.floor(self.pair_that_turns(32)))  # beta_fast
+            slow = min(self.R - 1, math.ceil(self.pair_that_turns(1)))  # beta_slow
+            for i, frequency in enumerate(inv):
+                share = min(1, max(0, (i - fast) / (slow - fast)))
+                inv[i] = frequency / factor * share + frequency * (1 - share)
+            if "mscale" not in self.rope:  # where it is given, mscale_all_dim is as large
+                self.sharper = 0.1 * math.log(factor) + 1
         self.inv = torch.tensor(inv, dtype=torch.float64)
+
+    def pair_that_turns(self, times):
+        """Return the pair of dims (not rounded) that turns so often over the trained context."""
+        wave = self.rope["original_max_position_embeddings"] / (2 * math.pi * times)
+        return self.R * math.log(wave) / math.log(self.rope["rope_theta"]) / 2
 
     def turn(self, layer, x, position):
         if layer in self.no_rope:
             return x
-        (a, b), rest = x[:, : self.R].chunk(2, -1), x[:, self.R :]
-        cos, sin = (
-            (position * self.inv).cos() * self.sharper,
-            (position * self.inv).sin() * self.sharper,
-        )
-        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+        x1, x2 = x[:, : self.R].chunk(2, -1)
+        cos = (position * self.inv).cos() * self.sharper
+        sin = (position * self.inv).sin() * self.sharper
+        return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, x[:, self.R :]], -1)
 
     def louder(self, position):
-        r = self.c["rope_parameters"]
-        if "llama_4_scaling_beta" not in r:
+        if "llama_4_scaling_beta" not in self.rope:
             return 1.0
-        return 1 + r["llama_4_scaling_beta"] * math.log(
-            1 + position // r["original_max_position_embeddings"]
-        )
+        times = position // self.rope["original_max_position_embeddings"]
+        return 1 + self.rope["llama_4_scaling_beta"] * math.log(1 + times)
+
+    # ---- a layer
+
+    def norm(self, x, name):
+        return x / (x.square().mean() + self.config["rms_norm_eps"]).sqrt() * self.w[name]
 
     def heads(self, layer, kind, h):
-        name, sizes = f"model.layers.{layer}.self_attn.", {"q": self.H, "k": self.G, "v": self.G}
+        """Return the heads of q, k or v (kind) of one row h, before RoPE."""
+        name = f"model.layers.{layer}.self_attn."
         if name + "qkv_proj.weight" in self.w:
-            parts = (self.w[name + "qkv_proj.weight"] @ h).split(
-                [n * self.D for n in sizes.values()]
-            )
-            y = parts["qkv".index(kind)].view(-1, self.D)
+            sizes = [self.H * self.D, self.G * self.D, self.G * self.D]
+            y = (self.w[name + "qkv_proj.weight"] @ h).split(sizes)["qkv".index(kind)]
         else:
             y = self.w[f"{name}{kind}_proj.weight"] @ h + self.w.get(f"{name}{kind}_proj.bias", 0)
         y = y.view(-1, self.D)
         norm = f"{name}{kind}_norm.weight"
         return torch.stack([self.norm(row, norm) for row in y]) if norm in self.w else y
 
-    def boundary_below(self, layer):
-        return max((p for p in self.schedule if p <= layer), default=None)
+    def attend(self, layer, row, query):
+        """Return what attention adds to a row; let the rule look at the weights of new rows."""
+        keys = [key for key in self.kv[layer] if self.attends(layer, row, key)]
+        k = torch.stack([self.kv[layer][key][0] for key in keys])  # (S, G, D)
+        v = torch.stack([self.kv[layer][key][1] for key in keys])
+        k = k.repeat_interleave(self.H // self.G, 1)  # (S, H, D)
+        v = v.repeat_interleave(self.H // self.G, 1)
+        weights = (torch.einsum("hd,shd->hs", query, k) / math.sqrt(self.D)).softmax(-1)
+        if row >= self.start:
+            self.look(row, keys, weights)
+        out = torch.einsum("hs,shd->hd", weights, v).flatten()
+        name = f"model.layers.{layer}.self_attn.o_proj."
+        return self.w[name + "weight"] @ out + self.w.get(name + "bias", 0)
 
     def attends(self, layer, row, key):
+        if key > row:
+            return False
         p = self.boundary_below(layer)
-        return key <= row and (
-            p is None or key >= self.tail or key // self.block_len in self.active[p]
-        )
+        return p is None or key >= self.tail or key // self.block_len in self.active[p]
 
-    def score(self, layer, block, query):
-        best = 0.0
-        for u in range(block * self.block_len, (block + 1) * self.block_len, self.unit_len):
-            mean = (
-                sum(self.kv[layer][j][0] for j in range(u, u + self.unit_len)) / self.unit_len
-            )  # (G, D)
-            best = max(
-                best,
-                sum(abs(float(query[h] @ mean[h * self.G // self.H])) for h in range(self.H))
-                / self.H,
-            )
-        return best
+    def ffn(self, layer, h):
+        name = f"model.layers.{layer}.mlp."
+        if name + "gate_up_proj.weight" in self.w:
+            gate, up = self.w[name + "gate_up_proj.weight"].chunk(2)
+        else:
+            gate = self.w[name + "gate_proj.weight"]
+            up = self.w[name + "up_proj.weight"]
+        return self.w[name + "down_proj.weight"] @ (F.silu(gate @ h) * (up @ h))
 
-    def look(self, row, keys, weights):  # weights (H, S): what one query attends to in one layer
+    # ---- what blocks are worth
+
+    def look(self, row, keys, weights):
+        """Note what each block is worth to one query, from its weights (H, S) in one layer."""
         worth = self.worth[row]
         for j, key in enumerate(keys):
             block = key // self.block_len
@@ -276,90 +286,92 @@ class Oracle:
             else:
                 worth[block] = max(worth.get(block, 0.0), float(weights[:, j].max()))
 
-    def boundary(self, p, x, queries, first, start):
-        found = (
-            queries
-            if self.rule == "paper"
-            else {row: dict(worth) for row, worth in self.worth.items()}
-        )
-        newest = max(start, self.n - self.window)  # a row before it only survived, and asks nothing
-        asking = [f for row, f in sorted(found.items()) if row >= newest]
-        self.ring[p] = (self.ring[p] + asking)[-self.window :]
+    def paper_score(self, layer, block, query):
+        """Return the largest, over units, mean over heads of |query . mean key| (query: (H, D))."""
+        best = 0.0
+        for start in range(block * self.block_len, (block + 1) * self.block_len, self.unit_len):
+            keys = [self.kv[layer][j][0] for j in range(start, start + self.unit_len)]
+            mean = sum(keys) / self.unit_len  # (G, D)
+            dots = [abs(float(query[h] @ mean[h * self.G // self.H])) for h in range(self.H)]
+            best = max(best, sum(dots) / self.H)
+        return best
+
+    def rank(self, p, candidates, k):
+        """Return the best k of the candidates; the first and the last block always."""
+        newest = self.newest[p]
+        ends = {0, self.last}
+        if self.rule == "paper":
+            query = sum(newest) / len(newest)  # (H, D)
+            scores = {b: self.paper_score(p - 1, b, query) for b in candidates - ends}
+        else:
+            scores = {b: max(worth.get(b, -1.0) for worth in newest) for b in candidates - ends}
+        return ends | set(sorted(scores, key=lambda b: (-scores[b], b))[: k - 2])
+
+    # ---- a boundary
+
+    def boundary_below(self, layer):
+        return max((p for p in self.schedule if p <= layer), default=None)
+
+    def boundary(self, p, x, queries):
+        found = queries
+        if self.rule != "paper":
+            found = {row: dict(worth) for row, worth in self.worth.items()}
+        newest = max(self.start, self.n - self.window)  # rows before it only survived
+        asking = [found[row] for row in sorted(found) if row >= newest]
+        self.newest[p] = (self.newest[p] + asking)[-self.window :]
         below = self.boundary_below(p - 1)
         candidates = set(range(self.last + 1)) if below is None else self.active[below]
         k = max(2, self.schedule[p] // self.block_len)
         new = set(candidates)
         if len(candidates) > k and self.schedule[p] < self.prompt:
-            if self.rule == "paper":
-                query = sum(self.ring[p]) / len(self.ring[p])  # (H, D)
-                scores = {b: self.score(p - 1, b, query) for b in candidates - {0, self.last}}
-            else:
-                scores = {
-                    b: max(f.get(b, -1.0) for f in self.ring[p])
-                    for b in candidates - {0, self.last}
-                }
-            new = {0, self.last} | set(sorted(scores, key=lambda b: (-scores[b], b))[: k - 2])
+            new = self.rank(p, candidates, k)
         old = self.active.get(p)
-        if first or len(new & old) / len(new) < self.gamma:
+        if old is None:
             self.active[p] = new
-            self.swaps += 0 if first else len(new - old)
-        for row in [
-            row for row in x if row < self.tail and row // self.block_len not in self.active[p]
-        ]:
-            self.aux[p][row] = x.pop(row)
+        elif len(new & old) / len(new) < self.gamma:
+            self.active[p] = new
+            self.swaps += len(new - old)
+        for row in list(x):
+            if row < self.tail and row // self.block_len not in self.active[p]:
+                self.aux[p][row] = x.pop(row)
         for block in self.active[p] - {self.last}:
             rows = range(block * self.block_len, (block + 1) * self.block_len)
             if rows[0] not in self.kv[p] and rows[0] not in x:
                 self.revived += 1
                 x |= {row: self.aux[p].pop(row) for row in rows}
 
+    # ---- a step
+
     def step(self, ids):
-        first, start = self.n == 0, self.n
-        if first:
-            self.prompt, self.last = len(ids), (len(ids) - 1) // self.block_len
+        """Run new tokens through all layers; return the logits after the last."""
+        self.start = self.n
+        if self.start == 0:
+            self.prompt = len(ids)
+            self.last = (len(ids) - 1) // self.block_len  # block
             self.tail = self.last * self.block_len
             self.lay_out_rope(len(ids))
         self.n += len(ids)
-        x = {start + i: self.w["model.embed_tokens.weight"][t] for i, t in enumerate(ids)}
-        self.worth = {row: {} for row in x}
+        embed = self.w["model.embed_tokens.weight"]
+        x = {self.start + i: embed[token] for i, token in enumerate(ids)}
+        self.worth = {row: {} for row in x}  # row -> block -> worth
         for layer in range(self.L):
-            name, queries = f"model.layers.{layer}.", {}
-            if self.rule == "mass":
-                self.worth = {
-                    row: {} for row in self.worth
-                }  # rows that left say nothing of later layers
+            name = f"model.layers.{layer}."
+            if self.rule == "mass":  # worth in this layer alone; rows that left say nothing
+                self.worth = {row: {} for row in self.worth}
+            queries = {}
             for row in x:
                 h = self.norm(x[row], name + "input_layernorm.weight")
                 q, k, v = (self.heads(layer, kind, h) for kind in "qkv")
                 queries[row] = self.turn(layer, q, row) * self.louder(row)
                 self.kv[layer][row] = self.turn(layer, k, row), v
             for row in x:
-                keys = [key for key in self.kv[layer] if self.attends(layer, row, key)]
-                k, v = (
-                    torch.stack([self.kv[layer][key][i] for key in keys]).repeat_interleave(
-                        self.H // self.G, 1
-                    )
-                    for i in (0, 1)
-                )
-                weights = (torch.einsum("hd,shd->hs", queries[row], k) / math.sqrt(self.D)).softmax(
-                    -1
-                )
-                if row >= start:
-                    self.look(row, keys, weights)
-                out = torch.einsum("hs,shd->hd", weights, v).flatten()
-                bias = self.w.get(name + "self_attn.o_proj.bias", 0)
-                x[row] = x[row] + self.w[name + "self_attn.o_proj.weight"] @ out + bias
+                x[row] = x[row] + self.attend(layer, row, queries[row])
             if layer + 1 in self.schedule:
-                self.boundary(layer + 1, x, queries, first, start)
+                self.boundary(layer + 1, x, queries)
             for row in x:
                 h = self.norm(x[row], name + "post_attention_layernorm.weight")
-                if name + "mlp.gate_up_proj.weight" in self.w:
-                    gate, up = self.w[name + "mlp.gate_up_proj.weight"].chunk(2)
-                else:
-                    gate, up = (self.w[f"{name}mlp.{n}_proj.weight"] for n in ("gate", "up"))
-                down = self.w[name + "mlp.down_proj.weight"]
-                x[row] = x[row] + down @ (F.silu(gate @ h) * (up @ h))
-        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+                x[row] = x[row] + self.ffn(layer, h)
+        head = self.w.get("lm_head.weight", embed)
         return head @ self.norm(x[self.n - 1], "model.norm.weight")
 
 
@@ -371,78 +383,71 @@ CASES = [  # schedule, gamma, prompt, least swaps and revivals that make the cas
 ]
 
 
-@pytest.mark.parametrize("chunk", [7, 0])
+def compare(oracle, engines, ids, ends):
+    """Go on with a conversation, in steps that end at `ends`, on the oracle and on engines."""
+    for end in ends:
+        part = ids[oracle.n : end]
+        first = oracle.n == 0
+        want = oracle.step(part)
+        for engine in engines:
+            got = engine.prefill(part) if first else engine.extend(part)
+            torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+    for engine in engines:
+        assert engine.stats["swaps"] == oracle.swaps
+        assert engine.stats["revived"] == oracle.revived
+
+
 @pytest.mark.parametrize("rule", ["paper", "peak", MASS], ids=["paper", "peak", "mass"])
 @pytest.mark.parametrize("schedule, gamma, prompt, swaps, revived", CASES)
 def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
-    tiny, schedule, gamma, prompt, swaps, revived, rule, chunk
+    tiny, schedule, gamma, prompt, swaps, revived, rule
 ):
+    """The method itself: scores, choices, exchanges and revivals, with rows in chunks and at once."""
     oracle = Oracle(tiny, schedule, 8, 4, gamma=gamma, rule=getattr(rule, "name", rule))
-    engine = slim.load(
-        tiny,
-        "cpu",
-        "float64",
-        schedule,
-        rule,
-        block_len=8,
-        unit_len=4,
-        window=4,
-        gamma=gamma,
-        chunk=chunk,
-    )
-    ids = draw(prompt + 24 + 10 + 2, seed=prompt)
-    cuts = [0, prompt, *range(prompt + 1, prompt + 25), prompt + 34, prompt + 35, prompt + 36]
-    for a, b in zip(cuts, cuts[1:]):
-        want, got = oracle.step(ids[a:b]), engine.extend(ids[a:b]) if a else engine.prefill(ids[:b])
-        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
-    assert (engine.stats["swaps"], engine.stats["revived"]) == (oracle.swaps, oracle.revived)
+    settings = dict(block_len=8, unit_len=4, window=4, gamma=gamma)
+    engines = [
+        slim.load(tiny, "cpu", "float64", schedule, rule, chunk=chunk, **settings)
+        for chunk in (7, 0)
+    ]
+    ends = [*range(prompt, prompt + 25), prompt + 34, prompt + 35, prompt + 36]
+    compare(oracle, engines, draw(prompt + 36, seed=prompt), ends)
     if rule != "paper":
-        swaps, revived = 1, 0  # others change their mind less often
+        swaps, revived = 1, 0  # the other rules change their choice less often
     assert oracle.swaps >= swaps and oracle.revived >= revived
 
 
-OTHERS = (
-    "qwen3",
-    "qwen3-bias",
-    "mistral",
-    "ministral3",
-    "smollm3",
-    "phi3",
-    "phi3-longrope",
-    "yarn",
-)
+OTHERS = "qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn"
+SHAPES = (1, 8, 8), (11, 8, 2), (3, 12, 4)  # window, block_len, unit_len
 
 
 @pytest.mark.parametrize(
-    "family, rule, window, block_len, unit_len",
+    "family, rule, shape",
     [
-        *(
-            (f, r, *s)
-            for f in ("llama3-gqa", "llama2-mha", "qwen2-bias")
-            for r in ("paper", "peak")
-            for s in ((1, 8, 8), (11, 8, 2), (3, 12, 4))
-        ),
-        *((family, "peak", 8, 8, 8) for family in OTHERS),
+        *itertools.product(("llama3-gqa", "llama2-mha", "qwen2-bias"), ("paper", "peak"), SHAPES),
+        *((family, "peak", (8, 8, 8)) for family in OTHERS),
     ],
 )
 def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
-    checkpoints, tmp_path, family, rule, window, block_len, unit_len
+    checkpoints, tmp_path, family, rule, shape
 ):
-    folder, prompt = checkpoints[family][0], 131
+    """Grouped heads, biases, norms and positions meet pruning; a resumed conversation goes on."""
+    folder = checkpoints[family][0]
+    window, block_len, unit_len = shape
     schedule = {1: 8 * block_len, 3: 5 * block_len}
     oracle = Oracle(folder, schedule, block_len, unit_len, window, 1.0, rule)
-    settings = dict(window=window, block_len=block_len, unit_len=unit_len, gamma=1.0)
-    engine = slim.load(folder, "cpu", "float64", schedule, rule, **settings)
+
+    def load():
+        settings = dict(window=window, block_len=block_len, unit_len=unit_len, gamma=1.0)
+        return slim.load(folder, "cpu", "float64", schedule, rule, **settings)
+
+    prompt = 131
     ids = draw(prompt + 30, seed=window)
-    cuts = [0, prompt, *range(prompt + 1, prompt + 12), prompt + 25, prompt + 26]
-    for a, b in zip(cuts, cuts[1:]):
-        if a == prompt + 6:  # the rest is what a resumed conversation says
-            engine.save(tmp_path / "talk.slim")
-            engine = slim.load(folder, "cpu", "float64", schedule, rule, **settings)
-            engine.resume(tmp_path / "talk.slim")
-        want, got = oracle.step(ids[a:b]), engine.extend(ids[a:b]) if a else engine.prefill(ids[:b])
-        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
-    assert (engine.stats["swaps"], engine.stats["revived"]) == (oracle.swaps, oracle.revived)
+    engine = load()
+    compare(oracle, [engine], ids, range(prompt, prompt + 7))
+    engine.save(tmp_path / "talk.slim")
+    engine = load()
+    engine.resume(tmp_path / "talk.slim")
+    compare(oracle, [engine], ids, [*range(prompt + 7, prompt + 12), prompt + 25, prompt + 26])
     assert oracle.swaps > 0
 
 
