@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -458,6 +457,7 @@ def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
 def test_budgets_that_cover_the_prompt_give_the_dense_logits_bit_for_bit(
     tiny, device, prompt, schedule
 ):
+    """A schedule that prunes nothing takes the dense path; nobody pays for what does not happen."""
     slim_, dense = (
         slim.load(tiny, device, schedule=s, block_len=8, unit_len=4) for s in (schedule, "dense")
     )
@@ -466,6 +466,7 @@ def test_budgets_that_cover_the_prompt_give_the_dense_logits_bit_for_bit(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_copies_and_memory_change_nothing_and_chunks_only_rounding(tiny, device, monkeypatch):
+    """Where and when things are copied, and how rows are cut, must not show in an answer."""
     play = lambda **kw: conversation(
         slim.load(tiny, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, **kw),
         draw(150),
@@ -551,6 +552,7 @@ def test_results_survive_a_late_stream(tiny, monkeypatch, late):
 
 
 def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
+    """One T x T mask of a 128k prompt would be 16 GiB."""
     engine, t = slim.load(tiny, "cpu", chunk=32, schedule={2: 512}, window=8), 4000
     engine.prefill(draw(64))
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -637,6 +639,7 @@ def positions_in_slab(kv, stage, length):
 
 
 def test_copies_start_after_the_ffn_that_hides_them(tiny, monkeypatch):
+    """Queued before the FFN, the copies would be waited for and not hidden."""
     engine, calls = slim.load(tiny, **SLIM), []
     engine.prefill(draw(200))
     for name in ("attention", "ffn", "activate", "copy_layer"):
@@ -661,6 +664,7 @@ def test_copies_start_after_the_ffn_that_hides_them(tiny, monkeypatch):
 
 
 def test_host_memory_grows_in_pieces_and_is_used_again(monkeypatch):
+    """Pinning takes longer than copying: pieces are large, and kept for the next conversation."""
     monkeypatch.setattr(kvcache, "PIECE_BYTES", 1024)  # 8 entries of 128 bytes
     allocate = kvcache.allocate
     monkeypatch.setattr(kvcache, "allocate", lambda *args, pin: allocate(*args))
@@ -739,6 +743,7 @@ def test_the_kv_of_llama_3_1_8b_takes_what_the_paper_says(prompt, gib):
 
 
 def test_the_kv_of_a_slim_prompt_is_a_fraction_of_the_dense(tiny):
+    """The README's figure of memory, counted on a prompt that was read."""
     engine = slim.load(tiny, "cpu", schedule={1: 256, 3: 128})
     engine.prefill(draw(4096))
     per_token = 2 * 2 * 8 * 4
@@ -748,6 +753,7 @@ def test_the_kv_of_a_slim_prompt_is_a_fraction_of_the_dense(tiny):
 
 
 def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
+    """Ties are common (zeros, half precision); all ranks and devices must break them alike."""
     scores = torch.tensor([1.0, 5.0, 5.0, 0.0, 5.0])
     assert prune.select(scores, [7, 4, 2, 0, 3], 3) == [0, 2, 3]
     assert prune.select(torch.ones(3000), list(range(3000))[::-1], 1000) == list(range(1000))
@@ -758,6 +764,7 @@ def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
 
 
 def test_a_score_is_the_best_units_mean_over_heads():
+    """The paper's formula, written out."""
     q, keys = torch.randn(4, 4, 8), torch.randn(6, 16, 2, 8)
     got = prune.paper(q, keys, torch.arange(6), unit_len=4)
     for n in range(6):
@@ -772,6 +779,7 @@ def newest_of_keys(queries, keys, blocks, unit_len):
 
 @pytest.mark.parametrize("score", [newest_of_weights, prune.Rule("", newest_of_keys, sees="keys")])
 def test_a_scoring_function_of_ones_own_decides(tiny, score):
+    """What the README promises about rules, for weights and for keys."""
     engine = slim.load(tiny, "cpu", schedule={2: 192}, score=score)
     engine.prefill(draw(640))
     assert engine.kv.stages[1].slots == [0, 8]
@@ -780,6 +788,7 @@ def test_a_scoring_function_of_ones_own_decides(tiny, score):
 def test_a_rule_without_a_name_cannot_be_saved_and_one_that_returns_another_shape_is_refused(
     tiny, tmp_path
 ):
+    """A wrong rule is refused in one line, before it silently ranks by something else."""
     engine = slim.load(tiny, "cpu", schedule={2: 192}, score=newest_of_weights)
     engine.prefill(draw(640))
     with pytest.raises(ValueError, match="give it one"):
@@ -811,6 +820,7 @@ def test_a_rule_without_a_name_cannot_be_saved_and_one_that_returns_another_shap
 def test_weights_made_for_few_rows_at_a_time_choose_the_same(
     tiny, monkeypatch, n_prompt, few, window
 ):
+    """Long prompts rank in parts of 16 MiB; the choice must not depend on the parts."""
     ids, made, settings = (
         draw(n_prompt),
         [],
@@ -833,6 +843,7 @@ def test_weights_made_for_few_rows_at_a_time_choose_the_same(
 
 
 def test_sampling_is_repeatable_and_within_top_p(tiny):
+    """A seed means the same answer; a token outside top_p never comes."""
     engine = slim.load(tiny, "cpu")
     draws = [
         list(engine.generate(draw(20), 15, temperature=2.0, top_p=0.9, seed=s)) for s in (1, 1, 2)
@@ -846,6 +857,7 @@ def test_sampling_is_repeatable_and_within_top_p(tiny):
 
 
 def test_a_follow_up_sees_the_last_generated_token(tiny):
+    """The last token is yielded before it is run; a follow-up must not skip it."""
     engine, other = slim.load(tiny, "cpu"), slim.load(tiny, "cpu")
     answer = list(engine.generate(draw(20), 5))
     assert engine.stats["tokens"] == 24  # the fifth is yielded, but not run before it is needed
@@ -854,6 +866,7 @@ def test_a_follow_up_sees_the_last_generated_token(tiny):
 
 
 def test_generation_ends_before_any_stop_token(tiny, tmp_path):
+    """A missed stop token lets an answer run on into the next turn."""
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokens = list(slim.load(tiny, "cpu").generate(draw(20), 10))
@@ -878,6 +891,7 @@ def test_generation_ends_before_any_stop_token(tiny, tmp_path):
 
 
 def test_a_broken_off_step_is_not_extended(tiny):
+    """After Ctrl-C the KV is half written; going on would give wrong logits silently."""
     engine = slim.load(tiny, "cpu")
     with pytest.raises(ValueError, match="prefill"):
         engine.extend([1])
@@ -935,6 +949,7 @@ def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
 
 
 def test_only_ids_of_the_vocabulary_are_run(tiny):
+    """An id outside the embedding would be a crash on a CPU and garbage on a GPU."""
     engine = slim.load(tiny, "cpu")
     for ids, match in (
         ([1, 64], "64"),
@@ -954,6 +969,7 @@ def test_only_ids_of_the_vocabulary_are_run(tiny):
 
 @pytest.mark.parametrize("tail", [-5, 1.5, "x"])
 def test_a_tail_that_is_no_number_of_tokens_is_refused(tiny, tail):
+    """A negative tail would prune what is to be kept."""
     with pytest.raises(ValueError, match="keep_last is"):
         slim.load(tiny, "cpu").prefill(draw(100), keep_last=tail)
     with pytest.raises(ValueError, match="keep_last is"):
@@ -974,6 +990,7 @@ def test_longrope_counts_the_tail_and_the_answer(checkpoints):
 
 
 def test_two_answers_at_once_from_one_engine_are_refused(tiny):
+    """Two generators on one conversation would mix their texts."""
     engine = slim.load(tiny, "cpu")
     one, two = engine.generate(draw(20), 5), engine.generate(draw(30), 5)
     next(one), next(two)
@@ -983,6 +1000,7 @@ def test_two_answers_at_once_from_one_engine_are_refused(tiny):
 
 
 def test_arguments_of_other_types_are_refused(tiny):
+    """A wrong argument is a ValueError where it is given, not a TypeError deep inside."""
     for wrong in (
         dict(dtype=[]),
         dict(n_prompt=0),
@@ -1012,6 +1030,7 @@ def test_arguments_of_other_types_are_refused(tiny):
 
 
 def test_logits_belong_to_the_caller(tiny):
+    """Samplers write -inf into logits; an inference tensor would refuse that."""
     slim.load(tiny, "cpu").prefill([1, 2, 3])[0] = -torch.inf
 
 
@@ -1021,72 +1040,53 @@ def test_logits_belong_to_the_caller(tiny):
 @pytest.mark.parametrize("section", ["From Python", "Use your own rule"])
 def test_what_the_readme_shows_in_python_runs(section, capfd, monkeypatch, tmp_path):
     """Run as it is printed there, on the demo: the question of the default run gets its answer."""
-    code = re.search(
-        rf"## {section}\n.*?```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL
-    )[1]
+    readme = (HERE / "README.md").read_text()
+    code = re.search(rf"## {section}\n.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     (tmp_path / "demo").symlink_to(HERE / "demo")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     document = (HERE / "demo" / "document.txt").read_text().replace("\n", " ")
-    assert (
-        document.split(DEMO["ask"].removeprefix("question: ") + " ")[1][:4]
-        in capfd.readouterr().out
-    )
+    fact = DEMO["ask"].removeprefix("question: ") + " "
+    answer = document.split(fact)[1][:4]
+    assert answer in capfd.readouterr().out
 
 
 @needs_data
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_real_model_tells_its_golden_story(device):
+    """Real weights and a real tokenizer give the text that other engines gave."""
     engine = slim.load(DATA / "stories260K", device)
     story = engine.tokenizer.decode(engine.generate([engine.tokenizer.bos_id], 200))
     assert story == (DATA / "stories260K" / "golden.txt").read_text()
 
 
-def test_a_real_model_answers_with_the_logits_and_ids_of_transformers(smollm2_folder):
+def test_a_real_model_says_what_transformers_says(smollm2_folder):
+    """Ids, greedy tokens and logits of real text; with SLIM_LONG=1 of 20 prompts, up to 4,000 tokens."""
     from tokenizers import Tokenizer
 
     engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
-    tok, text = engine.tokenizer, (HERE / "README.md").read_text()
+    tok = engine.tokenizer
+    text = (HERE / "demo" / "document.txt").read_text() + (HERE / "README.md").read_text()
     assert "Paris" in tok.decode(engine.generate(tok.chat("What is the capital of France?"), 40))
     published = Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
     published.encode_special_tokens = True  # specials in text are text, as here
     assert tok.encode(text) == published.encode(text).ids
-    ids, at = tok.encode(text)[:300], 290
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_folder, dtype=torch.float32
-    ).eval()
-    with torch.no_grad():
-        want = reference(torch.tensor([ids])).logits[0, at - 1 :]
-    got = torch.stack([engine.prefill(ids[:at]), *(engine.extend([token]) for token in ids[at:])])
-    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
 
-
-def test_a_real_model_says_what_transformers_says(smollm2_folder):
-    """Chat ids, greedy tokens and logits; with SLIM_LONG=1 of 20 prompts up to 4,000 tokens, which takes minutes."""
-    engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_folder, dtype=torch.float32
-    ).eval()
-    text = (HERE / "demo" / "document.txt").read_text() + Path(__file__).read_text().replace(
-        "<|", "<"
-    )
+    auto = transformers.AutoModelForCausalLM
+    reference = auto.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    options = dict(max_new_tokens=20, do_sample=False)
+    options |= dict(output_logits=True, return_dict_in_generate=True)
     for n in range(200, 4001, 200) if os.environ.get("SLIM_LONG") == "1" else (60, 200):
-        start = 37 * n
-        words = engine.tokenizer.decode(
-            engine.tokenizer.encode(text[start : start + 8 * n])[: n - 50]
-        )
-        ids = engine.tokenizer.chat("Go on with this text: " + words)
-        talk = [{"role": "user", "content": "Go on with this text: " + words}]
+        part = text[37 * n : 37 * n + 8 * n]
+        asked = "Go on with this text: " + tok.decode(tok.encode(part)[: n - 50])
+        ids = tok.chat(asked)
+        talk = [{"role": "user", "content": asked}]
         assert ids == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
-        options = dict(
-            max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-        want = reference.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options
-        )
-        logits, tokens = engine.prefill(ids), want.sequences[0, len(ids) :].tolist()
-        for token, theirs_ in zip(tokens, want.logits):
-            torch.testing.assert_close(logits, theirs_[0], atol=1e-3, rtol=0)
+        mask = torch.ones(1, len(ids))
+        want = reference.generate(torch.tensor([ids]), attention_mask=mask, **options)
+        logits = engine.prefill(ids)
+        for token, their_logits in zip(want.sequences[0, len(ids) :].tolist(), want.logits):
+            torch.testing.assert_close(logits, their_logits[0], atol=1e-3, rtol=0)
             assert int(logits.argmax()) == token, n
             logits = engine.extend([token])
