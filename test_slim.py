@@ -8,6 +8,7 @@ repository: $SLIM_TEST_DATA names their folder, and without it those tests say s
 So does the test of SmolLM2 where that is neither at hand nor, with SLIM_REAL=1, can be made.
 """
 
+import itertools
 import json
 import math
 import os
@@ -1085,3 +1086,48 @@ def test_a_real_model_says_what_transformers_says(smollm2_folder):
             torch.testing.assert_close(logits, theirs_[0], atol=1e-3, rtol=0)
             assert int(logits.argmax()) == token, n
             logits = engine.extend([token])
+
+
+def test_going_back_by_default_keeps_the_whole_prompt(tiny):
+    """The end that is never pruned belongs to the prompt too; after going back further, so far."""
+    engine = slim.load(tiny, "cpu", schedule={2: 64}, block_len=8, unit_len=4)
+    engine.prefill(draw(150), keep_last=50)
+    assert engine.stats["prompt_tokens"] == 150 and engine.stats["kept"] == [150, 110]
+    engine.extend(draw(9, seed=1))
+    engine.rewind()
+    assert engine.ids == draw(150)
+    engine.rewind(120)
+    engine.extend([1])
+    engine.rewind()
+    assert engine.ids == draw(150)[:120]
+
+
+def test_room_for_a_long_answer_is_taken_as_it_is_written(tiny, monkeypatch):
+    """A client that allows an answer of 32,768 tokens, and gets a short one, pays for a short one."""
+    monkeypatch.setattr(kvcache, "ROOM_AT_ONCE", 70)
+    engine = slim.load(tiny, "cpu", schedule="dense")
+    want = list(slim.load(tiny, "cpu", schedule="dense").generate(draw(20), 200))
+    got = engine.generate(draw(20), 30_000)
+    assert [next(got) for _ in want] == want  # the tail grew once on the way
+    assert 220 <= engine.kv.tail_rows < 300
+    assert engine.kv.planned == 30_020  # LongRoPE's factors follow the answer that was allowed
+
+
+def test_the_state_of_a_block_says_where_it_is(tiny):
+    """A block is in one of four places between two steps; exchanges pass through all of them."""
+    turn = itertools.count()
+    back_and_forth = lambda weights: (
+        torch.arange(weights.shape[2]).float()[None] * (-1) ** next(turn)
+    )
+    rule = prune.Rule("", back_and_forth, every_layer=False, window=1)
+    engine = slim.load(tiny, "cpu", "float32", {1: 48, 3: 24}, rule, block_len=8, unit_len=4)
+    engine.prefill(draw(100))
+    stage, top = engine.kv.stages[1:]
+    assert [stage.state(block) for block in (0, 11, 7)] == ["active", "pruned", "active"]
+    assert [top.state(block) for block in (0, 11, 5)] == ["active", "below", "pruned"]
+    engine.extend([1])
+    states = {stage.state(block) for block in range(12)}
+    assert states == {"active", "home", "pruned"}
+    for each in (stage, top):
+        for block in range(12):
+            assert (each.state(block) in ("active", "home")) == (block in each.has_keys())
