@@ -1,7 +1,6 @@
 """What config.json says is what transformers makes of it, or it is refused by name."""
 
 import json
-import math
 import re
 
 import pytest
@@ -10,20 +9,6 @@ import transformers
 
 from conftest import edit_json
 from loading.config import read_config
-from loading.rope import inverse_frequencies
-from model import rotate
-
-
-def test_rope_by_position_and_scaled_like_transformers(checkpoints):
-    for family, (folder, reference) in checkpoints.items():
-        c, rope = read_config(folder / "config.json"), reference.model.rotary_emb
-        ours = inverse_frequencies(c, long=False)
-        torch.testing.assert_close(ours.float(), rope.original_inv_freq, rtol=1e-5, atol=0)
-        assert math.isclose(c.rope_scaling.get("attention_factor", 1.0), rope.attention_scaling), (
-            family
-        )
-    x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 4)
-    assert torch.equal(rotate(x, angle.cos(), angle.sin()), x)
 
 
 def test_ministral3_that_says_nothing_of_rope_has_the_yarn_of_transformers(checkpoints, tmp_path):
