@@ -26,6 +26,17 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def positive(value, what: str, kind: type, most: float):
+    """Return value as `kind`, int or float; raise ValueError unless it is above 0 and up to `most`."""
+    kinds = int if kind is int else (int, float)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not number or not 0 < value <= most:  # NaN too
+        raise ValueError(
+            f"{what} is {value!r:.60}; it must be a positive {kind.__name__} up to {most:g}"
+        )
+    return kind(value)
+
+
 def check_path(path) -> Path:
     """Return the file that a path to write to names, links followed; raise ValueError if it cannot be written."""
     try:
