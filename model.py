@@ -82,7 +82,7 @@ class Weights:
     layers: list[Layer]
     norm: Tensor  # (C,)
     head: Tensor  # (V, C), the embedding itself when tied
-    inv_freq: Tensor  # (2, R/2) of RoPE in float64: for short and for long prompts
+    inv_freq: Tensor  # (2, R/2) of RoPE in float32: for short and for long prompts
 
 
 @dataclass
@@ -205,19 +205,22 @@ class Model:
         )
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
-        r = self.config.rope_scaling
-        long = int(self.kv.planned > r.get("original_max_position_embeddings", 0))
-        angle = (
-            pos[:, None, None] * self.weights.inv_freq[long]
-        )  # (T, 1, R/2) in float64: exact at any position
-        cos, sin = (
-            y.mul(r.get("attention_factor", 1.0)).to(self.wide) for y in (angle.cos(), angle.sin())
-        )
-        if "llama_4_scaling_beta" not in r:
+        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one.
+
+        Computed in float32 even for a float64 run, as the reference implementations do.
+        """
+        scaling = self.config.rope_scaling
+        original = scaling.get("original_max_position_embeddings", 0)
+        inv_freq = self.weights.inv_freq[int(self.kv.planned > original)]
+        angles = pos[:, None, None].float() * inv_freq  # (T, 1, R/2)
+        factor = scaling.get("attention_factor", 1.0)
+        cos = (angles.cos() * factor).to(self.wide)
+        sin = (angles.sin() * factor).to(self.wide)
+        if "llama_4_scaling_beta" not in scaling:
             return cos, sin, None
-        times = pos[:, None, None].double().div(r["original_max_position_embeddings"]).floor()
-        return cos, sin, times.log1p().mul(r["llama_4_scaling_beta"]).add(1).to(self.wide)
+        times = (pos[:, None, None].float() / original).floor()  # (T, 1, 1)
+        query_scale = 1 + scaling["llama_4_scaling_beta"] * torch.log(1 + times)
+        return cos, sin, query_scale.to(self.wide)
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Add attention to x (T, C) in place, chunk by chunk, appending keys and values.

@@ -189,13 +189,14 @@ class Oracle:
         return x / (x.square().mean() + self.c["rms_norm_eps"]).sqrt() * self.w[name]
 
     def lay_out_rope(self, prompt):
-        r, pairs = self.c["rope_parameters"], range(self.R // 2)
-        inv = [r["rope_theta"] ** (-2 * i / self.R) for i in pairs]
+        r, pairs = self.c["rope_parameters"], torch.arange(self.R // 2, dtype=torch.float32)
+        period = r["rope_theta"] ** (2 * pairs / self.R)
+        self.inv = 1 / period
         if r["rope_type"] == "longrope":
             old = self.c["original_max_position_embeddings"]
-            inv = [
-                f / by for f, by in zip(inv, r["long_factor" if prompt > old else "short_factor"])
-            ]
+            self.inv = 1 / (
+                torch.tensor(r["long_factor" if prompt > old else "short_factor"]) * period
+            )
             self.sharper = math.sqrt(
                 1 + math.log(self.c["max_position_embeddings"] / old) / math.log(old)
             )
@@ -208,30 +209,26 @@ class Oracle:
                 self.R * math.log(full / n) / math.log(r["rope_theta"]) / 2 for n in turns
             )
             first, last = max(0, math.floor(first)), min(self.R - 1, math.ceil(last))
-            ramp = [min(1, max(0, (i - first) / (last - first))) for i in pairs]
-            inv = [f / r["factor"] * by + f * (1 - by) for f, by in zip(inv, ramp)]
+            keep = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+            self.inv = 1 / (r["factor"] * period) * (1 - keep) + 1 / period * keep
             self.sharper = (
                 1.0 if "mscale" in r else 0.1 * math.log(r["factor"]) + 1
             )  # mscale is as big as the other
-        self.inv = torch.tensor(inv, dtype=torch.float64)
 
     def turn(self, layer, x, position):
         if layer in self.no_rope:
             return x
         (a, b), rest = x[:, : self.R].chunk(2, -1), x[:, self.R :]
-        cos, sin = (
-            (position * self.inv).cos() * self.sharper,
-            (position * self.inv).sin() * self.sharper,
-        )
+        angle = position * self.inv  # in float32, as RoPE is everywhere
+        cos, sin = angle.cos() * self.sharper, angle.sin() * self.sharper
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
     def louder(self, position):
         r = self.c["rope_parameters"]
         if "llama_4_scaling_beta" not in r:
             return 1.0
-        return 1 + r["llama_4_scaling_beta"] * math.log(
-            1 + position // r["original_max_position_embeddings"]
-        )
+        times = torch.tensor(1.0 + position // r["original_max_position_embeddings"])
+        return 1 + r["llama_4_scaling_beta"] * times.log()  # in float32
 
     def heads(self, layer, kind, h):
         name, sizes = f"model.layers.{layer}.self_attn.", {"q": self.H, "k": self.G, "v": self.G}
