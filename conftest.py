@@ -80,7 +80,6 @@ FAMILIES = {
         num_key_value_heads=2,
         kind="Ministral3",
         head_dim=16,
-        initializer_range=0.2,  # sharper attention would show that transformers' angles are in float32
         rope_parameters={
             **YARN_ROPE,
             "mscale": 1.0,

@@ -56,7 +56,8 @@ from torch import Tensor
 from prune import Budget, stage_blocks
 
 COUNTERS = "swaps", "revived", "to_cpu_bytes", "to_gpu_bytes"
-TAIL_GROWTH = 256  # rows a tail grows by: an answer's room is taken as it is written
+TAIL_GROWTH = 64  # rows a tail grows by at least: few, so that memory stays what was planned
+ROOM_AT_ONCE = 1024  # rows, of the room for an answer, that are taken before they are needed
 PIECE_BYTES = 2**26  # of pinned memory, at least, where a first piece was too small
 BLOCKS_PER_COPY = 16  # blocks that leave x at a time: a copy of them is made on the device
 
@@ -306,7 +307,7 @@ class KVCache:
         self.stages = [Stage(layers, n_slots) for layers, n_slots in layout]
         self.fill(self.stages[0], list(range(self.stages[0].n_slots)))
         self.tail_start = self.stages[0].n_slots * self.block_len
-        self.tail_rows = n_prompt - self.tail_start + min(room, TAIL_GROWTH)
+        self.tail_rows = n_prompt - self.tail_start + min(room, ROOM_AT_ONCE)
         self.copied = [None] * self.n_layers
         for stage in self.stages:
             self.slabs += [self.new_slab(stage, self.tail_rows) for _ in stage.layers]
@@ -350,13 +351,16 @@ class KVCache:
             n_bytes += (memory.missing(n) if self.pin else n) * memory.entry_bytes
         return n_bytes
 
-    def make_room(self, end: int) -> None:
-        """Make room for tokens up to position `end`, and for what their step sends to the CPU."""
+    def make_room(self, end: int, room: int = 0) -> None:
+        """Make room for tokens up to position `end`, and for what their step sends to the CPU.
+
+        room: tokens to come after these; where tails grow, they grow for many of them.
+        """
         for memory, n in self.exchange_entries():
             memory.reserve(n)
         if end - self.tail_start <= self.tail_rows:
             return
-        n_tail = end - self.tail_start + TAIL_GROWTH
+        n_tail = end - self.tail_start + max(TAIL_GROWTH, min(room, ROOM_AT_ONCE))
         for stage in self.stages:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled

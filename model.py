@@ -82,7 +82,7 @@ class Weights:
     layers: list[Layer]
     norm: Tensor  # (C,)
     head: Tensor  # (V, C), the embedding itself when tied
-    inv_freq: Tensor  # (2, R/2) of RoPE in float64: for short and for long prompts
+    inv_freq: Tensor  # (2, R/2) of RoPE in float32: for short and for long prompts
 
 
 @dataclass
@@ -205,52 +205,63 @@ class Model:
         )
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
-        r = self.config.rope_scaling
-        long = int(self.kv.planned > r.get("original_max_position_embeddings", 0))
-        angle = (
-            pos[:, None, None] * self.weights.inv_freq[long]
-        )  # (T, 1, R/2) in float64: exact at any position
-        cos, sin = (
-            y.mul(r.get("attention_factor", 1.0)).to(self.wide) for y in (angle.cos(), angle.sin())
-        )
-        if "llama_4_scaling_beta" not in r:
+        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one.
+
+        Computed in float32 even for a float64 run, as the reference implementations do.
+        """
+        scaling = self.config.rope_scaling
+        original = scaling.get("original_max_position_embeddings", 0)
+        inv_freq = self.weights.inv_freq[int(self.kv.planned > original)]
+        angles = pos[:, None, None].float() * inv_freq  # (T, 1, R/2)
+        factor = scaling.get("attention_factor", 1.0)
+        cos = (angles.cos() * factor).to(self.wide)
+        sin = (angles.sin() * factor).to(self.wide)
+        if "llama_4_scaling_beta" not in scaling:
             return cos, sin, None
-        times = pos[:, None, None].double().div(r["original_max_position_embeddings"]).floor()
-        return cos, sin, times.log1p().mul(r["llama_4_scaling_beta"]).add(1).to(self.wide)
+        times = (pos[:, None, None].float() / original).floor()  # (T, 1, 1)
+        query_scale = 1 + scaling["llama_4_scaling_beta"] * torch.log(1 + times)
+        return cos, sin, query_scale.to(self.wide)
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Add attention to x (T, C) in place, appending keys and values.
+        """Add attention to x (T, C) in place, chunk by chunk, appending keys and values.
 
         Returns the queries (w, H, D) of the newest tokens that have a row here and, for a single
         new row, its weights (1, H, S), which attention computes anyway.
         """
-        kv = self.kv
-        weights = self.weights.layers[layer]
+        self.kv.wait(layer)
         n_newest = len(rows.newest)
         newest = x.new_empty(0, self.config.n_heads, self.config.head_dim)
-        row_weights = None
-        kv.wait(layer)
+        weights = None
         for start, stop, revived in chunks(rows.n_revived, len(x), self.chunk):
-            part = x[start:stop]  # (t, C)
-            q, k, v = self.project(layer, part, rows, start, stop)
-            kv.append(layer, rows.slab_rows[start:stop], k, v)
-            n_keys = len(rows.key_pos) if revived else rows.keys_before + stop
-            self.on_chunk(layer, stop - start, n_keys)
-            keys, values = kv.read(layer, n_keys)  # (S, G, D)
-            if revived:
-                mask = rows.key_pos <= rows.pos[start:stop, None]  # (t, S)
-                out = masked_attention(q, keys, values, mask)  # (t, H*D)
-            elif len(x) - rows.n_revived == 1:
-                out, row_weights = row_attention(q, keys, values)
-            else:
-                out = causal_attention(q, keys, values)
-            self.add(part, out, weights.wo)
-            if weights.bo is not None:
-                part.add_(weights.bo)
+            q, weights = self.attend(layer, x, rows, start, stop, revived)
             if not revived:
-                newest = torch.cat([newest, q])[-n_newest:]
-        return newest, row_weights
+                newest = torch.cat([newest, q[-n_newest:]])[-n_newest:]
+        return newest, weights
+
+    def attend(self, layer: int, x: Tensor, rows: Rows, start: int, stop: int, revived: bool):
+        """Add attention to rows start..stop-1 of x in place; see `attention`.
+
+        Returns their queries (t, H, D) and, if they are the one new row, its weights (1, H, S).
+        """
+        w = self.weights.layers[layer]
+        part = x[start:stop]  # (t, C)
+        q, k, v = self.project(layer, part, rows, start, stop)
+        self.kv.append(layer, rows.slab_rows[start:stop], k, v)
+        n_keys = len(rows.key_pos) if revived else rows.keys_before + stop
+        self.on_chunk(layer, stop - start, n_keys)
+        keys, values = self.kv.read(layer, n_keys)  # (S, G, D)
+        weights = None
+        if revived:
+            mask = rows.key_pos <= rows.pos[start:stop, None]  # (t, S)
+            out = masked_attention(q, keys, values, mask)  # (t, H*D)
+        elif len(x) - rows.n_revived == 1:
+            out, weights = row_attention(q, keys, values)
+        else:
+            out = causal_attention(q, keys, values)
+        self.add(part, out, w.wo)
+        if w.bo is not None:
+            part.add_(w.bo)
+        return q, weights
 
     def project(
         self, layer: int, x: Tensor, rows: Rows, start: int, stop: int
@@ -259,8 +270,8 @@ class Model:
         c = self.config
         w = self.weights.layers[layer]
         n_heads, n_kv_heads = c.n_heads, c.n_kv_heads
-        x = F.rms_norm(x, (c.dim,), w.attn_norm, c.norm_eps)
-        qkv = F.linear(x, w.wqkv, w.bqkv).view(len(x), -1, c.head_dim)  # (t, H + 2G, D)
+        qkv = F.linear(F.rms_norm(x, (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
+        qkv = qkv.view(len(x), -1, c.head_dim)  # (t, H + 2G, D)
         qk, v = qkv.split([n_heads + n_kv_heads, n_kv_heads], dim=1)
         if w.q_norm is not None:
             q = F.rms_norm(qk[:, :n_heads], (c.head_dim,), w.q_norm, c.norm_eps)

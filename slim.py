@@ -144,7 +144,7 @@ class Engine:
             raise ValueError("there is no complete conversation to extend; call prefill first")
         n_logits = len(ids) if all_logits else 1
         self.check_growth(len(ids), room, n_logits)
-        self.kv.make_room(self.kv.length + len(ids))
+        self.kv.make_room(self.kv.length + len(ids), room)
         logits = self.run(ids, n_logits)
         self.pending = []
         return logits if all_logits else logits[0]
@@ -258,12 +258,12 @@ class Engine:
         """
         kv = self.kv
         end = kv.length + n_rows
-        growth = kv.growth_bytes(end + room)
-        if growth == 0 and n_rows == 1 and not kv.exchange_allocates():
+        if n_rows == 1 and kv.growth_bytes(end) == 0 and not kv.exchange_allocates():
             return
         slots = [stage.n_slots for stage in kv.stages]
         n_tail = end - kv.tail_start
-        need = growth + step_bytes(self.ckpt, slots, n_rows, n_tail, n_logits=n_logits)
+        need = kv.growth_bytes(end + room)
+        need += step_bytes(self.ckpt, slots, n_rows, n_tail, n_logits=n_logits)
         pruned = kv.exchange_bytes()
         if not fits(kv.device, need, pruned):
             raise ValueError(
@@ -347,7 +347,7 @@ class Engine:
                         "load a second engine"
                     )
                 if n_left:
-                    logits = self.extend()
+                    logits = self.extend(room=n_left - 1)
 
         return stream()
 

@@ -187,26 +187,25 @@ class Oracle:
     # ---- positions
 
     def lay_out_rope(self, prompt):
-        """Set the frequencies and the scale of RoPE, which depend on the prompt's length."""
-        base = self.rope["rope_theta"]
-        inv = [base ** (-2 * i / self.R) for i in range(self.R // 2)]
+        """Set RoPE's frequencies, in float32 as they are everywhere, and its scale."""
+        pairs = torch.arange(self.R // 2, dtype=torch.float32)
+        period = self.rope["rope_theta"] ** (2 * pairs / self.R)
+        self.inv = 1 / period
         self.sharper = 1.0
         if self.rope["rope_type"] == "longrope":
             old = self.config["original_max_position_embeddings"]
             factors = self.rope["long_factor" if prompt > old else "short_factor"]
-            inv = [frequency / factor for frequency, factor in zip(inv, factors)]
+            self.inv = 1 / (torch.tensor(factors) * period)
             stretch = self.config["max_position_embeddings"] / old
             self.sharper = math.sqrt(1 + math.log(stretch) / math.log(old))
         if self.rope["rope_type"] == "yarn":
             factor = self.rope["factor"]
-            fast = max(0, math.floor(self.pair_that_turns(32)))  # beta_fast
-            slow = min(self.R - 1, math.ceil(self.pair_that_turns(1)))  # beta_slow
-            for i, frequency in enumerate(inv):
-                share = min(1, max(0, (i - fast) / (slow - fast)))
-                inv[i] = frequency / factor * share + frequency * (1 - share)
+            first = max(0, math.floor(self.pair_that_turns(32)))  # beta_fast
+            last = min(self.R - 1, math.ceil(self.pair_that_turns(1)))  # beta_slow
+            keep = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+            self.inv = 1 / (factor * period) * (1 - keep) + 1 / period * keep
             if "mscale" not in self.rope:  # where it is given, mscale_all_dim is as large
                 self.sharper = 0.1 * math.log(factor) + 1
-        self.inv = torch.tensor(inv, dtype=torch.float64)
 
     def pair_that_turns(self, times):
         """Return the pair of dims (not rounded) that turns so often over the trained context."""
@@ -217,15 +216,16 @@ class Oracle:
         if layer in self.no_rope:
             return x
         x1, x2 = x[:, : self.R].chunk(2, -1)
-        cos = (position * self.inv).cos() * self.sharper
-        sin = (position * self.inv).sin() * self.sharper
+        angle = position * self.inv  # in float32
+        cos = angle.cos() * self.sharper
+        sin = angle.sin() * self.sharper
         return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, x[:, self.R :]], -1)
 
     def louder(self, position):
         if "llama_4_scaling_beta" not in self.rope:
             return 1.0
-        times = position // self.rope["original_max_position_embeddings"]
-        return 1 + self.rope["llama_4_scaling_beta"] * math.log(1 + times)
+        times = torch.tensor(1.0 + position // self.rope["original_max_position_embeddings"])
+        return 1 + self.rope["llama_4_scaling_beta"] * times.log()  # in float32
 
     # ---- a layer
 
@@ -1078,7 +1078,7 @@ def test_a_real_model_says_what_transformers_says(smollm2_folder):
     options = dict(max_new_tokens=20, do_sample=False)
     options |= dict(output_logits=True, return_dict_in_generate=True)
     for n in range(200, 4001, 200) if os.environ.get("SLIM_LONG") == "1" else (60, 200):
-        part = text[37 * n : 37 * n + 8 * n]
+        part = (text * 2)[n : 9 * n]
         asked = "Go on with this text: " + tok.decode(tok.encode(part)[: n - 50])
         ids = tok.chat(asked)
         talk = [{"role": "user", "content": asked}]
@@ -1090,3 +1090,47 @@ def test_a_real_model_says_what_transformers_says(smollm2_folder):
             torch.testing.assert_close(logits, their_logits[0], atol=1e-3, rtol=0)
             assert int(logits.argmax()) == token, n
             logits = engine.extend([token])
+
+
+def test_going_back_by_default_keeps_the_whole_prompt(tiny):
+    """The end that is never pruned belongs to the prompt too; after going back further, so far."""
+    engine = slim.load(tiny, "cpu", schedule={2: 64}, block_len=8, unit_len=4)
+    engine.prefill(draw(150), keep_last=50)
+    assert engine.stats["prompt_tokens"] == 150 and engine.stats["kept"] == [150, 110]
+    engine.extend(draw(9, seed=1))
+    engine.rewind()
+    assert engine.ids == draw(150)
+    engine.rewind(120)
+    engine.extend([1])
+    engine.rewind()
+    assert engine.ids == draw(150)[:120]
+
+
+def test_room_for_a_long_answer_is_taken_as_it_is_written(tiny, monkeypatch):
+    """A client that allows an answer of 32,768 tokens, and gets a short one, pays for a short one."""
+    monkeypatch.setattr(kvcache, "ROOM_AT_ONCE", 70)
+    engine = slim.load(tiny, "cpu", schedule="dense")
+    want = list(slim.load(tiny, "cpu", schedule="dense").generate(draw(20), 200))
+    got = engine.generate(draw(20), 30_000)
+    assert [next(got) for _ in want] == want  # the tail grew once on the way
+    assert 220 <= engine.kv.tail_rows < 300
+    assert engine.kv.planned == 30_020  # LongRoPE's factors follow the answer that was allowed
+
+
+def test_the_state_of_a_block_says_where_it_is(tiny):
+    """A block is in one of four places between two steps; an exchange shows all of them."""
+    sign = 1
+
+    def first_or_last(weights):
+        return sign * torch.arange(weights.shape[2]).float().expand(len(weights), -1)
+
+    rule = prune.Rule("", first_or_last, every_layer=False, window=1)
+    engine = slim.load(tiny, "cpu", "float32", {1: 48, 3: 24}, rule, block_len=8, unit_len=4)
+    engine.prefill(draw(100))
+    stage, top = engine.kv.stages[1:]
+    assert [stage.state(block) for block in (0, 11, 7)] == ["active", "active", "pruned"]
+    assert [top.state(block) for block in (0, 11, 8, 7)] == ["active", "active", "pruned", "below"]
+    sign = -1
+    engine.extend([1])
+    assert [stage.state(block) for block in (0, 11, 1, 7)] == ["active", "home", "active", "pruned"]
+    assert [top.state(block) for block in (0, 11, 1, 7)] == ["active", "home", "active", "below"]

@@ -100,8 +100,8 @@ def write(path, engine, recorder: Recorder, ids) -> None:
     Raises ValueError for a path, ids or a record that cannot be used, and where writing fails.
     """
     html = page(describe(engine, recorder.record, ids)).encode("utf-8", "replace")
-    with replace_file(path) as part:
-        Path(part).write_bytes(html)
+    with replace_file(path) as file:
+        file.write(html)
 
 
 def page(data: dict) -> str:

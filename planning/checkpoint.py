@@ -9,7 +9,7 @@ import torch
 import prune
 from loading.config import read_config, stop_tokens
 from loading.find import find_checkpoint
-from loading.weights import check_tensors, fingerprint, open_shards
+from loading.weights import check_tensors, fingerprint, open_shards, settle_head
 from model import DTYPES, Config
 from planning.schedule import format_schedule, resolve_schedule
 from planning.settings import Settings
@@ -42,6 +42,7 @@ class Checkpoint:
             resolve_schedule(schedule, config, options.block_len),
         )
         tensors = open_shards(folder)
+        config = settle_head(config, tensors)
         check_tensors(folder, config, tensors)
         stop = stop_tokens(folder, config.vocab_size)
         return Checkpoint(folder, config, tensors, stop, device, dtype, schedule, rule, options)
