@@ -1,4 +1,4 @@
-"""What the tests of every folder share: tiny checkpoints of all families, engines, real models, texts."""
+"""What tests of all folders share: tiny checkpoints of every family, real models, conversations."""
 
 import json
 import os
@@ -16,32 +16,24 @@ import prune
 
 torch.set_num_threads(1)  # tests run in several processes
 
-
 HERE = Path(__file__).parent
-
-
 DATA = Path(os.environ.get("SLIM_TEST_DATA", HERE / "no-data"))
-
 
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"$SLIM_TEST_DATA does not name a folder with goldens ({DATA})"
 )
 
-
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device on this machine"
 )
 
-
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
-
 
 ATOL = {  # largest difference of a logit of order 1 from transformers in float32
     torch.float32: 1e-4,  # another order of summation
     torch.float16: 3e-2,  # 11 bits of weight over some 10 roundings in a row
     torch.bfloat16: 2e-1,  # 8 bits
 }
-
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -51,14 +43,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 256,
 }
 
-
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 8.0,
     "original_max_position_embeddings": 128,
 }
-
 
 FAMILIES = {
     "llama2-mha": dict(num_key_value_heads=4),
@@ -125,6 +115,10 @@ FAMILIES = {
         num_key_value_heads=2, rope_parameters={**YARN_ROPE, "attention_factor": 1.7}
     ),
 }
+
+
+SLIM = dict(device="cpu", schedule={1: 64, 3: 32}, block_len=8, unit_len=4)
+MASS = prune.Rule("mass", lambda weights: weights.mean(1).sum(-1), every_layer=False)
 
 
 def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch.float32, seed=0):
@@ -222,18 +216,12 @@ def smollm2_folder():
         pytest.skip(str(error))
 
 
-SLIM = dict(device="cpu", schedule={1: 64, 3: 32}, block_len=8, unit_len=4)
-
-
 def go_on(engine, ids, steps=12):
     """Return the logits of a follow-up and of greedy steps after it."""
     seen = [engine.extend(ids)]
     while len(seen) < steps:
         seen.append(engine.extend([int(seen[-1].argmax())]))
     return torch.stack(seen)
-
-
-MASS = prune.Rule("mass", lambda weights: weights.mean(1).sum(-1), every_layer=False)
 
 
 def newest_of_weights(weights):  # (W, H, N, B)

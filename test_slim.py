@@ -315,7 +315,7 @@ class Oracle:
         found = queries
         if self.rule != "paper":
             found = {row: dict(worth) for row, worth in self.worth.items()}
-        newest = max(self.start, self.n - self.window)  # rows before it only survived
+        newest = max(self.start, self.n - self.window)  # older rows only survived, and ask nothing
         asking = [found[row] for row in sorted(found) if row >= newest]
         self.newest[p] = (self.newest[p] + asking)[-self.window :]
         below = self.boundary_below(p - 1)
@@ -1035,6 +1035,12 @@ def test_logits_belong_to_the_caller(tiny):
 
 
 # ---- real files -------------------------------------------------------------------------
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    """Who follows the README must see what is checked at every change."""
+    command = re.search(r"pip install .*pytest -q.*", (HERE / "README.md").read_text())[0]
+    assert command in (HERE / ".ci" / "run").read_text().splitlines()
 
 
 @pytest.mark.parametrize("section", ["From Python", "Use your own rule"])
