@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import planning.checkpoint
 import planning.memory
 import prune
+import slim
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -122,7 +123,10 @@ MASS = prune.Rule("mass", lambda weights: weights.mean(1).sum(-1), every_layer=F
 
 
 def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch.float32, seed=0):
-    """Save a random checkpoint; return the transformers model. Weights are large, so that attention is not flat."""
+    """Save a random checkpoint; return the transformers model.
+
+    Weights are large, so that attention is not flat.
+    """
     options = dict(FAMILIES[family])
     kind = options.pop("kind", "Llama")
     torch.manual_seed(seed)
@@ -174,7 +178,7 @@ def draw(n, seed=0, vocab=64):
 
 
 def conversation(engine, prompt, n=30, follow=11):
-    """Play prefill, greedy decode and a follow-up; return the logits of every step, and the tokens."""
+    """Play prefill, greedy decode and a follow-up; return each step's logits, and the tokens."""
     logits, tokens = [engine.prefill(prompt)], []
     for _ in range(n):
         tokens.append(int(logits[-1].argmax()))
@@ -214,6 +218,13 @@ def smollm2_folder():
         return smollm2.folder(make=os.environ.get("SLIM_REAL") == "1")
     except OSError as error:
         pytest.skip(str(error))
+
+
+def load_three_stages(folder, device="cpu", score="peak", **settings):
+    """Load a pruning engine with small blocks."""
+    schedule = {1: 64, 2: 40, 3: 24}
+    options = dict(block_len=8, unit_len=4) | settings
+    return slim.load(folder, device, "float32", schedule, score, **options)
 
 
 def go_on(engine, ids, steps=12):
