@@ -4,7 +4,7 @@ Models are tiny and random, made by `transformers`, so that the checkpoints are 
 What pruning computes is held against `Oracle`, a slow float64 program with plain dictionaries that
 shares no line with the engine. Goldens of real tokenizers and of a real model need files that are
 not part of this repository: $SLIM_TEST_DATA names their folder, and without it those tests say so
-and skip. So does the test of SmolLM2 where it is neither at hand nor, with SLIM_REAL=1, can be made.
+and skip. So does the test of SmolLM2 where it is not at hand and, without SLIM_REAL=1, not made.
 """
 
 import itertools
