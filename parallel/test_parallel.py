@@ -114,7 +114,7 @@ class Group:
 
 
 def command(*argv, patches=(), stdin=None):
-    """Return work for a rank: the command line, after patches (rank, owner, name, value) of a rank."""
+    """Return work for a rank: the command line, after its patches (rank, owner, name, value)."""
 
     def work():
         for rank, owner, name, value in patches:
@@ -332,7 +332,7 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
 
 
 def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
-    """Parts of all ranks make the whole, without an overlap; FP8 scales are cut with their tiles."""
+    """Parts of all ranks make the whole, none twice; FP8 scales are cut with their tiles."""
 
     class File:
         def __init__(self, shapes):
@@ -756,7 +756,7 @@ def slow(self, layer, x):
 
 @pytest.mark.parametrize("n, rank", [(4, 0), (2, 1)])
 def test_a_killed_rank_ends_all(tmp_path, n, rank):
-    """In a step: the others notice in the next collective. (`slow` prints on the rank that dies.)"""
+    """In a step: the others notice in the next collective; `slow` prints on the rank that dies."""
     group = Group(tmp_path, n, command(*ASK, patches=[(rank, model.Model, "ffn", slow)]))
     group.wait_for("in a step")
     group.ranks[rank].kill()
@@ -986,7 +986,7 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_ranks_send_what_the_arithmetic_says(tmp_path, cut):
-    """Calls and bytes of a pruned prefill and of a decode step; embedding and head whole, and cut."""
+    """Calls and bytes of a pruned prefill and a decode step; embedding and head whole, and cut."""
 
     def work():
         parallel.VOCABULARY_BYTES = 0 if cut else 2**25
