@@ -677,7 +677,9 @@ def run(args) -> None:
         check_memory(ckpt, max(lengths), 0)
         rss_table(args, lengths)
     elif ranks:
-        rank_table(slim.start(ckpt), lengths)
+        import parallel
+
+        rank_table(parallel.start(ckpt), lengths)
     else:
         main_table(args, ckpt, lengths)
 
