@@ -97,7 +97,7 @@ class Engine:
     @cached_property
     def tokenizer(self):
         """The checkpoint's tokenizer, loaded when first asked for: the engine itself needs ids only."""
-        return tokenizer.load(self.ckpt.folder)
+        return tokenizer.load(self.ckpt.folder, self.config.vocab_size)
 
     def prefill(self, ids, room: int = 0, schedule=None, tail: int = 0) -> Tensor:
         """Start afresh with a prompt and return the logits (V,) after it, in float32 (float64 for float64).

@@ -490,7 +490,7 @@ def test_without_a_template_there_are_no_messages(tmp_path):
 
 
 def of_pieces(pieces):
-    return tokenizer.Tokenizer(Vocabulary({}, None), Encoder(None, None, pieces))
+    return tokenizer.Tokenizer(Vocabulary({}, None), Encoder(None, pieces))
 
 
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))

@@ -147,10 +147,10 @@ def real(name):
 
 
 def of_bytes(special):
-    def ids(text):
+    def ids(text, starts):
         return list(text.encode())
 
-    encoder = encoders.Encoder(ids, ids, {i: bytes([i]) for i in range(256)})
+    encoder = encoders.Encoder(ids, {i: bytes([i]) for i in range(256)})
     return tokenizer.Tokenizer(vocabulary.Vocabulary(special, None), encoder)
 
 
@@ -347,7 +347,7 @@ ADDED = {"<|user|>": 900, "<|end|>": 901}
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "added_tokens.json"])
 def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, name):
     """transformers 5 writes no added_tokens_decoder; without its tokens a template's marks would be spelled out."""
-    from loading.config import named_end
+    from loading.vocabulary import stop_tokens
 
     tokens = [
         {"content": content, "rstrip": content == "<|end|>", "id": i}
@@ -364,7 +364,7 @@ def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, n
     assert (
         ADDED.items() <= tok.special.items()
         and tok.vocab_size == 902
-        and named_end(tmp_path) == {901}
+        and stop_tokens(tmp_path, 902) == {901}
     )
     assert tok.v.rstrip == (set() if name == "added_tokens.json" else {"<|end|>"})
     for id in (-1, None, "x"):
@@ -453,11 +453,11 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
         if tok is ours("smollm2"):
             assert b"".join(map(tok.bytes, ids)) == without_lost(text)
             want = without_lost(text).decode(errors="replace")
-        assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.dummy_prefix else want)
+        assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.v.prefix else want)
         assert not set(ids) & set(tok.special.values())
-        assert "".join(tok.stream(iter(ids))) == " " * (
-            tok.dummy_prefix and bool(ids)
-        ) + tok.decode(ids)
+        assert "".join(tok.stream(iter(ids))) == " " * (tok.v.prefix and bool(ids)) + tok.decode(
+            ids
+        )
         if tok is ours("smollm2") and want.encode() != without_lost(text):
             continue  # half a character is left, so pieces are not whole
         out = []
@@ -568,14 +568,15 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "an id twice": lambda d: d["added_tokens"][1].update(id=d["added_tokens"][0]["id"]),
     "not a pair": lambda d: d["model"]["merges"].append(["a"]),
     "lstrip": lambda d: d["added_tokens"].append(
-        dict(d["added_tokens"][0], special=False, lstrip=True)
+        dict(d["added_tokens"][0], content="<new>", id=5000, special=False, lstrip=True)
     ),
-    "laid out": lambda d: d.update(added_tokens=[3]),
+    "list added tokens": lambda d: d.update(added_tokens=[3]),
+    "laid out": lambda d: d["model"].update(vocab=3),
     "without a name": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], content="")),
-    "that is none of them": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
+    "puts the BOS -1": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
         "<|begin_of_text|>"
     ].update(ids=[-1]),
-    "IndexError": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
+    "post_processor": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
         "<|begin_of_text|>"
     ].update(ids=[]),
 }
