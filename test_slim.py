@@ -863,6 +863,7 @@ def test_generation_ends_before_any_stop_token(tiny, tmp_path):
             7,
         }  # the config's, and the one the template ends turns with
         edit_json(tmp_path / "generation_config.json", eos_token_id=[63, tokens[4]])
+        edit_json(tmp_path / "config.json", eos_token_id="remove")
         (tmp_path / "tokenizer.json").unlink(missing_ok=True)
 
 
