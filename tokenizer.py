@@ -1,10 +1,11 @@
 """Text <-> token ids, and conversations by the model's own chat template.
 
 Invariants:
-- `encode` adds no BOS and makes no special token out of text; those come from templates and `bos_id` alone.
-- `decode(encode(text)) == text`, unless the tokenizer itself normalizes (NFC; U+2581 in sentencepiece, and a
-  space after an added token in Llama 2's) or its vocabulary lacks some of the 256 bytes (SmolLM2): those are
-  dropped, as Hugging Face does.
+- `encode` adds no BOS and makes no special token out of text; those come from templates and
+  `bos_id` alone.
+- `decode(encode(text)) == text`, unless the tokenizer itself normalizes (NFC; U+2581 in
+  sentencepiece; white space beside an added token) or its vocabulary lacks some of the 256 bytes
+  (SmolLM2): those are dropped, as Hugging Face does.
 - `stream` never yields part of a UTF-8 character; its pieces add up to the text of all the ids.
 - Ids the vocabulary lacks (padding rows of the embedding) decode to nothing, like special tokens.
 """
@@ -22,8 +23,8 @@ from loading.template import MARK, Template, read_template
 from loading.tokens import read_settings
 from loading.vocabulary import Vocabulary, read_vocabulary, template_roles
 
-# While a template is rendered, CUT marks where its text is cut, and HIDDEN encloses a number that stands for
-# special text the user typed. Both are Unicode noncharacters, reserved for internal use.
+# While a template is rendered, CUT marks where its text is cut, and HIDDEN encloses a number that
+# stands for special text the user typed. Both are Unicode noncharacters, for internal use.
 CUT = "\ufdd0"
 HIDDEN = "\ufdd1"
 
@@ -49,14 +50,12 @@ class Tokenizer:
         self.special = v.special
         self.bos_id = v.bos_id
         self.template = template  # without one, text is continued as it is
-        self.system: str | None = (
-            None  # opens a conversation, besides what the template itself adds
-        )
+        self.system: str | None = None  # opens a conversation, besides the template's own text
         self.variables = {}  # for the template, such as {"enable_thinking": False}
         self.date = datetime.date.today()  # for templates that write it; stays what it is
         self.vocab_size: int = 1 + max([*encoder.pieces, *v.special.values()])
         self.without_row: dict[int, str] = {}  # tokens that the model lacks, as `fit` finds
-        self.hidden = [*self.special, CUT, HIDDEN, MARK]  # what a user may type but not say
+        self.hidden = [*self.special, CUT, HIDDEN, MARK]  # names that stay text in what users type
 
     def fit(self, folder: Path, rows: int) -> None:
         """Raise ValueError unless a model of so many rows knows all ids of text.
@@ -109,9 +108,10 @@ class Tokenizer:
         return text[1:] if self.v.prefix and text.startswith(" ") else text
 
     def stream(self, ids: Iterable[int], stops: Iterable[str] = ()) -> Iterator[str]:
-        """Yield text as soon as its characters are complete; a leading space stays. Ends before the first of `stops`.
+        """Yield text as soon as its characters are complete; a leading space stays.
 
-        Text that may be the beginning of a stop is held back until it is not, or until the ids end.
+        Ends before the first of `stops`; text that may be the beginning of one is held back until
+        it is not, or until the ids end.
         """
         stops = tuple(stops)
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -128,10 +128,11 @@ class Tokenizer:
             held = held[ready:]
 
     def chat(self, user_text: str, begin: bool = True, end: bool = True) -> list[int]:
-        """Return the ids of a user's turn, ready for the answer; of plain text, with BOS, if there is no template.
+        """Return the ids of a user's turn, ready for the answer.
 
-        begin: it opens the conversation; if False, it follows an answer. end: if False, the turn
-        stays open until the ids of `rest` close it. Raises ValueError if the template fails.
+        Without a template: of plain text, with BOS if it begins. begin: the turn opens the
+        conversation; if False, it follows an answer. end: if False, the turn stays open until the
+        ids of `rest` close it. Raises ValueError if the template fails.
         """
         if self.template is None and not begin:
             return self.rest(user_text)
@@ -154,10 +155,11 @@ class Tokenizer:
     def chat_messages(
         self, messages: list[dict], date: datetime.date | None = None, **variables
     ) -> list[int]:
-        """Return the ids of a whole conversation, {"role": ..., "content": str} each, ready for the next answer.
+        """Return the ids of a whole conversation, ready for the next answer.
 
-        date: of this conversation, instead of the tokenizer's; variables go to the template.
-        Raises ValueError if it fails, if it leaves a message out, or if there is none.
+        messages: {"role": ..., "content": str} each; date: of this conversation, instead of the
+        tokenizer's; variables go to the template. Raises ValueError if it fails, if it leaves a
+        message out, or if there is none.
         """
         if self.template is None:
             raise ValueError("this checkpoint has no chat template; give plain text")
@@ -177,15 +179,15 @@ class Tokenizer:
         date: datetime.date | None = None,
         **variables,
     ) -> list[int]:
-        """Return the ids of one part of a conversation's text, which CUT marks in the messages cut."""
+        """Return the ids of one part of a conversation; CUT in the messages divides the parts."""
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._hide(self.system)}, *messages]
         text, dropped = self.template.render_checked(
             messages, date or self.date, {**self.variables, **variables}
         )
         if dropped:
-            role = messages[dropped[0]]["role"]
-            raise self.template.error(f"it does not write the {role!s:.60} message")
+            role = self._show(str(messages[dropped[0]].get("role")))
+            raise self.template.error(f"it does not write the {role:.60} message")
         parts = text.split(CUT)
         if len(parts) != cuts + 1:
             raise self.template.error(
@@ -194,7 +196,7 @@ class Tokenizer:
         return self._spell(self._split(parts[part]), starts=part == 0)
 
     def _hide(self, text: str) -> str:
-        """Replace what the user typed and the tokenizer would take for a special token by numbers."""
+        """Put numbers in place of what the tokenizer would take for a special token."""
         number = {name: f"{HIDDEN}{i}{HIDDEN}" for i, name in enumerate(self.hidden)}
         return "".join(number.get(part, part) for part in split_at(_str(text), number))
 
@@ -205,17 +207,11 @@ class Tokenizer:
 
     def _split(self, text: str) -> list[tuple[bool, str]]:
         """Split rendered text into (True, special token) and (False, text between them)."""
-        parts = split_at(text, self.special)  # texts at even places, special tokens at odd ones
+        parts = split_at(text, self.special, self.v.lstrip, self.v.rstrip)
         pieces = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                pieces.append((True, part))
-                continue
-            if i > 0 and parts[i - 1] in self.v.rstrip:
-                part = part.lstrip()
-            if i + 1 < len(parts) and parts[i + 1] in self.v.lstrip:
-                part = part.rstrip()
-            pieces.append((False, self._show(part)))
+        for part in parts:
+            is_special = part in self.special
+            pieces.append((is_special, part if is_special else self._show(part)))
         return pieces
 
     def _spell(self, pieces: list[tuple[bool, str]], starts: bool) -> list[int]:
@@ -230,7 +226,7 @@ class Tokenizer:
         return self._with_rows(ids)
 
     def bytes(self, token: int) -> bytes:
-        """Return the bytes of one token, b'' for a special one. Raises TypeError unless it is a whole number."""
+        """Return the bytes of one token, b'' for a special one; raise TypeError for no number."""
         return self.encoder.pieces.get(operator.index(token), b"")
 
 

@@ -11,8 +11,9 @@ import tiktoken
 
 from loading.vocabulary import Vocabulary, lost_bytes
 
-# The regex engine overflows its stack on a very long run, so it gets text in pieces. All splits here end a
-# match after a letter or digit that one of these follows, whatever surrounds it: a cut there keeps the ids.
+# The regex engine overflows its stack on a very long run, so it gets text in pieces. All splits
+# end a match after a letter or digit that one of these follows, whatever surrounds it: a cut
+# there keeps the ids.
 PIECE = 400_000
 RUN = 25_000
 SAFE_CUT = re.compile(r".*[^\W_](?=[ \n、。，])", re.DOTALL)
@@ -49,7 +50,7 @@ def _sentencepiece(v: Vocabulary) -> Encoder:
 
     def encode(text: str, starts: bool) -> list[int]:
         ids = []
-        for part in split_at(text, v.added):
+        for part in split_at(text, v.added, v.lstrip, v.rstrip):
             if part in v.added:
                 ids.append(v.added[part])
                 starts = v.legacy
@@ -65,7 +66,7 @@ def _sentencepiece(v: Vocabulary) -> Encoder:
 
 
 def _spelled(v: Vocabulary, model, pieces, byte_ids) -> dict[int, list[int]]:
-    """Return {id: ids} of pieces that lost their id to another name, or became special: byte by byte."""
+    """Return {id: ids of its bytes} of pieces that lost their id to a name or became special."""
     spelled = {}
     for name, id in [*v.special.items(), *v.added.items()]:
         if id not in pieces or model.is_control(id) or model.is_unknown(id):
@@ -85,14 +86,15 @@ def _bpe(v: Vocabulary) -> Encoder:
     def merge(text: str) -> list[int]:
         if not lost or text.encode().translate(None, lost) == text.encode():
             return bpe.encode_ordinary(text)
-        # Dropped after the split, which they take part in, and before merges, which close the gap. tiktoken panics
-        # at a byte it lacks, and what is left need not be UTF-8, so each word goes in by itself and as bytes.
+        # Dropped after the split, which they take part in, and before merges, which close the gap.
+        # tiktoken panics at a byte it lacks, and what is left need not be UTF-8, so each word goes
+        # in by itself and as bytes.
         left = (word.encode().translate(None, lost) for word in words(text))
         return [id for word in left if word for id in bpe._encode_single_piece(word)]
 
     def encode(text: str, starts: bool) -> list[int]:
         ids = []
-        for part in split_at(text, v.added):  # as Hugging Face: added tokens first, then NFC
+        for part in split_at(text, v.added, v.lstrip, v.rstrip):  # before NFC, as Hugging Face
             if part in v.added:
                 ids.append(v.added[part])
                 continue
@@ -107,9 +109,10 @@ def _bpe(v: Vocabulary) -> Encoder:
 
 
 def _words(split: str) -> Callable[[str], list[str]]:
-    """Return a function that splits text exactly as tiktoken does before merging; tiktoken does not expose that.
+    """Return a function that splits text as tiktoken does before merging, which it does not expose.
 
-    `regex` may have another Unicode version, so tiktoken classifies each character, and an old one replaces it.
+    `regex` may have another Unicode version, so tiktoken classifies each character, and an old one
+    replaces it.
     """
     pattern = regex.compile(split)
     single = {bytes([byte]): byte for byte in range(256)}
@@ -132,7 +135,10 @@ def _words(split: str) -> Callable[[str], list[str]]:
 
 
 def _pieces(text: str):
-    """Yield text in pieces the regex engine can take; only runs too long for it are cut where ids may change."""
+    """Yield text in pieces the regex engine can take.
+
+    Only runs too long for it are cut where ids may change.
+    """
     at = 0
     while at < len(text):
         piece = text[at : at + PIECE]
@@ -147,9 +153,18 @@ def _pieces(text: str):
         yield piece[start:]
 
 
-def split_at(text: str, tokens) -> list[str]:
-    """Split text at the tokens, which stay in the result; the longest wins, as in Hugging Face."""
+def split_at(text: str, tokens, lstrip=(), rstrip=()) -> list[str]:
+    """Split text at the tokens, which stay at odd places; the longest wins, as in Hugging Face.
+
+    lstrip, rstrip: tokens that swallow the white space before them, after them.
+    """
     if not tokens:
         return [text]
     longest_first = sorted(tokens, key=len, reverse=True)
-    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    for i in range(1, len(parts), 2):
+        if parts[i] in lstrip:
+            parts[i - 1] = parts[i - 1].rstrip()
+        if parts[i] in rstrip:
+            parts[i + 1] = parts[i + 1].lstrip()
+    return parts

@@ -1,8 +1,9 @@
 """The model's own chat template, rendered as `transformers` does.
 
-A template is a program that came with the weights. jinja2's sandbox keeps it from files and from Python's
-internals, but not from looping forever or filling the memory. So it runs in a process of its own (this file
-as a script) under limits of time and memory, and every failure there becomes one line here.
+A template is a program that came with the weights. jinja2's sandbox keeps it from files and from
+Python's internals, but not from looping forever or filling the memory. So it runs in a process of
+its own (this file as a script) under limits of time and memory, and every failure there becomes one
+line here.
 """
 
 import datetime
@@ -17,6 +18,7 @@ from pathlib import Path
 
 MOST = 2**20  # bytes of a template; the longest published ones have some 20,000
 SECONDS = 10
+REMEMBERED = 2**20  # bytes of a job whose answer is kept for the next one
 MEMORY = 2**28  # bytes, besides what Python has mapped before and 64 times the job
 MARK = "\ufdd2"  # encloses the number of a message at its end, to see whether a template writes it
 PROCESSES = threading.BoundedSemaphore(2)  # at once, of all threads of a server
@@ -50,7 +52,7 @@ class Template:
         }
         data = json.dumps({"seconds": SECONDS, "job": job}).encode()
         try:
-            answer = (run if len(data) < MOST else run.__wrapped__)(data)
+            answer = run(data) if len(data) < REMEMBERED else run.__wrapped__(data)
         except (subprocess.TimeoutExpired, ValueError):
             raise self.error(f"it took more than {SECONDS} s or more memory than it may") from None
         if "error" in answer:
@@ -59,7 +61,8 @@ class Template:
 
     def error(self, what: str) -> ValueError:
         return ValueError(
-            f"{self.path}: the chat template cannot be used: {what}; give the prompt as it is with --raw"
+            f"{self.path}: the chat template cannot be used: {what}; give the prompt as it is with "
+            "--raw"
         )
 
 
@@ -88,7 +91,7 @@ def read_template(folder: Path, settings: dict, tokens: dict[str, str]) -> Templ
     """Return the chat template of a checkpoint, None if it has none.
 
     settings: its tokenizer_config.json; tokens: what the template may ask for, such as bos_token.
-    chat_template.jinja comes before the config's, and of named templates the one called default counts.
+    chat_template.jinja comes before the config's; of named templates the default counts.
     """
     path = folder / "chat_template.jinja"
     source = settings.get("chat_template")
@@ -203,7 +206,7 @@ def set_limits(seconds: int, n_bytes: int) -> None:
 
 
 def mapped_bytes() -> int:
-    """Return how much address space this process has: libraries, and perhaps a large archive of locales."""
+    """Return how much address space this process has; an archive of locales may be a lot of it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):

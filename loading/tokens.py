@@ -1,18 +1,20 @@
-"""What the small files beside a tokenizer say: which tokens are added, which have a role, which end an answer.
+"""What the small files beside a tokenizer say of its tokens: added ones, and those with a role.
 
-Every key is done, harmless, or refused by name: a key that is only ignored may give wrong ids silently.
+Each key is done, harmless, or refused by name: one that is ignored may give wrong ids silently.
 
     tokenizer_config.json
-        done      added_tokens_decoder, add_bos_token, add_prefix_space (refused with a byte-level BPE),
-                  legacy, chat_template, bos_token, eos_token and the other names of roles,
-                  additional_special_tokens, extra_special_tokens
-        refused   those of REFUSED, and fix_mistral_regex where the split is not the fixed one
-        harmless  the rest: padding, truncation, how ids become text, which Python class reads the file
+        done      added_tokens_decoder, add_bos_token, legacy, chat_template, bos_token, eos_token
+                  and the other names of roles, additional_special_tokens, extra_special_tokens;
+                  add_prefix_space of sentencepiece
+        refused   those of REFUSED; of a byte-level BPE add_prefix_space, and fix_mistral_regex
+                  where the split is not the mended one
+        harmless  the rest: padding, truncation, how ids become text, the name of a Python class
     special_tokens_map.json: names of roles, done
-    added_tokens.json: names of ids, done; what is written like a mark, <...> or [...], is special
+    added_tokens.json: names of ids, done; special is what is written like a mark, <...> or [...]
     an added token
-        done      content, id, special; lstrip and rstrip of a special one
-        refused   single_word; lstrip and rstrip of another one; normalized where text is normalized
+        done      content, id, special, lstrip, rstrip
+        refused   single_word; normalized where text becomes NFC
+        harmless  normalized elsewhere
     config.json, generation_config.json: bos_token_id and eos_token_id, done
 """
 
@@ -76,7 +78,7 @@ def read_settings(folder: Path) -> dict:
 
 
 def content(token) -> str | None:
-    """Return the name of a token, which is written as text or as an object; None if it is neither."""
+    """Return the name of a token, written as text or as an object; None if it is neither."""
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) and name else None
 
@@ -96,13 +98,15 @@ def special_names(settings: dict) -> set[str]:
     names = set(role_names(settings).values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(key) or []
-        listed = listed.values() if isinstance(listed, dict) else listed
-        names |= {content(token) for token in listed}
+        if isinstance(listed, dict):
+            listed = list(listed.values())
+        if isinstance(listed, list):
+            names |= {content(token) for token in listed}
     return names - {None}
 
 
 def parse_added(token, id, file: Path) -> Added:
-    """Return an added token as Hugging Face writes it; raise TypeError or LookupError for anything else."""
+    """Return an added token; raise TypeError or LookupError for what is none."""
     name = token["content"]
     if not content(name) or not str(id).isdecimal() or isinstance(id, bool):
         raise TypeError(f"an added token without a name or id: {name!r:.60} with the id {id!r:.60}")
@@ -163,7 +167,7 @@ def parse_listed(listed: dict, path: Path) -> list[Added]:
 
 
 def model_ids(folder: Path, key: str) -> dict[Path, list]:
-    """Return {file: ids} of a key such as eos_token_id, which holds an id, a list of them or null."""
+    """Return {file: ids} of a key such as eos_token_id: an id, a list of them or null."""
     found = {}
     for name in ("generation_config.json", "config.json"):
         ids = read_if_there(folder / name).get(key)

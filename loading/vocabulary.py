@@ -1,16 +1,16 @@
 """The files a tokenizer comes in, told apart by content and read strictly.
 
-Meta's tiktoken ranks (Llama 3), Mistral's tekken.json and Hugging Face's byte-level BPE tokenizer.json
-all become tiktoken ranks; sentencepiece (Llama 2, Mistral 7B) stays what it is. A file that asks for
-anything else is refused: a tokenizer that is almost right gives wrong ids silently.
+Meta's tiktoken ranks (Llama 3), Mistral's tekken.json and Hugging Face's byte-level BPE
+tokenizer.json all become tiktoken ranks; sentencepiece (Llama 2, Mistral 7B) stays what it is. A
+file that asks for anything else is refused: a tokenizer that is almost right gives wrong ids.
 
     tokenizer.json
-        done      added_tokens; normalizer: none or NFC; pre_tokenizer: ByteLevel, Digits and ByteLevel,
-                  or one of SPLITS and ByteLevel; post_processor: none, ByteLevel or one BOS in front;
-                  model: vocab, and merges in the order of the ids
+        done      added_tokens; normalizer: none or NFC; pre_tokenizer: ByteLevel, Digits and
+                  ByteLevel, or one of SPLITS and ByteLevel; post_processor: none, ByteLevel or one
+                  BOS in front; model: vocab, and merges in the order of the ids
         harmless  version 1.0; truncation and padding, for batches; trim_offsets; decoder: none or
-                  ByteLevel; post_processor for pairs; ignore_merges, as every word comes from merges;
-                  fuse_unk, and unk_token of a vocabulary that has all bytes
+                  ByteLevel; a post_processor's pair; ignore_merges, as every word comes from
+                  merges; fuse_unk, and unk_token of a vocabulary that has all bytes
         refused   the rest, and keys that are not known
     tekken.json
         done      config: pattern, default_vocab_size, default_num_special_tokens; vocab: rank,
@@ -47,7 +47,7 @@ from loading.tokens import (
 
 FILES = "tokenizer.model", "tokenizer.json", "tekken.json", "original/tokenizer.model"
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts out every digit first, so that nothing, neither " ?" nor the look ahead after white space, sees one.
+# SmolLM2 cuts out every digit first: neither " ?" nor the look ahead after white space sees one.
 SMOLLM2_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -82,46 +82,35 @@ TO_BYTES = dict.fromkeys(range(256), 0x10FFFF)  # a character that latin-1 lacks
 TO_BYTES |= {ord(char): byte for char, byte in BYTE_OF.items()}
 ONLY = "only byte-level BPE as in Llama 3, Qwen, Mistral Nemo, Phi-4 and SmolLM is supported"
 
+# Keys of the formats that are known, with the values that are understood.
 ANY = object()
-JSON_KEYS = {  # of tokenizer.json, with the values that are understood
-    "version": ("1.0",),
-    "truncation": ANY,
-    "padding": ANY,
-    "added_tokens": ANY,
-    "normalizer": (None, {"type": "NFC"}),
-    "pre_tokenizer": ANY,  # see `_split_of`
-    "post_processor": ANY,  # see `_bos_of`
-    "decoder": ANY,
-    "model": ANY,
-}
-MODEL_KEYS = {
+JSON_KEYS = dict.fromkeys(
+    (
+        "truncation",
+        "padding",
+        "added_tokens",
+        "pre_tokenizer",
+        "post_processor",
+        "decoder",
+        "model",
+    ),
+    ANY,
+)
+JSON_KEYS |= {"version": ("1.0",), "normalizer": (None, {"type": "NFC"})}
+MODEL_KEYS = dict.fromkeys(("unk_token", "fuse_unk", "ignore_merges", "vocab", "merges"), ANY)
+MODEL_KEYS |= {
     "type": ("BPE",),
     "dropout": (None, 0),
-    "unk_token": ANY,
+    "byte_fallback": (None, False),
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
-    "fuse_unk": ANY,
-    "byte_fallback": (None, False),
-    "ignore_merges": ANY,
-    "vocab": ANY,
-    "merges": ANY,
 }
-TEKKEN_KEYS = (
-    "config",
-    "vocab",
-    "special_tokens",
-    "type",
-    "version",
-    "multimodal",
-    "image",
-    "audio",
+TEKKEN_KEYS = dict.fromkeys(
+    ("config", "vocab", "special_tokens", "type", "version", "multimodal", "image", "audio"), ANY
 )
-TEKKEN_CONFIG_KEYS = (
-    "pattern",
-    "num_vocab_tokens",
-    "default_vocab_size",
-    "default_num_special_tokens",
-    "version",
+TEKKEN_CONFIG_KEYS = dict.fromkeys(
+    ("pattern", "version", "num_vocab_tokens", "default_vocab_size", "default_num_special_tokens"),
+    ANY,
 )
 
 
@@ -137,8 +126,8 @@ class Vocabulary:
     prefix: bool = False  # sentencepiece puts a space before a text
     legacy: bool = False  # and after special and added tokens too, as Llama 2's tokenizer did
     added: dict[str, int] = field(default_factory=dict)  # not special: text gives them too
-    lstrip: set[str] = field(default_factory=set)  # special: they swallow white space before them
-    rstrip: set[str] = field(default_factory=set)  # special: they swallow white space after them
+    lstrip: set[str] = field(default_factory=set)  # tokens that swallow white space before them
+    rstrip: set[str] = field(default_factory=set)  # tokens that swallow white space after them
     marks: dict[str, int] = field(default_factory=dict)  # entries that no merge makes
     roles: dict[str, int] = field(default_factory=dict)  # bos_token, eos_token by the file itself
     files: dict[int, Path] = field(default_factory=dict)  # which file adds an id
@@ -165,45 +154,45 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
         raise FileNotFoundError(
             f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there"
         )
-    v = _parse(path, folder, settings)
+    v, listed = _parse(path, settings)
+    _check_ranks(path, v)
+    _add(v, added_tokens(folder, settings, path, listed), special_names(settings))
+    _set_bos(path, v, settings)
     if v.ranks:
-        _check_ranks(path, v, settings)
+        _check_bpe(path, v, settings)
     return v
 
 
-def _parse(path, folder, settings) -> Vocabulary:
+def _parse(path: Path, settings: dict) -> tuple[Vocabulary, dict | None]:
+    """Return the vocabulary of a file, and what is in the file if it is a tokenizer.json."""
     blob = path.read_bytes()
-    listed = None  # what is in tokenizer.json, if that is the file
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", blob):
-        v = _from_tiktoken(path, blob)
-    elif blob.lstrip()[:1] == b"{":
+        return _from_tiktoken(path, blob), None
+    if blob.lstrip()[:1] == b"{":
         data = read_json(path)
         try:
             if "vocab" in data:
-                v = _from_tekken(path, data)
-            else:
-                v = _from_json(path, data)
-                listed = data
+                return _from_tekken(path, data), None
+            return _from_json(path, data), data
         except (LookupError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
             raise bad(
                 path, f"not laid out like a tokenizer.json or tekken.json ({error!r:.100})"
             ) from None
-    elif blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
-        v = _from_sentencepiece(path, blob, settings)
-    else:
-        raise bad(path, f"starts with {blob[:20]!r}, no known tokenizer format")
-    _add(v, added_tokens(folder, settings, path, listed), special_names(settings))
-    _set_bos(path, v, settings)
-    return v
+    if blob[:1] == b"\n":  # protobuf: field 1, the first of the pieces
+        return _from_sentencepiece(path, blob, settings), None
+    raise bad(path, f"starts with {blob[:20]!r}, no known tokenizer format")
 
 
-def _check_ranks(path, v, settings):
-    """Raise ValueError for ids that are none, and for what settings ask of a byte-level BPE."""
+def _check_ranks(path, v: Vocabulary):
     for rank in v.ranks.values():
         if type(rank) is not int or not 0 <= rank < 2**32:
             raise bad(path, f"has the id {rank!r:.60}, which is not a whole number from 0 up")
     if len({*v.ranks.values()}) < len(v.ranks):
         raise bad(path, "vocabulary gives an id twice")
+
+
+def _check_bpe(path, v: Vocabulary, settings: dict):
+    """Raise ValueError for what a byte-level BPE cannot do."""
     if v.marks:
         name = min(v.marks)
         raise bad(path, f"{len(v.marks)} entries come from no merge, such as {name!r:.60}", ONLY)
@@ -235,7 +224,7 @@ def _add(v: Vocabulary, tokens: dict[int, Added], names: set[str]):
         renamed = other in tokens and tokens[other].content != token.content
         if other not in (None, token.id) and not renamed:
             raise bad(token.file, f"{token.content!r:.60} has the ids {other} and {token.id}")
-        _check_flags(v, token, special)
+        _check_flags(v, token)
         (v.special if special else v.added)[token.content] = token.id
         v.files[token.id] = token.file
         if "lstrip" in token.flags:
@@ -244,13 +233,9 @@ def _add(v: Vocabulary, tokens: dict[int, Added], names: set[str]):
             v.rstrip.add(token.content)
 
 
-def _check_flags(v: Vocabulary, token: Added, special: bool):
-    refused = {"single_word"}
-    if not special:
-        refused |= {"lstrip", "rstrip"}
-    if v.nfc:
-        refused |= {"normalized"}
-    if flags := token.flags & refused:
+def _check_flags(v: Vocabulary, token: Added):
+    flags = token.flags & {"single_word", "normalized" if v.nfc else ""}
+    if flags:
         raise bad(token.file, f"added token {token.content!r:.60} with {', '.join(flags)}", ONLY)
 
 
@@ -264,7 +249,9 @@ def _set_bos(path, v: Vocabulary, settings: dict):
     elif named is not None and (wanted or v.proto):
         v.bos_id = named
     if v.bos_id not in (None, *v.special.values()):
-        raise bad(path, f"puts the BOS {v.bos_id} before a text, which is none of its special tokens")
+        raise bad(
+            path, f"puts the BOS {v.bos_id} before a text, which is none of its special tokens"
+        )
 
 
 def template_roles(folder: Path, settings: dict, v: Vocabulary) -> dict[str, str]:
@@ -277,7 +264,9 @@ def template_roles(folder: Path, settings: dict, v: Vocabulary) -> dict[str, str
     for key in ("bos_token", "eos_token"):
         if key in settings:  # also as null
             continue
-        ids = {id for given in model_ids(folder, f"{key}_id").values() for id in given}
+        ids = set()
+        for given in model_ids(folder, f"{key}_id").values():
+            ids |= {id for id in given if type(id) is int}
         id = ids.pop() if len(ids) == 1 else v.roles.get(key)
         if name := v.name_of(id):
             roles[key] = name
@@ -294,8 +283,8 @@ def stop_tokens(folder: Path, rows: int) -> set[int]:
     for path, ids in model_ids(folder, "eos_token_id").items():
         if not all(type(id) is int and 0 <= id < rows for id in ids):
             raise ValueError(
-                f"{path}: key 'eos_token_id' is {ids!r:.60}; it must be a token id below {rows} or a "
-                "list of them"
+                f"{path}: key 'eos_token_id' is {ids!r:.60}; it must be a token id below {rows} or "
+                "a list of them"
             )
         found |= set(ids)
     settings = read_if_there(folder / CONFIG)
@@ -306,7 +295,7 @@ def stop_tokens(folder: Path, rows: int) -> set[int]:
         return found | {ids[name] for name in names if ids[name] < rows}
     try:
         v = read_vocabulary(folder, read_settings(folder))
-    except (ValueError, FileNotFoundError):  # said when a text is to become ids
+    except (ValueError, FileNotFoundError):  # an error where a text is to become ids
         v = Vocabulary({}, None)
     found |= {ids.get(name, v.id_of(name)) for name in names}
     if found <= {None}:
@@ -387,8 +376,8 @@ def _from_tiktoken(path, blob) -> Vocabulary:
 def _from_tekken(path, data) -> Vocabulary:
     """Mistral's own file: ids are ranks after the special tokens, as many as the config says."""
     config = data["config"]
-    _check_keys(path, "tekken.json", data, dict.fromkeys(TEKKEN_KEYS, ANY))
-    _check_keys(path, "config", config, dict.fromkeys(TEKKEN_CONFIG_KEYS, ANY))
+    _check_keys(path, "tekken.json", data, TEKKEN_KEYS)
+    _check_keys(path, "config", config, TEKKEN_CONFIG_KEYS)
     n_special = config["default_num_special_tokens"]
     if config["pattern"] not in SPLITS:
         raise bad(path, f"pattern {config['pattern']!r:.60}", ONLY)
@@ -492,7 +481,7 @@ def _ranks(path, model) -> tuple[dict[bytes, int], dict[str, int]]:
 
 
 def _bos_of(path, post) -> list[int]:
-    """Return the ids that a post_processor puts before a text; raise ValueError for another kind."""
+    """Return the ids that a post_processor puts before a text; raise ValueError if it does more."""
     kind = None if post is None else post["type"]
     if kind in (None, "ByteLevel"):
         return []
