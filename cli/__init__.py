@@ -123,12 +123,8 @@ def run(args, progress: Progress) -> int:
         raise ValueError(
             "--compare has nothing to compare: the schedule is dense; give one with --schedule"
         )
-    c, tok = ckpt.config, tokenizer.load(ckpt.folder)
-    if tok.vocab_size > c.vocab_size:
-        raise ValueError(
-            f"{ckpt.folder}: the tokenizer has {tok.vocab_size:,} ids, the model {c.vocab_size:,}; "
-            "they do not belong together"
-        )
+    c = ckpt.config
+    tok = tokenizer.load(ckpt.folder, c.vocab_size)
     set_template(tok, args)
     if header:
         check_saved(args.resume, header, ckpt.identity)

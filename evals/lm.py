@@ -59,7 +59,7 @@ class SlimLM(LM):
         super().__init__()
         self.ckpt, self.later, self.out = ckpt, later, out
         self.max_len = max_len or ckpt.config.max_len
-        self.tok, self.engine = tokenizer.load(ckpt.folder), None
+        self.tok, self.engine = tokenizer.load(ckpt.folder, ckpt.config.vocab_size), None
         self.question, self.used = lambda doc: None, []
         self.known, self.torn = {}, False
         if out and out.exists():
@@ -157,18 +157,16 @@ class SlimLM(LM):
     ) -> tuple[Prompt, list[int]]:
         """Return what to read and the ids to score; a space at the end of the context belongs to the answer."""
         if context.startswith(MESSAGES):
-            wanted = self.tok.encode(answer)
-            return self.read(context, len(wanted), question), wanted
+            prompt = self.read(context, len(self.tok.encode(answer)), question)
+            return prompt, self.tok.encode(answer, after=prompt.ids)
         if not context:
             return Prompt([self.start_id]), self.tok.encode(answer)
         n = len(context) - len(context.rstrip())
-        alone = self.tok.encode(context[len(context) - n :] + answer)
-        prompt, whole = (
-            self.read(context.rstrip(), len(alone), question),
-            self.plain(context + answer),
-        )
+        spaced = context[len(context) - n :] + answer
+        prompt = self.read(context.rstrip(), len(self.tok.encode(spaced)), question)
+        whole = self.plain(context + answer)
         if prompt.cut or len(prompt.ids) >= len(whole):  # no part of the whole, or all of it
-            return prompt, alone
+            return prompt, self.tok.encode(spaced, after=prompt.ids)
         return prompt, whole[len(prompt.ids) :]
 
     # ---- to the engine

@@ -176,7 +176,11 @@ def prompt_ids(tok, prompt) -> list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str) and prompt:
-        return ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(prompt)
+        bos = [] if tok.bos_id is None else [tok.bos_id]
+        try:
+            return bos + tok.encode(prompt, after=bos)
+        except ValueError as error:  # a token that the model lacks
+            raise ApiError(400, str(error), "prompt") from None
     if (
         isinstance(prompt, list)
         and prompt
@@ -204,9 +208,9 @@ def chat_ids(tok, messages) -> list[int]:
             ids = tok.chat("\n".join(text for _, text in said))
         else:
             ids = tok.chat_messages([{"role": role, "content": text} for role, text in said])
-    except ValueError as error:  # of the template
+        return ids + tok.encode(begun, after=ids)
+    except ValueError as error:  # of the template, or a token that the model lacks
         raise ApiError(400, str(error), "messages") from None
-    return ids + tok.encode(begun)
 
 
 def read_message(message, name: str) -> tuple[str, str]:
