@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from bench import prose, rivals
+from bench import prose
 from bench.common import table
 
 
