@@ -212,10 +212,11 @@ def talking(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2_folder():
     """A real model, where it is at hand; with SLIM_REAL=1 it is made."""
-    from bench import smollm2
+    from bench import checkpoints
 
+    make = os.environ.get("SLIM_REAL") == "1"
     try:
-        return smollm2.folder(make=os.environ.get("SLIM_REAL") == "1")
+        return checkpoints.folder(checkpoints.SMOLLM2, make)
     except OSError as error:
         pytest.skip(str(error))
 

@@ -107,7 +107,7 @@ class Engine:
     @cached_property
     def tokenizer(self):
         """The checkpoint's tokenizer, loaded when first asked for: the engine needs ids only."""
-        return tokenizer.load(self.ckpt.folder)
+        return tokenizer.load(self.ckpt.folder, self.config.vocab_size)
 
     def prefill(self, ids, room: int = 0, schedule=None, keep_last: int = 0) -> Tensor:
         """Start afresh with a prompt; return the logits (V,) after it, in at least float32.

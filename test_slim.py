@@ -616,7 +616,7 @@ def test_generation_ends_before_any_stop_token(tiny, tmp_path):
         decoder = {"added_tokens_decoder": {"6": other, "5": end}} if name == "x" else {}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "END"} | decoder))
         (tmp_path / name).write_text(json.dumps(value))
-        assert slim.load(tmp_path, "cpu").ckpt.stop == {63, tokens[4]}  # listed, so complete
+        assert slim.load(tmp_path, "cpu").ckpt.stop == {63, tokens[4], 5}  # of all files
         edit_json(tmp_path / "generation_config.json", eos_token_id="remove")
         edit_json(tmp_path / "config.json", eos_token_id=7)
         assert slim.load(tmp_path, "cpu").ckpt.stop == {
@@ -624,6 +624,7 @@ def test_generation_ends_before_any_stop_token(tiny, tmp_path):
             7,
         }  # the config's, and the one the template ends turns with
         edit_json(tmp_path / "generation_config.json", eos_token_id=[63, tokens[4]])
+        edit_json(tmp_path / "config.json", eos_token_id="remove")
         (tmp_path / "tokenizer.json").unlink(missing_ok=True)
 
 

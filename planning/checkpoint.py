@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 import prune
-from loading.config import read_config, stop_tokens
+from loading.config import read_config
 from loading.find import find_checkpoint
+from loading.vocabulary import stop_tokens
 from loading.weights import check_tensors, fingerprint, open_shards, settle_head
 from model import DTYPES, Config
 from planning.schedule import format_schedule, resolve_schedule

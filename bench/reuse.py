@@ -1,4 +1,4 @@
-"""What a second question on the same text costs, in time and accuracy: python serve/measure.py --text BOOK.txt
+"""What a second question on the same text costs, in time and accuracy: python bench/reuse.py --text BOOK.txt
 
 Each sample is a piece of the book with facts put in. All questions are put to one text, each in one message with it,
 as a chat client sends them. `again`: the text is read once, by the first question, and rewound for each other one.
