@@ -229,19 +229,15 @@ class CountedMap(mmap.mmap):
 def test_a_new_text_gives_up_the_old_ones_memory_before_it_takes_its_own(tiny, monkeypatch):
     """The check counts it as free. Pruned blocks used to go after the new slabs had come."""
     monkeypatch.setattr(kvcache.mmap, "mmap", CountedMap)
-    turns = itertools.cycle((1, -1))
-    rule = prune.Rule(
-        "", lambda w: torch.arange(w.shape[2]) * float(next(turns)) + 0 * w[:, 0, :, 0]
-    )
-    rule = dataclasses.replace(rule, every_layer=False)
-    engine = slim.load(tiny, "cpu", score=rule, block_len=8, unit_len=4)
+    by_chance = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]), window=1)
+    engine = slim.load(tiny, "cpu", score=by_chance, block_len=8, unit_len=4)
     small, large = {1: 64}, {1: 400, 3: 200}
     for schedule in ("dense", large, "dense", small, large, "dense", large):
         CountedMap.peak = 0
         engine.prefill(draw(800), schedule=schedule)
         ckpt = dataclasses.replace(engine.ckpt, schedule={} if schedule == "dense" else schedule)
         need = planning.memory.plan(ckpt, 800)
-        assert CountedMap.peak <= need.kv + need.host, schedule
+        assert CountedMap.peak <= need.kv + need.host + 16, schedule  # an empty piece has one byte
         engine.extend([1])  # blocks leave, and get a home
         assert schedule == "dense" or engine.stats["kv_cpu_bytes"] > 0
 
