@@ -27,7 +27,7 @@ def paper_schedule(n_layers: int, model_type: str = "llama") -> dict[int, prune.
 
 
 def scaled(schedule: dict, depth: int, n_layers: int) -> dict[int, prune.Budget]:
-    """Return the schedule of a model of one depth for another; boundaries stay within 1..n_layers-1.
+    """Return a schedule for another depth; boundaries stay within 1..n_layers-1.
 
     Where rounding makes two boundaries the same, the first stays.
     """

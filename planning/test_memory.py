@@ -204,7 +204,7 @@ def test_the_plan_is_what_a_prompt_takes(schedule):
     """As the kernel counts it: nothing that a process really takes is missing in the plan.
 
     Measured 0.94 to 0.98 dense and 0.77 to 0.95 pruned at 16,384 tokens, where homes are planned
-    that a prefill does not touch; the allocator adds a few MiB, more than a tenth of a small prompt.
+    that a prefill does not touch; the allocator adds a few MiB, too much for a small prompt.
     """
     run = subprocess.run(
         [sys.executable, "-c", PEAK, schedule], cwd=HERE, capture_output=True, text=True
@@ -243,7 +243,7 @@ def test_a_new_text_gives_up_the_old_ones_memory_before_it_takes_its_own(tiny, m
 
 
 def peak(work) -> int:
-    """Return the most bytes that torch's allocator gave for work() at a time; slabs and homes do not come from it."""
+    """Return the most bytes of torch's allocator during work(); slabs and homes are not its."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -268,7 +268,7 @@ def peak(work) -> int:
     ],
 )
 def test_a_steps_memory_is_what_was_planned(schedule, score, dtype, prompt, later, monkeypatch):
-    """A prompt, a follow-up with all its logits, a token that exchanges all blocks: never more, seldom a tenth less."""
+    """A prompt, a follow-up with all logits, a token that exchanges all blocks: never more."""
     engine, n = slim.load(HERE / "demo", "cpu", dtype, schedule, score), 4096
     draws, kv = draw(n, vocab=engine.config.vocab_size), engine.kv
     kv.reset(n, engine.ckpt.schedule, 1100)
