@@ -81,7 +81,7 @@ class Recorder:
                     {"at": kv.length, "pending": len(self.engine.pending), "moves": []}
                 )
                 self.riding = set()
-            old, new = set(stage.slots), active - stage.held
+            old, new = set(stage.slots), active - stage.has_keys()
             if active != old:
                 moved = active - old, old - active, new - self.riding
                 self.record["steps"][-1]["moves"].append([i, *map(sorted, moved)])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from loading.files import positive, read_json
 from loading.rope import ORIGINAL, check_rope, rope_keys, stretch
-from loading.vocabulary import added_tokens
 from model import DTYPES, Config
 
 
@@ -348,34 +347,3 @@ def read_dtype(keys: Keys):
         known = ", ".join(DTYPES)
         raise ValueError(f"{keys.name('torch_dtype')} is {name!r:.60}; supported are {known}")
     return DTYPES[name]
-
-
-def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
-    """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them.
-
-    Where it has none: config.json's, and what the tokenizer calls the end, as chat templates do.
-    """
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-            raise ValueError(
-                f"{folder / name}: key 'eos_token_id' is {ids!r:.60}; it must be a token id below {vocab_size} or a "
-                "list of them"
-            )
-        found |= set(ids)
-        if found and name == "generation_config.json":
-            return found
-    return found | {i for i in named_end(folder) if i < vocab_size}
-
-
-def named_end(folder: Path) -> set[int]:
-    """Return the id of the token that tokenizer_config.json names as the end, if it is among the added ones."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    end = settings.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    if not isinstance(end, str):
-        return set()
-    return {i for i, token in added_tokens(folder, settings).items() if token["content"] == end}

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 import prune
-from loading.config import read_config, stop_tokens
+from loading.config import read_config
 from loading.find import find_checkpoint
+from loading.vocabulary import stop_tokens
 from loading.weights import MappedFile, check_tensors, fingerprint, open_shards, settle_head
 from model import DTYPES, Config
 from planning.schedule import format_schedule, resolve_schedule
-from planning.settings import Settings, env_number
+from planning.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,12 @@ def pick_device(name: str) -> torch.device:
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if n_gpus else "cpu")
-    if name == "cpu":
+    if str(name) == "cpu":
         return torch.device("cpu")
     match = re.fullmatch(r"cuda(?::([0-9]+))?", str(name))
     if not match:
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     number = int(match[1] or 0)
-    if match[1] and env_number("WORLD_SIZE") > 1 and number != env_number("LOCAL_RANK", 0, 0):
-        raise ValueError(
-            f"--device {name!r}: under torchrun each rank takes the GPU of its own; "
-            "use --device cuda"
-        )
     if number >= n_gpus:
         raise ValueError(
             f"--device {name!r}: this machine has {n_gpus} CUDA devices that torch can use; "

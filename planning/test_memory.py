@@ -33,13 +33,11 @@ def test_a_follow_up_that_does_not_fit_is_refused_and_the_conversation_stays(tin
 
 def test_a_long_follow_ups_rows_are_planned_before_the_step(tiny, monkeypatch):
     engine = slim.load(tiny, "cpu", schedule="dense")
-    engine.prefill(draw(100), room=3000)
-    assert (
-        engine.kv.growth_bytes(2600) == 0
-    )  # there is room for its keys, but not for the rows of a step
+    engine.prefill(draw(100), room=1000)
+    assert engine.kv.growth_bytes(1100) == 0  # there is room for its keys, not for a step's rows
     set_free(monkeypatch, 100_000)
-    with pytest.raises(ValueError, match="2,500 more tokens"):
-        engine.extend(draw(2500))
+    with pytest.raises(ValueError, match="1,000 more tokens"):
+        engine.extend(draw(1000))
     assert engine.usable and engine.extend([1]).isfinite().all()
 
 
@@ -144,7 +142,7 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
         len(list(engine.generate(draw(3), 400, follow_up=True))) == 400
     )  # also where the question itself has room
     assert len(made) == engine.config.n_layers
-    for wrong in (dict(schedule="dense"), dict(tail=5)):
+    for wrong in (dict(schedule="dense"), dict(keep_last=5)):
         with pytest.raises(ValueError, match="follow-up cannot change them"):
             engine.generate(draw(5), 5, follow_up=True, **wrong)
 
@@ -152,7 +150,7 @@ def test_a_follow_up_makes_room_once_and_keeps_its_schedule(tiny, monkeypatch):
 def test_a_tail_is_planned_as_what_it_takes(tiny, monkeypatch):
     engine, plans, check = slim.load(tiny, "cpu", schedule={1: 1 / 8}), [], slim.check_memory
     monkeypatch.setattr(slim, "check_memory", lambda *a, **kw: plans.append(check(*a, **kw)))
-    engine.prefill(draw(2400), tail=1200)
+    engine.prefill(draw(2400), keep_last=1200)
     assert plans[0].kv == engine.stats["kv_gpu_bytes"]
 
 

@@ -1,4 +1,4 @@
-"""What a second question on the same text costs, in time and accuracy: python serve/measure.py --text BOOK.txt
+"""What a second question on the same text costs, in time and accuracy: python bench/reuse.py --text BOOK.txt
 
 Each sample is a piece of the book with facts put in. All questions are put to one text, each in one message with it,
 as a chat client sends them. `again`: the text is read once, by the first question, and rewound for each other one.
@@ -40,7 +40,7 @@ def ask(texts: Texts, tok, text: str, place: str) -> tuple[str, float, int]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": start}]
     engine, ids, started = texts.engine, chat_ids(tok, messages), time.perf_counter()
     cached, tail = texts.reuse(ids, 16)
-    answer = engine.generate(ids[cached:], 16, follow_up=cached > 0, tail=tail)
+    answer = engine.generate(ids[cached:], 16, follow_up=cached > 0, keep_last=tail)
     out = [next(answer, 0)]
     seconds = time.perf_counter() - started
     return tok.decode([*out, *answer]), seconds, cached
