@@ -107,7 +107,7 @@ class Engine:
     @cached_property
     def tokenizer(self):
         """The checkpoint's tokenizer, loaded when first asked for: the engine needs ids only."""
-        return tokenizer.load(self.ckpt.folder)
+        return tokenizer.load(self.ckpt.folder, self.config.vocab_size)
 
     def prefill(self, ids, room: int = 0, schedule=None, keep_last: int = 0) -> Tensor:
         """Start afresh with a prompt; return the logits (V,) after it, in at least float32.
@@ -265,15 +265,12 @@ class Engine:
         need = kv.growth_bytes(end + room)
         need += step_bytes(self.ckpt, slots, n_rows, n_tail, n_logits=n_logits)
         pruned = kv.exchange_bytes()
-        if self.lacks(need, pruned):
+        if not fits(kv.device, need, pruned):
             raise ValueError(
                 f"{n_rows:,} more tokens need {format_bytes(need)} on {kv.device} and "
                 f"{format_bytes(pruned)} for pruned blocks, more than is free; ask less, or start "
                 "again with more room"
             )
-
-    def lacks(self, n_bytes: int, host: int) -> bool:
-        return not fits(self.kv.device, n_bytes, host)
 
     def check_ids(self, ids) -> list[int]:
         try:

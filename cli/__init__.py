@@ -130,13 +130,7 @@ def open_checkpoint(args) -> Checkpoint:
 
 
 def load_tokenizer(ckpt: Checkpoint, args) -> tokenizer.Tokenizer:
-    tok = tokenizer.load(ckpt.folder)
-    n_ids = ckpt.config.vocab_size
-    if tok.vocab_size > n_ids:
-        raise ValueError(
-            f"{ckpt.folder}: the tokenizer has {tok.vocab_size:,} ids, the model {n_ids:,}; "
-            "they do not belong together"
-        )
+    tok = tokenizer.load(ckpt.folder, ckpt.config.vocab_size)
     set_template(tok, args)
     return tok
 

@@ -1,7 +1,7 @@
 """config.json, read strictly: every key must be known.
 
-A key is read, or must have the one value that changes nothing, or is about something else; any other key is refused
-by name, because it may change the numbers.
+A key is read, or must have the one value that changes nothing, or is about something else. Any
+other key is refused by name, because it may change the numbers.
 """
 
 import re
@@ -10,13 +10,12 @@ from pathlib import Path
 
 from loading.files import positive, read_json
 from loading.rope import ORIGINAL, check_rope, rope_keys, stretch
-from loading.vocabulary import added_tokens
 from model import DTYPES, Config
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family differs from Llama, as data: the step asks what a layer has, never its family."""
+    """How a family differs from Llama, as data; the step asks what a layer has, not its family."""
 
     model_type: str
     adds: dict = field(default_factory=dict)  # fields of Config
@@ -165,16 +164,15 @@ def parse_config(given: dict, path, rope_yarn: float = 0.0) -> Config:
     rope = rope_keys(values, path)
     keys = Keys(values, path)
     check_known(keys, rope, family)
+    for key in NEUTRAL.keys() - {"partial_rotary_factor", *family.reads}:
+        rope.pop(key, None)
     n_layers = keys.number("num_hidden_layers", most=1000)
     heads = read_heads(keys, rope)
     max_len = keys.number("max_position_embeddings", most=2**40)
     theta = positive(rope.pop("rope_theta", family.theta), keys.name("rope_theta"), float, 1e12)
     given_as = "rope_scaling" if values.get("rope_parameters") is None else "rope_parameters"
-    for key in NEUTRAL.keys() - set(family.reads):  # checked above
-        rope.pop(key, None)
-    scaling = check_rope(
-        rope, family.model_type, max_len, heads["rotary_dim"], theta, f"{path}: {given_as}"
-    )
+    where = f"{path}: {given_as}"
+    scaling = check_rope(rope, family.model_type, max_len, heads["rotary_dim"], theta, where)
     if scaling["rope_type"] == "yarn":  # Qwen's cards add it and leave the shorter context in place
         max_len = max(max_len, int(scaling["factor"] * scaling[ORIGINAL]))
     check_full_attention(keys, family, n_layers, max_len)
@@ -203,7 +201,7 @@ def parse_config(given: dict, path, rope_yarn: float = 0.0) -> Config:
 
 
 class Keys:
-    """The keys of a config.json, checked as they are read; errors name the file, the key and its value."""
+    """The keys of a config.json, checked as they are read; errors name file, key and value."""
 
     def __init__(self, values: dict, path):
         self.values = values
@@ -229,7 +227,7 @@ class Keys:
 
 
 def check_architecture(values: dict, path) -> Family:
-    """Return the family of a config.json; raise ValueError, with the reason if known, if it cannot run."""
+    """Return the family of a config.json; raise ValueError if it cannot run, with the reason."""
     names = values.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
         architecture = names[0]
@@ -275,7 +273,7 @@ def check_known(keys: Keys, rope: dict, family: Family) -> None:
 
 
 def read_heads(keys: Keys, rope: dict) -> dict:
-    """Return the fields of Config about heads; take the share of a head that RoPE turns from its keys."""
+    """Return the fields of Config about heads; pops the share of a head that RoPE turns."""
     dim = keys.number("hidden_size")
     n_heads = keys.number("num_attention_heads")
     n_kv_heads = keys.number("num_key_value_heads", n_heads)
@@ -309,7 +307,7 @@ def check_full_attention(keys: Keys, family: Family, n_layers: int, max_len: int
 
 
 def fp8_tile(keys: Keys) -> tuple[int, int] | None:
-    """Return the tile of FP8 weights that shares a scale, or None; raise ValueError for another kind."""
+    """Return the tile of FP8 weights that shares a scale, or None; refuse other quantisation."""
     quantised = keys.get("quantization_config")
     if quantised is None:
         return None
@@ -327,7 +325,7 @@ def fp8_tile(keys: Keys) -> tuple[int, int] | None:
 
 
 def layers_without_rope(keys: Keys, n_layers: int) -> tuple[int, ...]:
-    """Return the layers that SmolLM3's config.json exempts from RoPE: listed with a 0, or every nth."""
+    """Return the layers that SmolLM3 exempts from RoPE: listed with a 0, or every nth."""
     listed = keys.get("no_rope_layers")
     if listed is None:
         if keys.get("no_rope_layer_interval") is None:
@@ -349,34 +347,3 @@ def read_dtype(keys: Keys):
         known = ", ".join(DTYPES)
         raise ValueError(f"{keys.name('torch_dtype')} is {name!r:.60}; supported are {known}")
     return DTYPES[name]
-
-
-def stop_tokens(folder: Path, vocab_size: int) -> set[int]:
-    """Return every id that ends an answer: Llama 3 has three, and generation_config.json lists them.
-
-    Where it has none: config.json's, and what the tokenizer calls the end, as chat templates do.
-    """
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-            raise ValueError(
-                f"{folder / name}: key 'eos_token_id' is {ids!r:.60}; it must be a token id below {vocab_size} or a "
-                "list of them"
-            )
-        found |= set(ids)
-        if found and name == "generation_config.json":
-            return found
-    return found | {i for i in named_end(folder) if i < vocab_size}
-
-
-def named_end(folder: Path) -> set[int]:
-    """Return the id of the token that tokenizer_config.json names as the end, if it is among the added ones."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    end = settings.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    if not isinstance(end, str):
-        return set()
-    return {i for i, token in added_tokens(folder, settings).items() if token["content"] == end}

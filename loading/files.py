@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict:
 
 
 def positive(value, what: str, kind: type, most: float):
-    """Return value as `kind`, int or float; raise ValueError unless it is above 0 and up to `most`."""
+    """Return value as `kind`, int or float; raise ValueError unless it is above 0, up to `most`."""
     kinds = int if kind is int else (int, float)
     number = isinstance(value, kinds) and not isinstance(value, bool)
     if not number or not 0 < value <= most:  # NaN too
@@ -38,7 +38,7 @@ def positive(value, what: str, kind: type, most: float):
 
 
 def check_path(path) -> Path:
-    """Return the file that a path to write to names, links followed; raise ValueError if it cannot be written."""
+    """Return the file that a path leads to; raise ValueError if it cannot be written."""
     try:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
@@ -52,7 +52,7 @@ def check_path(path) -> Path:
 
 @contextlib.contextmanager
 def replace_file(path, private: bool = False) -> Iterator[BinaryIO]:
-    """Give an open file; what is written to it replaces `path` at the end, or is deleted on an error.
+    """Give an open file; its content replaces `path` at the end, or is deleted on an error.
 
     private: a new file can be read by its owner only. Raises ValueError if writing fails.
     """
@@ -104,7 +104,7 @@ def keep_mode(path: Path, file: BinaryIO) -> None:
 
 
 def one_line(error) -> str:
-    """Write an error as one line, with control characters such as Escape escaped for the terminal."""
+    """Write an error as one line, with control characters (Escape) made harmless for terminals."""
     text = " ".join(str(error).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -1,7 +1,8 @@
-"""RoPE: what config.json says of it, checked, and the frequencies that follow; `model.rotate` applies them.
+"""RoPE: what config.json asks for, checked, and the frequencies; `model.rotate` applies them.
 
-Frequencies are computed in float32 and in transformers' order of operations, whatever the dtype of a run: models were
-trained with these roundings, and at a million tokens one unit in the last place is an angle of 0.01.
+Frequencies are computed in float32 and in transformers' order of operations, whatever the dtype of
+a run: models were trained with these roundings, and at a million tokens one unit in the last place
+is an angle of 0.01.
 """
 
 import math
@@ -37,7 +38,7 @@ TYPES = {  # rope type: keys it needs, keys it may have with their default
 
 
 def rope_keys(config: dict, path) -> dict:
-    """Gather a config's RoPE keys under older and newer names; raise ValueError if they contradict."""
+    """Gather RoPE's keys under older and newer names; raise ValueError if they contradict."""
     rope = {}
     for key in ("rope_theta", "partial_rotary_factor", ORIGINAL):
         if config.get(key) is not None:
@@ -82,8 +83,8 @@ def check_rope(
 ) -> dict:
     """Return RoPE's scaling: "rope_type" and every number that it needs.
 
-    where: the file and its key, for errors. Raises ValueError for a type or a key that is not understood, and for
-    numbers that make no sense.
+    where: the file and its key, for errors. Raises ValueError for a type or a key that is not
+    understood, and for numbers that make no sense.
     """
     rope = dict(rope)
     if rope.get("max_position_embeddings") == max_len:
@@ -150,7 +151,7 @@ def check_sense(scaling: dict, theta: float, where: str) -> None:
 
 
 def attention_factor(scaling: dict) -> float:
-    """Return what cos and sin are multiplied by, as in the papers of YaRN and LongRoPE, or by DeepSeek's mscale."""
+    """Return the factor of cos and sin, from YaRN's and LongRoPE's papers or DeepSeek's mscale."""
     log = math.log(scaling["factor"])
     if scaling["rope_type"] == "longrope":
         return math.sqrt(1 + log / math.log(scaling[ORIGINAL]))
@@ -163,9 +164,9 @@ def attention_factor(scaling: dict) -> float:
 
 
 def inverse_frequencies(config: Config, long: bool = True) -> Tensor:
-    """Return RoPE's inverse frequencies (R/2,) in float32, scaled as the checkpoint's rope type asks.
+    """Return RoPE's inverse frequencies (R/2,) in float32, scaled as the checkpoint asks.
 
-    linear: all divided by the factor; longrope: each divided by its own, another one for a long prompt.
+    linear divides all by one factor; longrope each by its own, with other factors for long prompts.
     """
     scaling = config.rope_scaling
     pairs = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32)
@@ -184,7 +185,7 @@ def inverse_frequencies(config: Config, long: bool = True) -> Tensor:
 
 
 def llama3(inverse: Tensor, scaling: dict) -> Tensor:
-    """Keep frequencies that turn often within the original context, divide those that turn seldom, mix between."""
+    """Divide frequencies that turn seldom in the original context, keep fast ones, mix between."""
     lowest = scaling["low_freq_factor"]
     highest = scaling["high_freq_factor"]
     turns = scaling[ORIGINAL] / (2 * math.pi / inverse)
@@ -208,7 +209,7 @@ def yarn(periods: Tensor, config: Config) -> Tensor:
 
 
 def pair_that_turns(times: float, config: Config) -> float:
-    """Return the index, not rounded, of the pair of dims that turns so many times within the original context."""
+    """Return which pair of dims, not rounded, turns so many times in the original context."""
     context = config.rope_scaling[ORIGINAL]
     size = math.log(context / (times * 2 * math.pi))
     return config.rotary_dim * size / (2 * math.log(config.rope_theta))

@@ -1,4 +1,4 @@
-"""A conversation in a file: safetensors with a JSON header and a checksum, replaced as a whole or not at all."""
+"""A conversation in a file: safetensors with a JSON header and a checksum."""
 
 import json
 import zlib
@@ -31,7 +31,7 @@ def write_saved(path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write_tensors(file, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors one tensor at a time; the library would need a copy of them all on the CPU."""
+    """Write safetensors tensor by tensor; the library would need a copy of them all on the CPU."""
     by_size = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # aligns each
     header = {"__metadata__": metadata}
     end = 0
@@ -95,7 +95,7 @@ def is_complete(header: dict) -> bool:
 
 
 def check_saved(path, header: dict, identity: dict) -> None:
-    """Raise ValueError that lists how a saved conversation differs from the engine that is to continue it."""
+    """Raise ValueError that lists how a saved conversation differs from this engine."""
     theirs = header["identity"]
     wrong = []
     for key, ours in identity.items():
@@ -113,7 +113,7 @@ def check_saved(path, header: dict, identity: dict) -> None:
 
 
 def check_contents(path, header: dict, file: MappedFile, n_layers: int, n_stages: int) -> None:
-    """Raise ValueError unless a saved conversation has its checksum, every stage and every layer."""
+    """Raise ValueError unless checksum, stages and layers of a saved conversation are right."""
     names = sorted(file.keys())
     tensors = ((name, file.get_tensor(name)) for name in names)  # one at a time in memory
     if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import torch
 import transformers
 
 from conftest import edit_json

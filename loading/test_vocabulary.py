@@ -147,10 +147,10 @@ def real(name):
 
 
 def of_bytes(special):
-    def ids(text):
+    def ids(text, starts):
         return list(text.encode())
 
-    encoder = encoders.Encoder(ids, ids, {i: bytes([i]) for i in range(256)})
+    encoder = encoders.Encoder(ids, {i: bytes([i]) for i in range(256)})
     return tokenizer.Tokenizer(vocabulary.Vocabulary(special, None), encoder)
 
 
@@ -347,7 +347,7 @@ ADDED = {"<|user|>": 900, "<|end|>": 901}
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "added_tokens.json"])
 def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, name):
     """transformers 5 writes no added_tokens_decoder; without its tokens a template's marks would be spelled out."""
-    from loading.config import named_end
+    from loading.vocabulary import stop_tokens
 
     tokens = [
         {"content": content, "rstrip": content == "<|end|>", "id": i}
@@ -364,7 +364,7 @@ def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, n
     assert (
         ADDED.items() <= tok.special.items()
         and tok.vocab_size == 902
-        and named_end(tmp_path) == {901}
+        and stop_tokens(tmp_path, 902) == {901}
     )
     assert tok.v.rstrip == (set() if name == "added_tokens.json" else {"<|end|>"})
     for id in (-1, None, "x"):
@@ -453,11 +453,11 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
         if tok is ours("smollm2"):
             assert b"".join(map(tok.bytes, ids)) == without_lost(text)
             want = without_lost(text).decode(errors="replace")
-        assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.dummy_prefix else want)
+        assert tok.decode(ids) == (want.replace("\u2581", " ") if tok.v.prefix else want)
         assert not set(ids) & set(tok.special.values())
-        assert "".join(tok.stream(iter(ids))) == " " * (
-            tok.dummy_prefix and bool(ids)
-        ) + tok.decode(ids)
+        assert "".join(tok.stream(iter(ids))) == " " * (tok.v.prefix and bool(ids)) + tok.decode(
+            ids
+        )
         if tok is ours("smollm2") and want.encode() != without_lost(text):
             continue  # half a character is left, so pieces are not whole
         out = []
@@ -567,17 +567,31 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
     "twice": lambda d: d["model"]["vocab"].update({"\u0100": d["model"]["vocab"]["!"]}),
     "an id twice": lambda d: d["added_tokens"][1].update(id=d["added_tokens"][0]["id"]),
     "not a pair": lambda d: d["model"]["merges"].append(["a"]),
-    "lstrip": lambda d: d["added_tokens"].append(
-        dict(d["added_tokens"][0], special=False, lstrip=True)
-    ),
-    "laid out": lambda d: d.update(added_tokens=[3]),
+    "list added tokens": lambda d: d.update(added_tokens=[3]),
+    "laid out": lambda d: d["model"].update(vocab=3),
     "without a name": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], content="")),
-    "that is none of them": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
+    "puts the BOS -1": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
         "<|begin_of_text|>"
     ].update(ids=[-1]),
-    "IndexError": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
+    "post_processor": lambda d: d["post_processor"]["processors"][1]["special_tokens"][
         "<|begin_of_text|>"
     ].update(ids=[]),
+    "BertProcessing": lambda d: d.update(post_processor={"type": "BertProcessing"}),
+    "<|eot_id|>": lambda d: d["post_processor"]["processors"][1]["single"].append(
+        {"SpecialToken": {"id": "<|eot_id|>", "type_id": 0}}
+    ),
+    "before a text": lambda d: d["post_processor"]["processors"].append(
+        d["post_processor"]["processors"][1]
+    ),
+    "decoder": lambda d: d.update(decoder={"type": "WordPiece"}),
+    "'version'": lambda d: d.update(version="2.0"),
+    "the key 'vocab_file'": lambda d: d.update(vocab_file="x"),
+    "the key 'max_word'": lambda d: d["model"].update(max_word=3),
+    "single_word": lambda d: d["added_tokens"][0].update(single_word=True),
+    "the word": lambda d: d["added_tokens"].append(
+        dict(d["added_tokens"][0], content="<new>", id=d["model"]["vocab"]["a"])
+    ),
+    "has the ids": lambda d: d["added_tokens"].append(dict(d["added_tokens"][0], id=5000)),
 }
 
 
@@ -592,3 +606,195 @@ def test_text_that_is_no_text_is_refused():
     for wrong in (ours("gpt2").encode, ours("gpt2").chat, ours("gpt2").rest):
         with pytest.raises(ValueError, match="str"):
             wrong(5)
+
+
+ASKED = {  # a key of tokenizer_config.json that changes ids, and a value that is not done
+    "add_eos_token": True,
+    "split_special_tokens": True,
+    "do_lower_case": True,
+    "sp_model_kwargs": {"alpha": 0.1},
+    "auto_map": {"AutoTokenizer": ["own.py", None]},
+    "fix_mistral_regex": True,
+    "add_prefix_space": True,
+    "add_bos_token": "yes",
+    "legacy": 1,
+}
+
+
+@pytest.mark.parametrize("key", ASKED)
+def test_a_tokenizer_config_that_asks_for_something_else_is_refused(tmp_path, key):
+    """A flag that is ignored gives other ids than Hugging Face, and nobody is told."""
+    refused(write(tmp_path, trained("llama3").to_str().encode(), {key: ASKED[key]}), key)
+
+
+@pytest.mark.parametrize("flag, bos", [(True, "<|eot_id|>"), (False, None), (None, "as it was")])
+def test_a_tokenizer_config_says_whether_bos_stands_before_a_text(tmp_path, flag, bos):
+    """The flag comes before what the post-processor does, as in transformers 5."""
+    config = {"bos_token": "<|eot_id|>", "add_bos_token": flag}
+    tok = tokenizer.load(write(tmp_path, trained("llama3").to_str().encode(), config))
+    assert tok.bos_id == (ours("llama3").bos_id if bos == "as it was" else tok.special.get(bos))
+
+
+@pytest.mark.parametrize("key", ["speed", "config.speed"])
+def test_an_unknown_key_of_tekken_json_is_refused(tmp_path, key):
+    """Each key is known, so that a new one does not change ids unseen."""
+    data = as_tekken(trained("tekken"))
+    (data["config"] if "." in key else data)["speed"] = 1
+    refused(write(tmp_path, data, name="tekken.json"), "'speed'")
+
+
+def listed(**ids):
+    """tokenizer_config.json with these names of ids; a name in capitals is not special."""
+    tokens = {id: {"content": name, "special": not name.isupper()} for name, id in ids.items()}
+    return {"added_tokens_decoder": {str(id): token for id, token in tokens.items()}}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_a_name_given_to_a_piece_of_sentencepiece_is_followed(tmp_path, file):
+    """As fine-tuned models name ids they do not need; the piece is spelled byte by byte after that."""
+    first, _ = sentencepieces(tmp_path)
+    (id,) = first.encode("x日")[-1:]
+    assert first.bytes(id) == "日".encode()
+    name = "<|im_end|>"
+    config = {"legacy": False}
+    if file == "tokenizer_config.json":
+        config |= listed(**{name: id})
+    else:
+        write(tmp_path, {name: id}, name=file)
+    tok = tokenizer.load(write(tmp_path, first.v.proto, config, "tokenizer.model"))
+    assert tok.special[name] == id and tok.bytes(id) == b"" and "日" not in tok.special
+    assert id not in tok.encode("x日") and tok.decode(tok.encode("x日")) == "x日"
+    assert tok._spell(tok._split(f"a{name}"), starts=True) == [*tok.encode("a"), id]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_added_tokens_that_are_not_special_are_text(tmp_path, legacy):
+    """They are read and written; sentencepiece puts a space after them where Hugging Face does."""
+    from tokenizers import AddedToken, normalizers
+
+    tok, reference = sentencepieces(tmp_path, legacy=legacy, **listed(CROSS=900, ENTROPY=901))
+    for name in ("CROSS", "ENTROPY"):
+        reference.add_tokens([AddedToken(name, normalized=False)])
+    if legacy:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        reference.normalizer = normalizers.Sequence(steps)
+        reference.pre_tokenizer = None
+    for text in ("CROSS", "aCROSSENTROPY b", "CROSS a ENTROPY", "x  CROSS\n\nENTROPY a"):
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert "".join(tok.stream([900, 901])) == tok.decode([900, 901]) == "CROSSENTROPY"
+
+
+@pytest.mark.parametrize("flags", [{"lstrip"}, {"rstrip"}, {"lstrip", "rstrip"}])
+def test_white_space_beside_some_added_tokens_belongs_to_them(tmp_path, flags):
+    """As of Phi-4-mini's <|tool|>, which is not special."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(trained("qwen").to_str())
+    for token in data["added_tokens"]:
+        token.update(dict.fromkeys(flags, not token["special"]))
+    tok = tokenizer.load(write(tmp_path, data))
+    reference = Tokenizer.from_str(json.dumps(data))
+    for text in ("a <tool> b", " <tool>\n <tool>", "x\n</tool>\n\ty <tool>  </tool>"):
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
+
+
+def test_a_token_is_special_where_any_file_gives_it_a_role(tmp_path):
+    """A text that names it must not end the answer, nor show it."""
+    config = {"legacy": False, "eos_token": "END"} | listed(END=900, STOP=901, TEXT=902)
+    sentencepieces(tmp_path, **config)
+    roles = {"additional_special_tokens": ["STOP"], "pad_token": {"content": "[/INST]"}}
+    write(tmp_path, roles, name="special_tokens_map.json")
+    tok = tokenizer.load(tmp_path)
+    assert {"END", "STOP", "[/INST]"} <= tok.special.keys() and tok.v.added == {"TEXT": 902}
+    assert not {900, 901} & {*tok.encode("END STOP TEXT")}
+
+
+def test_sentencepiece_without_a_space_before_a_text(tmp_path):
+    """add_prefix_space: false."""
+    from tokenizers import pre_tokenizers
+
+    tok, reference = sentencepieces(tmp_path, add_prefix_space=False)
+    reference.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False)
+    for text in (*HARD, "def x"):
+        if "\0" not in text:
+            assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert tok.decode(tok.encode(" x")) == " x"
+
+
+def test_ids_beyond_the_model_matter_where_they_are_used(tmp_path):
+    """A <pad> that nobody uses keeps no model from running; what a text or template needs does."""
+    config = {"legacy": False} | listed(**{"<pad>": 900, "WORD": 901})
+    config["chat_template"] = "{{ messages[0].content }}{{ '<pad>' if padded else '' }}"
+    sentencepieces(tmp_path, **config)
+    tok = tokenizer.load(tmp_path, rows=900)
+    assert tok.vocab_size == 900 and tok.chat("a b") == tok.encode("a b")
+    for use in (lambda: tok.encode("a WORD"), lambda: tok.chat("a WORD")):
+        with pytest.raises(ValueError, match="'WORD' of .*tokenizer_config.json has the id 901"):
+            use()
+    tok.variables = {"padded": True}
+    with pytest.raises(ValueError, match="'<pad>' of .*tokenizer_config.json has the id 900"):
+        tok.chat("a b")
+    with pytest.raises(ValueError, match="the id 899 .* do not belong together"):
+        tokenizer.load(tmp_path, rows=899)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_where_a_text_was_cut_does_not_show_in_its_ids(tmp_path, legacy):
+    """sentencepiece puts a space before a text, and none before what follows one."""
+    tok, _ = sentencepieces(tmp_path, legacy=legacy)
+    whole = tok.encode("one two")
+    first = tok.encode("one")
+    assert first + tok.encode(" two", after=first) == whole != first + tok.encode(" two")
+    bos = [tok.bos_id]
+    assert tok.encode("one", after=bos) == first
+    mark = [*first, tok.special["[/INST]"]]
+    assert (tok.encode("one", after=mark) == first) == legacy
+    text = tok.chat("one", end=False) + tok.rest("two") + tok.chat("three", begin=False)
+    assert text[1:] == tok.encode("one\ntwo\nthree")
+
+
+STOPS = {  # what names the end: the ids of it
+    "generation_config.json": ({"eos_token_id": [3]}, {3}),
+    "config.json": ({"eos_token_id": 4}, {4}),
+    "tokenizer_config.json": ({"eos_token": {"content": "[/INST]"}}, {"[/INST]"}),
+    "special_tokens_map.json": ({"eos_token": "[INST]"}, {"[INST]"}),
+}
+
+
+@pytest.mark.parametrize("without", [*STOPS, "none"])
+def test_an_answer_ends_at_what_any_file_calls_the_end(tmp_path, without):
+    """One file that is wrong or old must not make a model run on into the next turn."""
+    tok, _ = sentencepieces(tmp_path)
+    want = set()
+    for name, (data, ids) in STOPS.items():
+        if name != without:
+            write(tmp_path, data, name=name)
+            want |= {tok.special.get(id, id) for id in ids}
+    assert vocabulary.stop_tokens(tmp_path, 900) == want
+    assert vocabulary.stop_tokens(tmp_path, 4) == want - {4} if without == "config.json" else True
+
+
+def test_an_answer_ends_even_where_no_file_names_an_end(tmp_path):
+    """eos null with sentencepiece: the model's own end."""
+    tok, _ = sentencepieces(tmp_path)
+    write(tmp_path, {"eos_token_id": None}, name="config.json")
+    assert vocabulary.stop_tokens(tmp_path, 900) == {tok.special["</s>"]}
+    write(tmp_path, b"no tokenizer", name="tokenizer.model")
+    assert vocabulary.stop_tokens(tmp_path, 900) == set()
+
+
+def test_a_template_gets_bos_and_eos_from_any_file_that_names_them(tmp_path):
+    """By name, by id, or by what the tokenizer itself calls so; null is no name."""
+    source = {"chat_template": "{{ bos_token }}|{{ eos_token }}|{{ messages[0].content }}"}
+
+    def roles(settings, **files):
+        sentencepieces(tmp_path, **source, **settings)
+        for name, data in files.items():
+            write(tmp_path, data, name=f"{name}.json")
+        return tokenizer.load(tmp_path).template.render([{"content": ""}]).split("|")[:2]
+
+    assert roles({}) == ["<s>", "</s>"]
+    assert roles({"bos_token": None}) == ["", "</s>"]
+    assert roles({}, config={"eos_token_id": 4, "bos_token_id": [3]}) == ["[INST]", "[/INST]"]
+    assert roles({}, special_tokens_map={"eos_token": "[INST]"}) == ["[INST]", "[INST]"]
+    assert roles({"bos_token": {"content": "<unk>"}}) == ["<unk>", "[INST]"]

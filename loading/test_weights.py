@@ -12,6 +12,7 @@ import planning.checkpoint
 import planning.memory
 import slim
 from conftest import ATOL, draw, edit_tensors, make_checkpoint
+from loading import find
 from loading.find import find_checkpoint
 
 
@@ -146,6 +147,17 @@ def test_what_would_not_be_applied_is_refused(tiny, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="adapter"):
         slim.load(folder, "cpu")
+
+
+def test_a_checkpoint_made_under_the_repository_is_found_from_anywhere(tmp_path, monkeypatch):
+    """The folder `checkpoints` of the current directory comes first."""
+    for folder in ("repository", "here"):
+        (tmp_path / folder / "checkpoints" / "made").mkdir(parents=True)
+    monkeypatch.setattr(find, "ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_checkpoint("made").resolve() == tmp_path / "here" / "checkpoints" / "made"
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("made") == tmp_path / "repository" / "checkpoints" / "made"
 
 
 def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeypatch):

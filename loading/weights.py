@@ -1,4 +1,4 @@
-"""Safetensors files, memory-mapped: checked by name, shape and dtype, then copied to the device once.
+"""Safetensors files, memory-mapped: checked by name, shape and dtype, then copied once.
 
 Every tensor of a checkpoint is used, is known to be harmless, or is refused by name.
 """
@@ -34,7 +34,7 @@ def stamp(path) -> tuple:
 
 
 class MappedFile:
-    """A safetensors file, mapped anew now and then: pages that were read count as this process's memory.
+    """A safetensors file, mapped anew now and then: pages that were read count as our memory.
 
     Raises SafetensorError or OSError if it cannot be opened, ValueError if it changed meanwhile.
     """
@@ -173,7 +173,8 @@ def shard_names(index: Path) -> list[str]:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name:
             raise ValueError(
-                f"{index} names {name!r:.60}, outside its folder; only files in that folder are read"
+                f"{index} names {name!r:.60}, outside its folder; "
+                "only files in that folder are read"
             )
     return names
 
@@ -181,8 +182,8 @@ def shard_names(index: Path) -> list[str]:
 def settle_head(config: Config, tensors: dict[str, MappedFile]) -> Config:
     """Compare a tied head with the embedding, and return the config with `tied` as it truly is.
 
-    A head that differs is used, as transformers does. Afterwards a tied tensor, which may be stored under either
-    name, is in `tensors` under the embedding's alone.
+    A head that differs is used, as transformers does. A tied tensor may be stored under either
+    name; afterwards `tensors` has it under the embedding's alone.
     """
     if not config.tied or HEAD not in tensors:
         return config
@@ -327,7 +328,7 @@ def copy_scaled(rows: Tensor, part: Tensor, scale: Tensor, tile: tuple[int, int]
 
 
 def fingerprint(config: Config, tensors: dict[str, MappedFile]) -> str:
-    """Hash the config and every tensor's name, shape and first row: tells checkpoints apart quickly."""
+    """Hash the config and each tensor's name, shape and first row, to tell models apart quickly."""
     digest = hashlib.sha256(repr(config).encode())
     for name in sorted(tensor_shapes(config)):
         part = tensors[name].get_slice(name)

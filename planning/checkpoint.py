@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 import prune
-from loading.config import read_config, stop_tokens
+from loading.config import read_config
 from loading.find import find_checkpoint
+from loading.vocabulary import stop_tokens
 from loading.weights import check_tensors, fingerprint, open_shards, settle_head
 from model import DTYPES, Config
 from planning.schedule import format_schedule, resolve_schedule
-from planning.settings import Settings, env_number
+from planning.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,6 @@ def pick_device(name: str) -> torch.device:
     digits = (number or "0").isascii() and (number or "0").isdigit()
     if kind not in ("cpu", "cuda") or (kind == "cpu" and number) or not digits:
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
-    if number and env_number("WORLD_SIZE") > 1 and int(number) != env_number("LOCAL_RANK", 0, 0):
-        raise ValueError(
-            f"--device {name!r}: under torchrun each rank takes the GPU of its own; use --device cuda"
-        )
     if kind == "cuda" and int(number or 0) >= cuda:
         raise ValueError(
             f"--device {name!r}: this machine has {cuda} CUDA devices that torch can use; try --device cpu"

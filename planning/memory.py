@@ -1,4 +1,4 @@
-"""How much memory a run needs, how much this machine has, and what to change when it is too little."""
+"""How much memory a run needs, how much this machine has, and what to change if it is too little."""
 
 import contextlib
 import os
@@ -15,18 +15,17 @@ from planning.checkpoint import Checkpoint
 from planning.schedule import auto_schedule, format_schedule
 from planning.settings import env_number
 
-KERNEL_BYTES = (
-    2**26
-)  # what kernels take for themselves, code and scratch, and the holes that malloc keeps
+KERNEL_BYTES = 2**26  # reserved for kernel code, scratch buffers and malloc fragmentation
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a run needs: on the device weights, KV slabs and the largest temporaries; on the host what is pruned."""
+    """Bytes that a run needs: on the device, and on the host for pruned blocks."""
 
     weights: int
     kv: int
     temporary: int
+    largest: str  # the name of the largest temporary
     host: int
 
     @property
@@ -34,81 +33,160 @@ class Plan:
         return self.weights + self.kv + self.temporary
 
     def __str__(self) -> str:
-        parts = ((self.weights, "weights"), (self.kv, "KV"), (self.temporary, "temporary"))
-        total = (
-            " + ".join(f"{format_bytes(n)} {name}" for n, name in parts)
-            + f" = {format_bytes(self.total)}"
+        text = (
+            f"{format_bytes(self.weights)} weights + {format_bytes(self.kv)} KV + "
+            f"{format_bytes(self.temporary)} temporary (for {self.largest}) = "
+            f"{format_bytes(self.total)}"
         )
-        return total + (f", and {format_bytes(self.host)} for what is pruned" if self.host else "")
+        if self.host:
+            text += f", and {format_bytes(self.host)} for pruned blocks"
+        return text
 
 
 def plan(
     ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0, homes: int | None = None
 ) -> Plan:
-    """Return what a prompt of n_prompt tokens, of which the last `tail` are never pruned, and n_new more will take.
+    """Return what a prompt of n_prompt tokens and n_new more take; its last `tail` are never pruned.
 
-    homes: those of a saved conversation, whose prompt is not run again. Without it, one for every slot; an answer
-    for which more blocks return takes more, and is checked as it does (`KVCache.swap_bytes`).
+    homes: those of a saved conversation, whose prompt is not run again. Without it, one for every
+    slot; an answer for which more blocks return takes more, and is checked as it does
+    (`KVCache.swap_bytes`).
     """
-    c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
-    stages = stage_layout(c.n_layers, n_prompt - tail, ckpt.schedule, block_len)
-    n_last = last_block_len(n_prompt - tail, block_len) + tail
-    row = 2 * c.n_kv_heads * c.head_dim * item
-    kv = sum(len(layers) * (slots * block_len + n_last + n_new) for layers, slots in stages) * row
+    config = ckpt.config
+    block_len = ckpt.settings.block_len
+    item = ckpt.dtype.itemsize
+    row = 2 * config.n_kv_heads * config.head_dim * item  # keys and values of a token in a layer
+    stages = stage_layout(config.n_layers, n_prompt - tail, ckpt.schedule, block_len)
     slots = [n for _, n in stages]
-    host = max(homes or 0, sum(len(layers) * n for layers, n in stages[1:])) * block_len * row
+    n_last = last_block_len(n_prompt - tail, block_len) + tail
+    kv_rows = sum(len(layers) * (n * block_len + n_last + n_new) for layers, n in stages)
+    planned_homes = sum(len(layers) * n for layers, n in stages[1:])
+    host = max(homes or 0, planned_homes) * block_len * row
     host += aux_blocks(slots) * block_len * ckpt.aux_dim * item
-    first = step_bytes(ckpt, slots, n_last, n_last, first=True) if homes is None else 0
-    later = step_bytes(ckpt, slots, 1, n_last + n_new) if n_new else 0
-    return Plan(weight_bytes(c, ckpt.dtype), kv, max(first, later) + KERNEL_BYTES, host)
+    parts = [("kernels", 0)]
+    if homes is None:
+        parts += temporaries(ckpt, slots, n_last, n_last, first=True)
+    if n_new:
+        parts += temporaries(ckpt, slots, 1, n_last + n_new)
+    largest, temporary = max(parts, key=lambda part: part[1])
+    return Plan(
+        weights=weight_bytes(config, ckpt.dtype),
+        kv=kv_rows * row,
+        temporary=temporary + KERNEL_BYTES,
+        largest=largest,
+        host=host,
+    )
 
 
-def step_bytes(
+# ---- temporaries --------------------------------------------------------------------------
+
+
+def step_bytes(ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, **options) -> int:
+    """Return the most that a step's temporaries take at a time; arguments as in `temporaries`."""
+    return max(n for _, n in temporaries(ckpt, slots, n_rows, n_tail, **options))
+
+
+def temporaries(
     ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, first=False, n_logits: int = 1
-) -> int:
-    """Return the most that a step's temporaries take at a time.
+) -> list[tuple[str, int]]:
+    """Return (name, bytes) for each place in a step where its temporaries may be at their most.
 
-    slots: of every stage; n_rows: the step's rows in a tail of n_tail; first: the prompt's step, which has a row
-    for every token of a block. A later one is planned to revive as many blocks as can be.
+    slots: of every stage; n_rows: the step's rows in a tail of n_tail; first: the prompt's step,
+    which has a row for every token of a block. A later step may revive as many blocks as fit.
     """
-    c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
-    wide, row = max(4, item), c.dim * item
-    product = (
-        wide if ckpt.device.type == "cpu" and item < wide else 0
-    )  # a CPU multiplies half precision in float32
-    last = (
-        n_logits * c.vocab_size * (2 * wide if item == wide else item + 2 * wide)
-    )  # of the head, wide, a copy
-    most, below = last + n_rows * row, 0
-    for i, n in enumerate(slots):
-        revived = 0 if first or i == 0 else min(n, slots[0] - n) * block_len
-        rows, keys = n_rows + (n * block_len if first else revived), n * block_len + n_tail
-        x, chunk = rows * row, min(ckpt.chunk, rows)
-        places = rows * (c.rotary_dim * wide + 40)  # cos, sin, positions
-        places += (
-            2 * ckpt.window * c.n_heads * c.head_dim * wide
-        )  # newest queries, joined with those before
-        making = rows * c.rotary_dim // 2 * 5 * 8  # those in float64
-        if i:  # x of both stages and, with revived rows, those and all together; before it, the mean keys of units
-            units = slots[i - 1] * block_len // ckpt.settings.unit_len * (ckpt.rule.sees == "keys")
-            most = max(most, below + x + (2 * revived * row + below if revived else 0))
-            most = max(most, below + units * c.n_kv_heads * c.head_dim * 2 * wide)
+    parts = [("logits", logits_bytes(ckpt, n_rows, n_logits))]
+    below = None
+    for i, n_slots in enumerate(slots):
+        n_revived = 0 if first else min(n_slots, slots[0] - n_slots)
+        work = StageWork(ckpt, n_slots, n_rows, n_tail, n_slots if first else n_revived, n_revived)
+        ranked = i + 1 < len(slots) and ckpt.rule.sees == "weights"
+        if below is not None:
+            parts.append(("rows at a boundary", work.boundary_bytes(below)))
+            parts.append(("mean keys at a boundary", below.x_bytes + below.mean_key_bytes()))
+        held = work.x_bytes + work.position_bytes()
+        parts.append(("RoPE", work.x_bytes + work.rope_bytes()))
+        parts.append(("attention", held + work.attention_bytes()))
+        parts.append(("attention weights", held + work.weight_bytes(ranked)))
+        parts.append(("the feed-forward", held + work.ffn_bytes()))
+        parts.append(("moving blocks", held + work.move_bytes()))
+        below = work
+    return parts
+
+
+def logits_bytes(ckpt: Checkpoint, n_rows: int, n_logits: int) -> int:
+    """Return the bytes of the logits: of the head, in float32, and a copy; and of the last x."""
+    item = ckpt.dtype.itemsize
+    wide = max(4, item)
+    a_logit = 2 * wide if item == wide else item + 2 * wide
+    return n_logits * ckpt.config.vocab_size * a_logit + n_rows * ckpt.config.dim * item
+
+
+class StageWork:
+    """The temporaries of a step in one stage, in bytes: its rows of x, and what its layers make."""
+
+    def __init__(self, ckpt: Checkpoint, n_slots, n_rows, n_tail, n_blocks, n_revived):
+        """n_rows: in the tail; n_blocks: with rows in x, of which n_revived are revived."""
+        self.ckpt = ckpt
+        self.config = ckpt.config
+        self.item = ckpt.dtype.itemsize
+        self.wide = max(4, self.item)  # scores and the like are in float32 at least
+        block_len = ckpt.settings.block_len
+        self.slot_rows = n_slots * block_len
+        self.keys = self.slot_rows + n_tail
+        self.rows = n_rows + n_blocks * block_len
+        self.revived = n_revived * block_len
+        self.chunk = min(ckpt.chunk, self.rows)
+        self.row = self.config.dim * self.item
+        self.x_bytes = self.rows * self.row
+
+    def boundary_bytes(self, below: "StageWork") -> int:
+        """x of both stages; with revived rows, those and all together too."""
+        joined = 2 * self.revived * self.row + below.x_bytes if self.revived else 0
+        return below.x_bytes + self.x_bytes + joined
+
+    def mean_key_bytes(self) -> int:
+        """The mean keys of units, for a rule that sees keys."""
+        if self.ckpt.rule.sees != "keys":
+            return 0
+        units = self.slot_rows // self.ckpt.settings.unit_len
+        return units * self.config.n_kv_heads * self.config.head_dim * 2 * self.wide
+
+    def position_bytes(self) -> int:
+        """cos, sin and positions of every row; newest queries, joined with those before."""
+        c = self.config
+        queries = 2 * self.ckpt.window * c.n_heads * c.head_dim * self.wide
+        return self.rows * (c.rotary_dim * self.wide + 40) + queries
+
+    def rope_bytes(self) -> int:
+        """Angles, and cos and sin on their way to the dtype of a run."""
+        return self.rows * self.config.rotary_dim // 2 * 5 * self.wide
+
+    def attention_bytes(self) -> int:
+        """q, k and v; turned; output in two parts; of revived rows a mask, as bool and as numbers."""
+        c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
-        attention = chunk * (
-            row + heads * c.head_dim * (item + 3 * wide)
-        )  # q, k, v; turned; output in two parts
-        mask = min(chunk, revived) * keys * (1 + item)  # as bool and as numbers
-        scored = i + 1 < len(slots) and ckpt.rule.sees == "weights"
-        few = min(ckpt.window, rows_at_once(c.n_heads, keys)) if scored else 1
-        scores = few * c.n_heads * keys * 3 * wide  # products, softmax, a copy
-        scores += keys * c.n_kv_heads * c.head_dim * wide  # keys, widened or laid out anew
-        ffn = chunk * (row + max(3 * item, 2 * (item + product)) * c.hidden_dim)
-        moving = (
-            4 * revived * c.n_kv_heads * c.head_dim * item
-        )  # keys and values of a layer: gathered, laid out
-        most = max(most, x + making, x + places + max(attention + mask, scores, ffn, moving))
-        below = x
-    return most
+        mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
+        return self.chunk * (self.row + heads * c.head_dim * (self.item + 3 * self.wide)) + mask
+
+    def weight_bytes(self, ranked: bool) -> int:
+        """Products, softmax and a copy, of the rows that rank blocks or of one; keys laid out anew."""
+        c = self.config
+        rows = min(self.ckpt.window, rows_at_once(c.n_heads, self.keys)) if ranked else 1
+        keys = self.keys * c.n_kv_heads * c.head_dim * self.wide
+        return rows * c.n_heads * self.keys * 3 * self.wide + keys
+
+    def ffn_bytes(self) -> int:
+        """Gate, up and their product; a CPU multiplies half precision in float32."""
+        widened = self.ckpt.device.type == "cpu" and self.item < self.wide
+        product = self.item + (self.wide if widened else 0)
+        return self.chunk * (self.row + max(3 * self.item, 2 * product) * self.config.hidden_dim)
+
+    def move_bytes(self) -> int:
+        """Keys and values of the blocks that move in a layer: gathered, and laid out."""
+        return 4 * self.revived * self.config.n_kv_heads * self.config.head_dim * self.item
+
+
+# ---- what fits ----------------------------------------------------------------------------
 
 
 class NoRoom(ValueError):

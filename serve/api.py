@@ -169,7 +169,11 @@ def prompt_ids(tok, prompt) -> list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str) and prompt:
-        return ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(prompt)
+        bos = [] if tok.bos_id is None else [tok.bos_id]
+        try:
+            return bos + tok.encode(prompt, after=bos)
+        except ValueError as error:  # a token that the model lacks
+            raise ApiError(400, str(error), "prompt") from None
     if isinstance(prompt, list) and prompt:
         if all(type(token) is int and 0 <= token < tok.vocab_size for token in prompt):
             return prompt
@@ -193,9 +197,9 @@ def chat_ids(tok, messages) -> list[int]:
             ids = tok.chat("\n".join(turn["content"] for turn in turns))
         else:
             ids = tok.chat_messages(turns)
-    except ValueError as error:  # of the template
+        return ids + tok.encode(begun, after=ids)
+    except ValueError as error:  # of the template, or a token that the model lacks
         raise ApiError(400, str(error), "messages") from None
-    return ids + tok.encode(begun)
 
 
 def read_message(message, name: str) -> dict[str, str]:
