@@ -26,7 +26,9 @@ def ask(texts: Texts, prompt: list[int], answer: list[int]) -> tuple[bool, float
     """Answer one question; return whether it is right, and the seconds to the first token."""
     started = time.perf_counter()
     cached, tail = texts.reuse(prompt, len(answer))
-    tokens = texts.engine.generate(prompt[cached:], len(answer), follow_up=cached > 0, keep_last=tail)
+    tokens = texts.engine.generate(
+        prompt[cached:], len(answer), follow_up=cached > 0, keep_last=tail
+    )
     found = [next(tokens, 0)]
     seconds = time.perf_counter() - started
     found += tokens
