@@ -1,4 +1,4 @@
-"""What the tests of every folder share: tiny checkpoints of all families, engines, real models, texts."""
+"""What tests of all folders share: tiny checkpoints of every family, real models, conversations."""
 
 import json
 import os
@@ -13,35 +13,28 @@ from safetensors.torch import load_file, save_file
 import planning.checkpoint
 import planning.memory
 import prune
+import slim
 
 torch.set_num_threads(1)  # tests run in several processes
 
-
 HERE = Path(__file__).parent
-
-
 DATA = Path(os.environ.get("SLIM_TEST_DATA", HERE / "no-data"))
-
 
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"$SLIM_TEST_DATA does not name a folder with goldens ({DATA})"
 )
 
-
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device on this machine"
 )
 
-
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
-
 
 ATOL = {  # largest difference of a logit of order 1 from transformers in float32
     torch.float32: 1e-4,  # another order of summation
     torch.float16: 3e-2,  # 11 bits of weight over some 10 roundings in a row
     torch.bfloat16: 2e-1,  # 8 bits
 }
-
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -51,14 +44,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 256,
 }
 
-
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 8.0,
     "original_max_position_embeddings": 128,
 }
-
 
 FAMILIES = {
     "llama2-mha": dict(num_key_value_heads=4),
@@ -80,7 +71,6 @@ FAMILIES = {
         num_key_value_heads=2,
         kind="Ministral3",
         head_dim=16,
-        initializer_range=0.2,  # sharper attention would show that transformers' angles are in float32
         rope_parameters={
             **YARN_ROPE,
             "mscale": 1.0,
@@ -128,8 +118,15 @@ FAMILIES = {
 }
 
 
+SLIM = dict(device="cpu", schedule={1: 64, 3: 32}, block_len=8, unit_len=4)
+MASS = prune.Rule("mass", lambda weights: weights.mean(1).sum(-1), every_layer=False)
+
+
 def make_checkpoint(folder, family="llama3-gqa", layers=5, vocab=64, dtype=torch.float32, seed=0):
-    """Save a random checkpoint; return the transformers model. Weights are large, so that attention is not flat."""
+    """Save a random checkpoint; return the transformers model.
+
+    Weights are large, so that attention is not flat.
+    """
     options = dict(FAMILIES[family])
     kind = options.pop("kind", "Llama")
     torch.manual_seed(seed)
@@ -181,7 +178,7 @@ def draw(n, seed=0, vocab=64):
 
 
 def conversation(engine, prompt, n=30, follow=11):
-    """Play prefill, greedy decode and a follow-up; return the logits of every step, and the tokens."""
+    """Play prefill, greedy decode and a follow-up; return each step's logits, and the tokens."""
     logits, tokens = [engine.prefill(prompt)], []
     for _ in range(n):
         tokens.append(int(logits[-1].argmax()))
@@ -215,15 +212,20 @@ def talking(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2_folder():
     """A real model, where it is at hand; with SLIM_REAL=1 it is made."""
-    from bench import smollm2
+    from bench import checkpoints
 
+    make = os.environ.get("SLIM_REAL") == "1"
     try:
-        return smollm2.folder(make=os.environ.get("SLIM_REAL") == "1")
+        return checkpoints.folder(checkpoints.SMOLLM2, make)
     except OSError as error:
         pytest.skip(str(error))
 
 
-SLIM = dict(device="cpu", schedule={1: 64, 3: 32}, block_len=8, unit_len=4)
+def load_three_stages(folder, device="cpu", score="peak", **settings):
+    """Load a pruning engine with small blocks."""
+    schedule = {1: 64, 2: 40, 3: 24}
+    options = dict(block_len=8, unit_len=4) | settings
+    return slim.load(folder, device, "float32", schedule, score, **options)
 
 
 def go_on(engine, ids, steps=12):
@@ -232,9 +234,6 @@ def go_on(engine, ids, steps=12):
     while len(seen) < steps:
         seen.append(engine.extend([int(seen[-1].argmax())]))
     return torch.stack(seen)
-
-
-MASS = prune.Rule("mass", lambda weights: weights.mean(1).sum(-1), every_layer=False)
 
 
 def newest_of_weights(weights):  # (W, H, N, B)

@@ -1,12 +1,15 @@
-"""All state that outlives a step: keys and values in blocks, pruned rows, and which blocks are active.
+"""All state that outlives a step: keys and values in blocks, pruned rows, active blocks.
 
 The words of this engine:
 
-    row       one token being computed, a line of the hidden states x; its position is its place in the text
+    row       one token being computed, a line of the hidden states x; its position is its place
+              in the text
     block     64 consecutive positions of the prompt (block_len)
+    unit      a part of a block whose mean key the paper's rule looks at
     tail      the prompt's last block and every token after it; always active, in every layer
     sink      block 0; always active too
     boundary  the place inside a layer, after its attention, where blocks are chosen and rows leave
+    schedule  {boundary: budget}: how many tokens of the prompt stay from each boundary on
     stage     the layers from one boundary to the next; they hold the same blocks
     active    the blocks that a stage holds now, one in each of its slots
     slab      a layer's keys and values on the device: slots, then the tail
@@ -14,27 +17,34 @@ The words of this engine:
     home      a block's keys and values on the CPU, copied there when it first leaves its slot
     aux       the hidden states of blocks pruned at a boundary, on the CPU
     revive    to run a pruned block's rows from aux, because a later token chose it
-    rule      what ranks the blocks (prune.py)
-    budget    how many tokens of the prompt stay at a boundary
-    unit      a part of a block whose mean key the paper's rule looks at
+    move      the copies between slots and homes that follow a choice
+    rule      what blocks are worth to the newest tokens (prune.py)
+    window    how many of the newest tokens rank the blocks
 
     slab of one layer     | slot 0 | slot 1 | slot 2 |  ...  | tail: last block, new tokens -> |
     holds, in any order   | block 0| block 9| block 4|       | positions from tail_start on    |
 
-One block, from the prompt to its return: block 7 runs through stage 0 and gets keys there. At the first
-boundary it is not chosen: its rows leave x for aux (`offload`). Later a token chooses it: its rows come out
-of aux (`restore`), run through stage 1 beside the token, and get keys in a freed slot (`activate`). When the
-choice changes again, its keys and values go home; from then on they are only copied back (`move`).
+The life of a block in one stage. It is in one of these states, and `Stage.state` tells which:
 
-A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the keys. Prompt keys
-never change, so a block is copied home once and from then on only copied back. Copies run on a CUDA stream of their
-own in layer order, and a layer waits for its own copies only (paper, section on asynchronous KV management). Blocks
-that leave or return together are one copy a layer. On a CPU the same code runs without streams.
+    state     rows in x  slot  home   aux            how it gets there
+    running   yes        yes   -      -              the prompt's step, or a revival: keys are made
+    active    -          yes   maybe  -              the step that ran it is over
+    home      -          -     yes    -              another block took its slot (`activate`)
+    pruned    -          -     -      here           not chosen at this stage's boundary (`offload`)
+    riding    yes        -     -      -              revived below, on its way up (`restore`)
+    below     -          -     -      lower stage    pruned at a lower boundary
+
+A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the
+keys. Prompt keys never change, so a block is copied home once and from then on only copied back.
+Copies run on a CUDA stream of their own in layer order, and a layer waits for its own copies only
+(paper, section on asynchronous KV management). Blocks that leave or return together are one copy a
+layer. On a CPU the same code runs without streams.
 
 Invariants: a stage's slots are always full; a block with keys in a stage is in a slot, at home, or
 both; a block without keys is in aux, at that stage's boundary or at a lower one.
 
-Shapes: S slab rows, B block_len, G KV heads, D head_dim, C dim, w newest tokens, H heads, N prompt blocks.
+Shapes: S slab rows, B block_len, G KV heads, D head_dim, C dim, W newest tokens, H heads,
+N prompt blocks.
 """
 
 import mmap
@@ -46,7 +56,8 @@ from torch import Tensor
 from prune import Budget, stage_blocks
 
 COUNTERS = "swaps", "revived", "to_cpu_bytes", "to_gpu_bytes"
-TAIL_GROWTH = 64  # rows a tail grows by: small, so that memory stays what the plan said
+TAIL_GROWTH = 64  # rows a tail grows by at least: few, so that memory stays what was planned
+ROOM_AT_ONCE = 1024  # rows, of the room for an answer, that are taken before they are needed
 PIECE_BYTES = 2**26  # of pinned memory, at least, where a first piece was too small
 BLOCKS_PER_COPY = 16  # blocks that leave x at a time: a copy of them is made on the device
 
@@ -54,15 +65,25 @@ BLOCKS_PER_COPY = 16  # blocks that leave x at a time: a copy of them is made on
 def stage_layout(
     n_layers: int, n_prompt: int, schedule: dict[int, Budget], block_len: int
 ) -> list[tuple[range, int]]:
-    """Return (layers, slots) of every stage; a boundary that prunes nothing starts no stage."""
+    """Return (layers, slots) of every stage; a boundary that prunes nothing starts no stage.
+
+    The prompt's last block is in the tail, so it takes no slot.
+    """
     sizes = stage_blocks(n_prompt, schedule, block_len)
-    pruning = {layer: n for layer, n, below in zip(schedule, sizes[1:], sizes) if n < below}
-    edges, sizes = [0, *pruning, n_layers], [sizes[0], *pruning.values()]
-    return [(range(a, b), n - 1) for a, b, n in zip(edges, edges[1:], sizes)]
+    layout = []
+    begin = 0
+    size = sizes[0]
+    for boundary, smaller in zip(schedule, sizes[1:]):
+        if smaller < size:
+            layout.append((range(begin, boundary), size - 1))
+            begin = boundary
+            size = smaller
+    layout.append((range(begin, n_layers), size - 1))
+    return layout
 
 
 def aux_blocks(slots: list[int]) -> int:
-    """Return how many blocks a first step sends to aux, and one that then exchanges those of every stage."""
+    """Return how many blocks a first step sends to aux, and one that then exchanges all."""
     return slots[0] - slots[-1] + sum(slots[1:-1])
 
 
@@ -74,9 +95,10 @@ def last_block_len(n_prompt: int, block_len: int) -> int:
 def allocate(
     what: str, shape: tuple[int, ...], dtype: torch.dtype, device="cpu", pin: bool = False
 ) -> Tensor:
-    """Return memory for `what`, not written yet; raise MemoryError with the size if there is no room.
+    """Return memory for `what`, not written yet; raise MemoryError with the size if it is too much.
 
-    On a CPU it is mapped, so freed memory goes back at once; malloc would keep a hole for every slab that grew.
+    On a CPU it is mapped, so freed memory goes back at once; malloc would keep a hole for every
+    slab that grew.
     """
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     try:
@@ -84,34 +106,37 @@ def allocate(
             return torch.empty(shape, dtype=dtype, device=device, pin_memory=pin)
         memory = mmap.mmap(-1, max(n_bytes, 1), access=mmap.ACCESS_COPY)  # private to this process
         return torch.frombuffer(memory, dtype=torch.uint8)[:n_bytes].view(dtype).view(shape)
-    except (
-        RuntimeError,
-        OSError,
-        OverflowError,
-    ) as error:  # torch has no type of its own for host memory
-        raise MemoryError(
-            f"no room for {n_bytes >> 20:,} MiB of {what} ({str(error).splitlines()[0]:.100})"
-        ) from None
+    except (RuntimeError, OSError, OverflowError) as error:  # torch has no type for host memory
+        reason = str(error).splitlines()[0][:100]
+        raise MemoryError(f"no room for {n_bytes >> 20:,} MiB of {what} ({reason})") from None
 
 
 class HostMemory:
-    """CPU memory for entries of equal size, allocated in large pieces because pinning, for a GPU, is slow."""
+    """CPU memory for entries of equal size, in large pieces because pinning, for a GPU, is slow."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pin: bool):
-        self.shape, self.dtype, self.pin = shape, dtype, pin
+        self.shape = shape
+        self.dtype = dtype
+        self.pin = pin
         self.entry_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self.least = (
-            PIECE_BYTES // self.entry_bytes if pin else 0
-        )  # entries that a further piece has
-        self.piece = self.spare = self.new_piece(
-            0
-        )  # (entries, *shape): the present and, if it is reserved, the next
+        self.least = PIECE_BYTES // self.entry_bytes if pin else 0  # entries of a further piece
+        self.piece = self.new_piece(0)  # (entries, *shape), in use
+        self.spare = self.new_piece(0)  # reserved: the next one
         self.used = 0  # entries of the piece; older pieces live while entries use them
 
+    def forget(self) -> None:
+        """Forget all entries; memory that is not pinned goes back."""
+        self.used = 0
+        self.spare = self.new_piece(0)
+        if not self.pin:
+            self.piece = self.new_piece(0)
+
     def reset(self, n: int) -> None:
-        """Forget all entries and make room for n; keep a pinned piece unless it is too small or far too large."""
-        self.used, self.spare = 0, self.new_piece(0)
-        if not n <= len(self.piece) <= 2 * max(n, self.least) * self.pin:
+        """Forget all entries and make room for n; keep a pinned piece that is about the size."""
+        self.forget()
+        too_small = len(self.piece) < n
+        too_large = len(self.piece) > 2 * max(n, self.least)
+        if too_small or too_large:
             self.piece = self.new_piece(0)  # frees the old memory before the new is allocated
             self.piece = self.new_piece(n)
 
@@ -119,40 +144,45 @@ class HostMemory:
         """Return n entries that lie together (n, *shape)."""
         self.reserve(n)
         if self.used + n > len(self.piece):
-            self.piece, self.used, self.spare = self.spare, 0, self.spare[:0]
+            self.piece = self.spare
+            self.spare = self.spare[:0]
+            self.used = 0
         self.used += n
         return self.piece[self.used - n : self.used]
 
     def reserve(self, n: int) -> None:
         """Make sure that n entries can be taken, all at once or part by part."""
-        if missing := self.missing(n):
+        missing = self.missing(n)
+        if missing:
             self.spare = self.new_piece(missing)
 
     def missing(self, n: int) -> int:
         """Return how many entries `reserve(n)` allocates."""
-        return 0 if n <= max(len(self.piece) - self.used, len(self.spare)) else max(n, self.least)
+        free = max(len(self.piece) - self.used, len(self.spare))
+        if n <= free:
+            return 0
+        return max(n, self.least)
 
     def new_piece(self, n: int) -> Tensor:
-        return allocate("CPU memory for pruned blocks", (n, *self.shape), self.dtype, pin=self.pin)
+        shape = n, *self.shape
+        return allocate("CPU memory for pruned blocks", shape, self.dtype, pin=self.pin)
 
 
 class CopyStream:
-    """The copy stream of a CUDA device; with overlap off, or on a CPU, the compute stream itself."""
+    """The copy stream of a CUDA device; the compute stream with overlap off, or on a CPU."""
 
     def __init__(self, device: torch.device, overlap: bool):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and overlap else None
 
     def mark(self):
-        """Return an event at this point of the current stream: that of copies inside `after`, else of compute."""
-        return (
-            torch.cuda.current_stream(self.device).record_event()
-            if self.stream is not None
-            else None
-        )
+        """Return an event at this point of the current stream: the copy stream inside `after`."""
+        if self.stream is None:
+            return None
+        return torch.cuda.current_stream(self.device).record_event()
 
     def after(self, event):
-        """Enter the copy stream; copies issued inside start after this event of the compute stream."""
+        """Enter the copy stream; copies issued inside start after this event of the compute."""
         if self.stream is not None:
             self.stream.wait_event(event)
         return torch.cuda.stream(self.stream)  # without a copy stream this changes nothing
@@ -166,162 +196,191 @@ class CopyStream:
         target.copy_(source, non_blocking=self.stream is not None)
 
     def to_device(self, entries: list[Tensor], sent) -> Tensor:
-        """Return entries of pinned memory as one tensor on the device; `sent`: the event after they were written."""
+        """Return entries of CPU memory as one tensor on the device, once they are written (`sent`).
+
+        sent: the event after the copy that wrote them, or None.
+        """
         if sent is not None:
             sent.synchronize()  # usually of an earlier step, so there is no wait
-        pin = self.device.type == "cuda"
-        together = torch.empty(
-            len(entries), *entries[0].shape, dtype=entries[0].dtype, pin_memory=pin
-        )
-        return torch.stack(entries, out=together).to(
-            self.device, non_blocking=self.stream is not None
-        )
+        shape = len(entries), *entries[0].shape
+        together = torch.empty(shape, dtype=entries[0].dtype, pin_memory=self.device.type == "cuda")
+        torch.stack(entries, out=together)
+        return together.to(self.device, non_blocking=self.stream is not None)
 
 
 @dataclass
 class Stage:
-    """Layers that hold the same blocks; `slots` lists those by slot, without the prompt's last block (tail)."""
+    """Layers that hold the same blocks."""
 
     layers: range
     n_slots: int
     slots: list[int] = field(default_factory=list)  # slot -> block
     blocks: Tensor | None = None  # the same on the device
-    held: set[int] = field(
-        default_factory=set
-    )  # blocks whose keys this stage has, in a slot or at home
-    home: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # block -> (layers, 2, G, B, D) on the CPU
-    aux: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # block -> (B, C) on the CPU, pruned at this stage's boundary
+    home: dict[int, Tensor] = field(default_factory=dict)  # block -> (layers, 2, G, B, D), CPU
+    aux: dict[int, Tensor] = field(default_factory=dict)  # block -> (B, C), CPU, pruned here
     home_sent: object = None  # the event after the newest copy to home
     aux_sent: object = None  # and to aux
-    recent: Tensor | None = (
-        None  # of the newest tokens at this boundary: scores (w, N), or queries (w, H, D)
-    )
+    newest: Tensor | None = None  # of the newest tokens: scores (W, N), or queries (W, H, D)
+
+    def has_keys(self) -> set[int]:
+        """Return the blocks whose keys this stage has, in a slot or at home."""
+        return self.home.keys() | set(self.slots)
+
+    def state(self, block: int) -> str:
+        """Return where a block is between two steps: "active", "home", "pruned" or "below"."""
+        if block in self.slots:
+            return "active"
+        if block in self.home:
+            return "home"
+        return "pruned" if block in self.aux else "below"
 
     def remember(self, newest: Tensor, window: int) -> None:
-        """Add the newest tokens' scores or queries (w, ...) here; keep those of the last `window` tokens."""
-        self.recent = torch.cat([newest[:0] if self.recent is None else self.recent, newest])[
-            -window:
-        ]
+        """Add the newest tokens' scores or queries; keep those of the last `window` tokens."""
+        before = newest[:0] if self.newest is None else self.newest
+        self.newest = torch.cat([before, newest])[-window:]  # a copy: scores grow further up
+
+
+@dataclass(frozen=True)
+class Move:
+    """The copies that a choice asks for: `KVCache.activate` decides, `KVCache.copy` does them."""
+
+    stage: Stage
+    out_slots: list[int]  # slots whose blocks go home
+    homes: Tensor  # (layers, len(out_slots), 2, G, B, D) on the CPU: where they go
+    in_slots: list[int]  # freed slots to which known blocks return
+    in_blocks: list[int]  # those blocks, in the slots' order
+    decided: object  # the event after the compute issued before the choice
 
 
 class KVCache:
-    """Keys and values of one conversation; `reset` lays it out for a prompt and a schedule {boundary: budget}."""
+    """Keys and values of one conversation; `reset` lays it out for a prompt and a schedule."""
 
     def __init__(self, n_layers, n_kv_heads, head_dim, dim, block_len, dtype, device, overlap=True):
-        self.n_layers, self.block_len, self.dtype, self.device = n_layers, block_len, dtype, device
-        self.n_kv_heads, self.head_dim, self.dim = n_kv_heads, head_dim, dim
-        self.copies = CopyStream(device, overlap)
+        self.n_layers = n_layers
+        self.n_kv_heads = n_kv_heads
+        self.head_dim = head_dim
+        self.dim = dim
+        self.block_len = block_len
+        self.dtype = dtype
+        self.device = device
         self.pin = device.type == "cuda"
+        self.copies = CopyStream(device, overlap)
         self.aux_memory = HostMemory((block_len, dim), dtype, self.pin)
-        self.home_memory = HostMemory(
-            (2, n_kv_heads, block_len, head_dim), dtype, self.pin
-        )  # a block in one layer
-        self.moves: list = []  # what `activate` decided and `move` has to do
+        home_shape = 2, n_kv_heads, block_len, head_dim  # a block in one layer
+        self.home_memory = HostMemory(home_shape, dtype, self.pin)
         self.stages: list[Stage] = []
-        self.slabs: list[
-            Tensor
-        ] = []  # per layer (2, G, S, D): keys, values, a head's rows together
+        self.slabs: list[Tensor] = []  # per layer (2, G, S, D): a head's rows lie together
         self.copied: list = []  # per layer: the event after its newest copies, or None
         self.schedule: dict[int, Budget] = {}
-        self.n_prompt = self.length = (
-            0  # tokens of the prompt; of the conversation, whose keys are complete
-        )
-        self.planned = 0  # tokens of the prompt, its tail and the answer: decides between LongRoPE's factors, once
-        self.tail_start = self.tail_rows = (
-            0  # first position of the tail; rows that slabs have for it
-        )
-        self.swaps = self.revived = self.to_cpu_bytes = self.to_gpu_bytes = 0
+        self.n_prompt = 0  # tokens of the prompt
+        self.n_prunable = 0  # of which these may be pruned, and all after them are tail
+        self.length = 0  # tokens of the conversation whose keys are complete
+        self.planned = 0  # tokens of prompt and answer: decides between LongRoPE's factors, once
+        self.tail_start = 0  # first position of the tail
+        self.tail_rows = 0  # rows that slabs have for it
+        for counter in COUNTERS:
+            setattr(self, counter, 0)
 
     # ---- a new conversation ---------------------------------------------------------
 
-    def reset(self, n_prompt: int, schedule: dict[int, Budget], room: int = 0) -> None:
-        """Drop everything and lay out slabs for a prompt of n_prompt tokens and `room` more."""
+    def reset(
+        self, n_prompt: int, schedule: dict[int, Budget], room: int = 0, keep_last: int = 0
+    ) -> None:
+        """Drop everything and lay out slabs for a prompt, and for `room` tokens after it.
+
+        keep_last: tokens at the prompt's end that belong to the tail, so that none is pruned.
+        """
         if self.pin:
             torch.cuda.synchronize(self.device)  # copies may still touch the slabs freed here
+        # The old conversation's memory goes first: there may not be enough for both.
+        self.stages = []
+        self.slabs = []
+        self.aux_memory.forget()
+        self.home_memory.forget()
+
         self.schedule = schedule
-        layout = stage_layout(self.n_layers, n_prompt, schedule, self.block_len)
-        self.stages, self.moves = [Stage(layers, n_slots) for layers, n_slots in layout], []
-        n_slots = self.stages[0].n_slots
-        self.activate(self.stages[0], set(range(n_slots)))
-        self.tail_start, self.tail_rows = (
-            n_slots * self.block_len,
-            last_block_len(n_prompt, self.block_len) + room,
-        )
-        self.length, self.n_prompt, self.planned = 0, n_prompt, n_prompt + room
-        self.slabs, self.copied = (
-            [],
-            [None] * self.n_layers,
-        )  # frees the old slabs before the new are allocated
-        self.slabs = [
-            self.new_slab(stage, self.tail_rows) for stage in self.stages for _ in stage.layers
-        ]
+        self.n_prompt = n_prompt
+        self.n_prunable = n_prompt - keep_last
+        self.length = 0
+        self.planned = n_prompt + room
+        layout = stage_layout(self.n_layers, self.n_prunable, schedule, self.block_len)
+        self.stages = [Stage(layers, n_slots) for layers, n_slots in layout]
+        self.fill(self.stages[0], list(range(self.stages[0].n_slots)))
+        self.tail_start = self.stages[0].n_slots * self.block_len
+        self.tail_rows = n_prompt - self.tail_start + min(room, ROOM_AT_ONCE)
+        self.copied = [None] * self.n_layers
+        for stage in self.stages:
+            self.slabs += [self.new_slab(stage, self.tail_rows) for _ in stage.layers]
         for counter in COUNTERS:
             setattr(self, counter, 0)
-        # Room for what the first step sends to the CPU, and the first exchange of all: neither waits for pinning.
-        self.aux_memory.reset(aux_blocks([n for _, n in layout]))
+        # Room for what the first step sends to the CPU, and for the first exchange of all blocks:
+        # neither waits for pinning.
+        self.aux_memory.reset(aux_blocks([n_slots for _, n_slots in layout]))
         self.home_memory.reset(sum(len(stage.layers) * stage.n_slots for stage in self.stages[1:]))
 
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
         # zeros, not empty: a masked key is still multiplied by its zero weight, and 0 * NaN is NaN
         shape = 2, self.n_kv_heads, stage.n_slots * self.block_len + n_tail, self.head_dim
-        return allocate(
-            "keys and values", shape, self.dtype, self.device
-        ).zero_()  # writing takes the memory now
+        slab = allocate("keys and values", shape, self.dtype, self.device)
+        return slab.zero_()  # writing takes the memory now
 
     def growth_bytes(self, end: int) -> int:
-        """Return the memory that `make_room` will ask for: longer tails, and one slab twice."""
-        rows, row = (
-            end - self.tail_start - self.tail_rows,
-            self.n_layers * self.slabs[0][:, :, 0].nbytes,
-        )
-        return (rows + TAIL_GROWTH) * row + self.slabs[0].nbytes if rows > 0 else 0
+        """Return the memory that tails up to position `end` still take, and one slab twice."""
+        missing_rows = end - self.tail_start - self.tail_rows
+        if missing_rows <= 0:
+            return 0
+        row_bytes = self.n_layers * self.slabs[0][:, :, 0].nbytes
+        return (missing_rows + TAIL_GROWTH) * row_bytes + self.slabs[0].nbytes
 
     def exchange_entries(self) -> list[tuple[HostMemory, int]]:
         """Return how many homes and entries of aux a step takes if it exchanges every block."""
-        homes = sum(len(s.layers) * len(set(s.slots) - s.home.keys()) for s in self.stages[1:])
-        return [
-            (self.home_memory, homes),
-            (self.aux_memory, sum(s.n_slots for s in self.stages[1:-1])),
-        ]
+        homes = 0
+        for stage in self.stages[1:]:
+            homes += len(stage.layers) * len(set(stage.slots) - stage.home.keys())
+        aux = sum(stage.n_slots for stage in self.stages[1:-1])
+        return [(self.home_memory, homes), (self.aux_memory, aux)]
 
-    def swap_bytes(self) -> int:
-        """Return the CPU memory that such a step still takes; what is not pinned is taken when it is first written."""
-        return sum(
-            (memory.missing(n) if self.pin else n) * memory.entry_bytes
-            for memory, n in self.exchange_entries()
-        )
+    def exchange_allocates(self) -> bool:
+        """Say whether such a step has to ask for CPU memory."""
+        return any(memory.missing(n) for memory, n in self.exchange_entries())
 
-    def make_room(self, end: int) -> None:
-        """Make room for the tokens up to position `end` in every tail, and for all that their step sends to the CPU."""
+    def exchange_bytes(self) -> int:
+        """Return the CPU memory such a step still takes; memory not pinned is taken by writing."""
+        n_bytes = 0
+        for memory, n in self.exchange_entries():
+            n_bytes += (memory.missing(n) if self.pin else n) * memory.entry_bytes
+        return n_bytes
+
+    def make_room(self, end: int, room: int = 0) -> None:
+        """Make room for tokens up to position `end`, and for what their step sends to the CPU.
+
+        room: tokens to come after these; where tails grow, they grow for many of them.
+        """
         for memory, n in self.exchange_entries():
             memory.reserve(n)
         if end - self.tail_start <= self.tail_rows:
             return
-        n_tail = end - self.tail_start + TAIL_GROWTH
+        n_tail = end - self.tail_start + max(TAIL_GROWTH, min(room, ROOM_AT_ONCE))
         for stage in self.stages:
             for layer in stage.layers:
                 self.wait(layer)  # the slab copied here may still be filled
-                new, old = self.new_slab(stage, n_tail), self.slabs[layer]
-                n = min(
-                    old.shape[2], new.shape[2]
-                )  # old is the longer one if it grew before memory ran out
-                new[:, :, :n] = old[:, :, :n]
-                self.slabs[layer] = new
-                del old  # before the next slab is allocated
-        self.tail_rows = (
-            n_tail  # only now: if memory runs out above, the conversation stays as it is
-        )
+                self.slabs[layer] = self.longer_slab(stage, n_tail, self.slabs[layer])
+        self.tail_rows = n_tail  # only now: if memory runs out above, the conversation stays
+
+    def longer_slab(self, stage: Stage, n_tail: int, old: Tensor) -> Tensor:
+        new = self.new_slab(stage, n_tail)
+        n = min(
+            old.shape[2], new.shape[2]
+        )  # old is the longer one if it grew before memory ran out
+        new[:, :, :n] = old[:, :, :n]
+        return new
 
     # ---- keys and values ------------------------------------------------------------
 
-    def append(self, layer: int, slab_rows: Tensor, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, slab_rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values (T, G, D) to slab rows (T,)."""
-        for half, new in zip(self.slabs[layer], (k, v)):
-            half.index_copy_(1, slab_rows, new.transpose(0, 1))
+        self.slabs[layer][0].index_copy_(1, slab_rows, keys.transpose(0, 1))
+        self.slabs[layer][1].index_copy_(1, slab_rows, values.transpose(0, 1))
 
     def read(self, layer: int, n: int) -> Tensor:
         """Return the first n slab rows of a layer as a view (2, n, G, D): keys, values."""
@@ -329,9 +388,8 @@ class KVCache:
 
     def slot_rows(self, stage: Stage, layer: int) -> Tensor:
         """Return the slots of a layer as a view (2, G, N, B, D)."""
-        return self.slabs[layer][:, :, : stage.n_slots * self.block_len].unflatten(
-            2, (-1, self.block_len)
-        )
+        in_slots = self.slabs[layer][:, :, : stage.n_slots * self.block_len]
+        return in_slots.unflatten(2, (-1, self.block_len))
 
     def wait(self, layer: int) -> None:
         """Make compute wait until the copies of this layer's slots are done.
@@ -344,76 +402,81 @@ class KVCache:
 
     # ---- active blocks --------------------------------------------------------------
 
-    def activate(self, stage: Stage, active: set[int]) -> None:
-        """Make `active` the stage's blocks: leaving blocks go home, known blocks return to the freed slots.
+    def activate(self, stage: Stage, active: set[int]) -> Move | None:
+        """Make `active` the stage's blocks; return the copies that this asks for, if any.
 
-        Blocks without keys in this stage only get a slot; their rows write it on the way up.
+        Blocks that leave go home unless they are there; blocks at home return to the freed slots.
+        A block without keys in this stage only gets a slot: its rows write it on the way up.
         """
-        if stage.blocks is None:  # first step: rows write every slot
+        if not stage.slots:  # the prompt's step: rows write every slot
             self.fill(stage, sorted(active))
         if active == set(stage.slots):
-            return
-        freed = [s for s, block in enumerate(stage.slots) if block not in active]
-        entering = dict(zip(freed, sorted(active - set(stage.slots))))
-        leaving = [(s, stage.slots[s]) for s in entering if stage.slots[s] not in stage.home]
-        returning = [(s, block) for s, block in entering.items() if block in stage.home]
-        n_layers, n = len(stage.layers), len(leaving)
-        homes = self.home_memory.take(n_layers * n).view(n_layers, n, *self.home_memory.shape)
-        self.moves.append((stage, leaving, homes, returning, self.copies.mark()))
-        stage.home |= {block: homes[:, i] for i, (_, block) in enumerate(leaving)}
-        self.fill(stage, [entering.get(s, block) for s, block in enumerate(stage.slots)])
+            return None
+        freed = [slot for slot, block in enumerate(stage.slots) if block not in active]
+        entering = dict(zip(freed, sorted(active - set(stage.slots))))  # slot -> block
+        out_slots = [slot for slot in entering if stage.slots[slot] not in stage.home]
+        in_slots = [slot for slot, block in entering.items() if block in stage.home]
+        in_blocks = [entering[slot] for slot in in_slots]
+
+        n_layers = len(stage.layers)
+        homes = self.home_memory.take(n_layers * len(out_slots))
+        homes = homes.view(n_layers, len(out_slots), *self.home_memory.shape)
+        move = Move(stage, out_slots, homes, in_slots, in_blocks, decided=self.copies.mark())
+        for i, slot in enumerate(out_slots):
+            stage.home[stage.slots[slot]] = homes[:, i]
+        self.fill(stage, [entering.get(slot, block) for slot, block in enumerate(stage.slots)])
         self.swaps += len(entering)
+        return move
 
-    def fill(self, stage: Stage, slots: list[int]) -> None:
-        stage.slots, stage.blocks = slots, self.upload(slots)
-        stage.held |= set(slots)
+    def fill(self, stage: Stage, blocks: list[int]) -> None:
+        stage.slots = blocks
+        stage.blocks = self.upload(blocks)
 
-    def move(self) -> None:
-        """Copy what `activate` decided, layer by layer; each layer's event fires when its own copies are done.
+    def copy(self, move: Move) -> None:
+        """Do a move layer by layer; each layer's event fires when its own copies are done.
 
-        Called once the FFN, which hides the copies, is issued. They start after the compute issued before `activate`,
-        so after the last read of every slot that they overwrite and the last write of every block that leaves.
+        Called once the FFN, which hides the copies, is issued. They start after the compute issued
+        before the choice, so after the last read of every slot that they overwrite and the last
+        write of every block that leaves.
         """
-        for stage, leaving, homes, returning, event in self.moves:
-            sent = stage.home_sent
-            with self.copies.after(event):
-                out, into = (self.upload([s for s, _ in pairs]) for pairs in (leaving, returning))
-                for i, layer in enumerate(stage.layers):
-                    self.move_layer(
-                        stage, i, layer, out, homes, into, [b for _, b in returning], sent
-                    )
-                    self.copied[layer] = stage.home_sent = self.copies.mark()
-            self.to_cpu_bytes += homes.nbytes
-            self.to_gpu_bytes += len(returning) * len(stage.layers) * self.home_memory.entry_bytes
-        self.moves = []
+        stage = move.stage
+        sent = stage.home_sent  # blocks that return were sent before this move
+        with self.copies.after(move.decided):
+            out_slots = self.upload(move.out_slots)
+            in_slots = self.upload(move.in_slots)
+            for i, layer in enumerate(stage.layers):
+                self.copy_layer(move, i, out_slots, in_slots, sent)
+                self.copied[layer] = stage.home_sent = self.copies.mark()
+        self.to_cpu_bytes += move.homes.nbytes
+        n_returned = len(move.in_blocks) * len(stage.layers)
+        self.to_gpu_bytes += n_returned * self.home_memory.entry_bytes
 
-    def move_layer(
-        self, stage: Stage, i: int, layer: int, out, homes, into, blocks: list[int], sent
-    ) -> None:
-        """Copy slots `out` home, then blocks from home to slots `into`, in the stage's i-th layer: one copy each."""
-        slots = self.slot_rows(stage, layer)  # (2, G, N, B, D)
-        if len(out):
-            self.copies.to_host(homes[i], slots[:, :, out].permute(2, 0, 1, 3, 4).contiguous())
-        if blocks:
-            back = self.copies.to_device(
-                [stage.home[block][i] for block in blocks], sent
-            )  # (n, 2, G, B, D)
-            slots[:, :, into] = back.permute(1, 2, 0, 3, 4)
+    def copy_layer(self, move: Move, i: int, out_slots: Tensor, in_slots: Tensor, sent) -> None:
+        """Do a move in its stage's i-th layer: one copy home, then one copy back."""
+        slots = self.slot_rows(move.stage, move.stage.layers[i])  # (2, G, N, B, D)
+        if move.out_slots:
+            leaving = slots[:, :, out_slots].permute(2, 0, 1, 3, 4)  # (n, 2, G, B, D)
+            self.copies.to_host(move.homes[i], leaving.contiguous())
+        if move.in_blocks:
+            entries = [move.stage.home[block][i] for block in move.in_blocks]
+            returning = self.copies.to_device(entries, sent)  # (n, 2, G, B, D)
+            slots[:, :, in_slots] = returning.permute(1, 2, 0, 3, 4)
 
     # ---- rows that leave and return --------------------------------------------------
 
-    def offload(self, stage: Stage, x: Tensor, first_row: dict[int, int]) -> None:
-        """Copy the blocks pruned at this stage's boundary to aux; first_row: where each begins in x (T, C)."""
-        event, blocks = self.copies.mark(), list(first_row)  # the rows are the newest compute
-        with self.copies.after(event):
-            for part in (
-                blocks[i : i + BLOCKS_PER_COPY] for i in range(0, len(blocks), BLOCKS_PER_COPY)
-            ):
+    def offload(self, stage: Stage, x: Tensor, place: dict[int, int]) -> None:
+        """Copy the blocks pruned at this stage's boundary to aux.
+
+        place: block -> its place among the blocks that x (T, C) begins with.
+        """
+        decided = self.copies.mark()  # the rows are the newest compute
+        blocks = list(place)
+        with self.copies.after(decided):
+            for start in range(0, len(blocks), BLOCKS_PER_COPY):
+                part = blocks[start : start + BLOCKS_PER_COPY]
                 entries = self.aux_memory.take(len(part))  # (n, B, C)
-                self.copies.to_host(
-                    entries,
-                    x[self.block_rows([first_row[block] for block in part])].view_as(entries),
-                )
+                rows = self.block_rows([place[block] for block in part])
+                self.copies.to_host(entries, x[rows].view_as(entries))
                 stage.aux |= dict(zip(part, entries))
             stage.aux_sent = self.copies.mark()
         if self.copies.stream is not None:
@@ -421,7 +484,7 @@ class KVCache:
         self.to_cpu_bytes += len(blocks) * self.aux_memory.entry_bytes
 
     def restore(self, stage: Stage, blocks: list[int]) -> Tensor:
-        """Take blocks out of aux: their hidden states (len(blocks) * B, C) on the device, ready to use."""
+        """Take blocks out of aux: their hidden states (len(blocks) * B, C) on the device."""
         x = self.copies.to_device([stage.aux.pop(block) for block in blocks], stage.aux_sent)
         self.revived += len(blocks)
         self.to_gpu_bytes += x.nbytes
@@ -430,82 +493,84 @@ class KVCache:
     # ---- going back, and out to a file -----------------------------------------------
 
     def rewind(self, n: int) -> None:
-        """Forget all but the first n tokens; the active blocks stay, and the next tokens choose from there."""
+        """Forget all but the first n tokens; the active blocks stay, and the next tokens choose."""
         self.length = n
+        self.n_prompt = min(self.n_prompt, n)
         for stage in self.stages:
-            stage.recent = None
+            stage.newest = None
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """Return all that the conversation needs: a JSON-able layout, and tensors by name, views where they lie."""
+        """Return all that the conversation needs: a JSON-able layout, and named tensors (views)."""
         if self.pin:
             torch.cuda.synchronize(self.device)  # copies may still write what is read here
-        layout = {key: getattr(self, key) for key in ("n_prompt", "length", "planned", *COUNTERS)}
-        layout["stages"], tensors = [], {}
+        keys = "n_prompt", "n_prunable", "length", "planned", *COUNTERS
+        layout = {key: getattr(self, key) for key in keys}
+        layout["stages"] = []
+        tensors = {}
         for i, stage in enumerate(self.stages):
             blocks = {"slots": stage.slots, "home": list(stage.home), "aux": list(stage.aux)}
-            layout["stages"].append({**blocks, "recent": stage.recent is not None})
+            layout["stages"].append({**blocks, "newest": stage.newest is not None})
             for layer in stage.layers:
-                n = stage.n_slots * self.block_len + self.length - self.tail_start
-                tensors[f"layer.{layer}"] = self.slabs[layer][:, :, :n]
-            tensors |= {f"stage.{i}.home.{block}": entry for block, entry in stage.home.items()}
-            tensors |= {f"stage.{i}.aux.{block}": entry for block, entry in stage.aux.items()}
-            if stage.recent is not None:
-                tensors[f"stage.{i}.recent"] = stage.recent
+                n_rows = stage.n_slots * self.block_len + self.length - self.tail_start
+                tensors[f"layer.{layer}"] = self.slabs[layer][:, :, :n_rows]
+            for kind, entries in (("home", stage.home), ("aux", stage.aux)):
+                for block, entry in entries.items():
+                    tensors[f"stage.{i}.{kind}.{block}"] = entry
+            if stage.newest is not None:
+                tensors[f"stage.{i}.newest"] = stage.newest
         return layout, tensors
 
     @torch.inference_mode()
     def load_state(self, layout: dict, tensor, schedule: dict[int, Budget], room: int = 0) -> None:
         """Lay out a dumped conversation and fill it from tensor(name)."""
-        self.reset(layout["n_prompt"], schedule, layout["length"] - layout["n_prompt"] + room)
+        n_prunable = layout["n_prunable"]
+        length = layout["length"]
+        self.reset(length, schedule, room, keep_last=length - n_prunable)
         for i, (stage, saved) in enumerate(zip(self.stages, layout["stages"])):
             self.fill(stage, saved["slots"])
-            stage.held |= set(saved["home"])
             for layer in stage.layers:
                 rows = tensor(f"layer.{layer}")
                 self.slabs[layer][:, :, : rows.shape[2]] = rows
             for block in saved["home"]:
-                stage.home[block] = self.home_memory.take(len(stage.layers)).copy_(
-                    tensor(f"stage.{i}.home.{block}")
-                )
+                home = self.home_memory.take(len(stage.layers))
+                stage.home[block] = home.copy_(tensor(f"stage.{i}.home.{block}"))
             for block in saved["aux"]:
-                stage.aux[block] = self.aux_memory.take(1)[0].copy_(
-                    tensor(f"stage.{i}.aux.{block}")
-                )
-            stage.recent = (
-                tensor(f"stage.{i}.recent").to(self.device, copy=True) if saved["recent"] else None
-            )
-        for key in ("length", "planned", *COUNTERS):
+                entry = self.aux_memory.take(1)[0]
+                stage.aux[block] = entry.copy_(tensor(f"stage.{i}.aux.{block}"))
+            if saved["newest"]:
+                stage.newest = tensor(f"stage.{i}.newest").to(self.device, copy=True)
+        for key in ("n_prompt", "length", "planned", *COUNTERS):
             setattr(self, key, layout[key])
 
     # ---- helpers --------------------------------------------------------------------
 
-    def block_rows(self, first: list[int]) -> Tensor:
-        """Return first, first + 1, ... of block_len rows for each block: (len(first) * B,) on the device."""
-        return (
-            self.upload(first)[:, None] + torch.arange(self.block_len, device=self.device)
-        ).flatten()
+    def block_rows(self, numbers: list[int]) -> Tensor:
+        """Return all rows of the blocks (or slots) with these numbers: (len(numbers) * B,)."""
+        first = self.upload(numbers)[:, None] * self.block_len
+        return (first + torch.arange(self.block_len, device=self.device)).flatten()
 
     def upload(self, numbers: list[int]) -> Tensor:
         """Return numbers as a tensor (n,) on the device, without waiting for the copy."""
-        return torch.tensor(numbers, dtype=torch.long, pin_memory=self.pin).to(
-            self.device, non_blocking=True
-        )
+        on_cpu = torch.tensor(numbers, dtype=torch.long, pin_memory=self.pin)
+        return on_cpu.to(self.device, non_blocking=True)
 
     def stats(self) -> dict:
-        """Return the conversation's counters: `kept` in prompt tokens per stage, the others in blocks or bytes.
+        """Return the conversation's counters: `kept` in prompt tokens per stage, others by name.
 
-        kv_gpu_bytes: of slabs, room for new tokens included; kv_dense_bytes: without pruning; CPU bytes: in use.
+        kv_gpu_bytes: of slabs, with room for new tokens; kv_dense_bytes: without pruning; CPU
+        bytes: in use.
         """
-        row = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
+        row_bytes = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
         in_tail = self.n_prompt - self.tail_start
+        homes = sum(len(stage.home) * len(stage.layers) for stage in self.stages)
+        aux = sum(len(stage.aux) for stage in self.stages)
         return {
             "prompt_tokens": self.n_prompt,
             "tokens": self.length,
             "kept": [stage.n_slots * self.block_len + in_tail for stage in self.stages],
             "kv_gpu_bytes": sum(slab.nbytes for slab in self.slabs),
-            "kv_cpu_bytes": sum(len(s.home) * len(s.layers) for s in self.stages)
-            * self.home_memory.entry_bytes,
-            "aux_cpu_bytes": sum(len(s.aux) for s in self.stages) * self.aux_memory.entry_bytes,
-            "kv_dense_bytes": (self.tail_start + self.tail_rows) * row,
+            "kv_cpu_bytes": homes * self.home_memory.entry_bytes,
+            "aux_cpu_bytes": aux * self.aux_memory.entry_bytes,
+            "kv_dense_bytes": (self.tail_start + self.tail_rows) * row_bytes,
             **{counter: getattr(self, counter) for counter in COUNTERS},
         }

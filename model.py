@@ -1,15 +1,18 @@
 """The LLaMA model and its one step, which serves prefill, decode and follow-up.
 
-A step takes new token ids and returns the logits after the last. It goes layer by layer, and chunk by chunk inside a
-layer, because a boundary ranks blocks by the queries of the *last* tokens: the usual loop, each chunk through all
-layers, could not prune. `x` holds all rows and is updated in place, so the biggest temporary is one chunk's FFN.
+A step takes new token ids and returns the logits after the last. It goes layer by layer, and chunk
+by chunk inside a layer, because a boundary ranks blocks by the queries of the *last* tokens: the
+usual loop, each chunk through all layers, could not prune. `x` holds all rows and is updated in
+place, so the biggest temporary is one chunk's FFN.
 
-A boundary p stands inside layer p-1, after its attention and before its FFN (SlimInfer, arXiv 2508.06447). There rows
-leave `x` (pruned) and return to it (revived). Rows are always in ascending position: first those of prompt blocks,
-then those of the tail. The first step has rows for every block; a decoded token has one tail row.
+A boundary p stands inside layer p-1, after its attention and before its FFN (SlimInfer, arXiv
+2508.06447). There rows leave `x` (pruned) and return to it (revived). Rows are always in ascending
+position: first those of prompt blocks, then those of the tail. The first step has rows for every
+block; a decoded token has one tail row.
 
-Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab,
-N prompt blocks, B block_len, w newest tokens that rank the blocks.
+Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab, N prompt
+blocks, B block_len, W newest tokens that rank the blocks; t rows of a chunk, w newest tokens that
+have a row in a stage.
 """
 
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import prune
-from kvcache import KVCache, Stage
+from kvcache import KVCache, Move, Stage
 
 DTYPES = {
     "float32": torch.float32,
@@ -54,9 +57,7 @@ class Config:
     qk_norm: bool = False  # an RMSNorm over each head's query and key, before RoPE
     fused: bool = False  # q, k, v are one tensor in the checkpoint, and gate and up another
     no_rope: tuple[int, ...] = ()  # layers without RoPE
-    tile: tuple[int, int] | None = (
-        None  # rows and columns of FP8 weights that share a scale in the checkpoint
-    )
+    tile: tuple[int, int] | None = None  # rows and columns of FP8 weights that share a scale
 
 
 @dataclass
@@ -81,34 +82,31 @@ class Weights:
     layers: list[Layer]
     norm: Tensor  # (C,)
     head: Tensor  # (V, C), the embedding itself when tied
-    inv_freq: Tensor  # (2, R/2) of RoPE in float64: for short and for long prompts
+    inv_freq: Tensor  # (2, R/2) of RoPE in float32: for short and for long prompts
 
 
 @dataclass
 class Rows:
     """Where the rows of x stand in the text, and their keys in the slabs of one stage."""
 
+    pos: Tensor  # (T,)
     cos: Tensor  # (T, 1, R/2), R dims that RoPE turns
     sin: Tensor
     query_scale: Tensor | None  # (T, 1, 1), by position, if the family has one
     slab_rows: Tensor  # (T,) where their keys go
-    key_offset: int  # row i, unless revived, sees the first key_offset + i + 1 keys of the slab
-    pos: Tensor  # (T,)
+    keys_before: int  # row i, unless revived, sees the first keys_before + i + 1 keys of the slab
     n_revived: int  # leading rows that are revived: the slab holds later keys than theirs
-    key_pos: (
-        Tensor | None
-    )  # (S,) positions in the slab, for the mask of revived rows; None without them
-    scoring: (
-        Tensor  # (t,) which of the w newest tokens have a row here; pruning may have removed some
-    )
+    key_pos: Tensor | None  # (S,) positions in the slab, for the mask of revived rows, if any
+    newest: Tensor  # which of the W newest tokens have a row here; pruning may have removed some
 
 
 class Model:
     """Weights, KV and the step; `rule` ranks the blocks.
 
-    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_scores(layer, scores)` what
-    each of the newest tokens (w, N) gives the prompt's blocks so far; `on_select(i, candidates, scores,
-    active)` each choice of stage i's blocks before it takes effect, scores (N,) in the candidates' order.
+    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_scores(layer, scores)`
+    what each of the newest tokens (W, N) gives the prompt's blocks so far; `on_select(i,
+    candidates, scores, active)` each choice of stage i's blocks before it takes effect, with scores
+    (N,) in the candidates' order.
     """
 
     def __init__(
@@ -117,13 +115,19 @@ class Model:
         weights: Weights,
         kv: KVCache,
         rule: prune.Rule,
-        unit_len,
-        window,
-        gamma,
-        chunk,
+        unit_len: int,
+        window: int,
+        gamma: float,
+        chunk: int,
     ):
-        self.config, self.weights, self.kv, self.rule = config, weights, kv, rule
-        self.unit_len, self.window, self.gamma, self.chunk = unit_len, window, gamma, chunk
+        self.config = config
+        self.weights = weights
+        self.kv = kv
+        self.rule = rule
+        self.unit_len = unit_len
+        self.window = window
+        self.gamma = gamma
+        self.chunk = chunk
         self.wide = torch.promote_types(kv.dtype, torch.float32)  # of scores, RoPE and logits
         self.on_chunk = lambda layer, rows, keys: None
         self.on_scores = lambda layer, scores: None
@@ -131,135 +135,154 @@ class Model:
 
     @torch.inference_mode()
     def step(self, ids: Tensor, n_logits: int = 1) -> Tensor:
-        """Run new token ids (T,) after what the KV holds; return the logits (n_logits, V) after the last ones.
+        """Run new token ids (T,) after what the KV holds; return the last logits (n_logits, V).
 
-        Prefill when the KV is empty, else decode or follow-up. Mutates the KV; `KVCache.make_room` comes before.
+        Prefill when the KV is empty, else decode or follow-up. Mutates the KV; `KVCache.make_room`
+        comes before.
         """
-        kv, w, start = self.kv, self.weights, self.kv.length
-        end = start + len(ids)
+        kv = self.kv
+        first = kv.length == 0  # the prompt's own step: a row for every block
+        end = kv.length + len(ids)
+        first_tail = max(kv.length, kv.tail_start)
+        blocks = list(kv.stages[0].slots) if first else []  # with rows in x, ascending
         x = self.embed(ids.to(kv.device))  # (T, C)
-        blocks = (
-            [] if start else list(kv.stages[0].slots)
-        )  # prompt blocks with rows in x, ascending
-        shape = (
-            min(self.window, len(ids)),
-            kv.stages[0].n_slots,
-        )  # (w, N): what each newest token gives each block
-        scores = torch.full(shape, -torch.inf, dtype=self.wide, device=kv.device)
+        ranking = RANKINGS[self.rule.sees](self, n_newest=min(self.window, len(ids)))
         for i, stage in enumerate(kv.stages):
-            rows = self.locate(stage, blocks, max(start, kv.tail_start), end, len(scores))
-            above = kv.stages[i + 1] if i + 1 < len(kv.stages) else None
+            rows = self.locate(stage, blocks, first, first_tail, end)
+            below_top = i + 1 < len(kv.stages)
             for layer in stage.layers:
                 queries, weights = self.attention(layer, x, rows)
-                at_boundary = above is not None and layer == stage.layers[-1]
-                if (
-                    above is not None
-                    and self.rule.sees == "weights"
-                    and (at_boundary or self.rule.every_layer)
-                ):
-                    self.score_layer(
-                        layer, stage, rows, rows.key_offset + len(x), queries, weights, scores
-                    )
-                    self.on_scores(layer, scores)
-                if at_boundary:
-                    above.remember(scores if self.rule.sees == "weights" else queries, self.window)
-                    x, blocks = self.boundary(i + 1, x, blocks)
+                if below_top:
+                    ranking.see(layer, stage, rows, queries, weights)
+                move = None
+                if below_top and layer == stage.layers[-1]:
+                    x, blocks, move = self.boundary(i + 1, x, blocks, ranking)
                 self.ffn(layer, x)
-                kv.move()
+                if move is not None:
+                    kv.copy(move)  # after the FFN, which hides the copies
         kv.length = end
-        return self.head(
-            F.rms_norm(x[-n_logits:], (self.config.dim,), w.norm, self.config.norm_eps)
-        ).to(self.wide)
+        x = F.rms_norm(x[-n_logits:], (self.config.dim,), self.weights.norm, self.config.norm_eps)
+        return self.head(x).to(self.wide)  # (n_logits, V)
 
-    def locate(self, stage: Stage, blocks: list[int], first_tail: int, end: int, w: int) -> Rows:
-        """Say where the rows of prompt blocks and of tail positions first_tail..end-1 belong in a stage."""
-        kv, b = self.kv, self.kv.block_len
-        tail = torch.arange(first_tail, end, device=kv.device)
-        n_rows, tail_row = (
-            len(blocks) * b,
-            stage.n_slots * b,
-        )  # tail_row: where the tail begins in the slab
-        slot = {block: s for s, block in enumerate(stage.slots)}
-        pos = torch.cat([kv.block_rows([block * b for block in blocks]), tail])
-        slab_rows = torch.cat(
-            [kv.block_rows([slot[block] * b for block in blocks]), tail - kv.tail_start + tail_row]
-        )
-        n_revived = n_rows if kv.length else 0  # in the first step rows and keys are the same
+    def locate(
+        self, stage: Stage, blocks: list[int], first: bool, first_tail: int, end: int
+    ) -> Rows:
+        """Say where rows stand: those of prompt blocks, then of positions first_tail..end-1.
+
+        slab      | slots, in any order | tail: tail_start ..  first_tail .. end-1 |
+        slab row    0                     tail_row             the first new row
+        """
+        kv = self.kv
+        slot_of = {block: slot for slot, block in enumerate(stage.slots)}
+        tail = torch.arange(first_tail, end, device=kv.device)  # positions
+        tail_row = stage.n_slots * kv.block_len
+        in_slots = kv.block_rows([slot_of[block] for block in blocks])
+        pos = torch.cat([kv.block_rows(blocks), tail])  # a block's rows are its positions
+        cos, sin, query_scale = self.rope(pos)
+
+        n_block_rows = len(blocks) * kv.block_len
+        n_revived = 0 if first else n_block_rows  # in the first step rows and keys are the same
         key_pos = None
         if n_revived:
-            tail_pos = torch.arange(kv.tail_start, end, device=kv.device)
-            key_pos = torch.cat([kv.block_rows([block * b for block in stage.slots]), tail_pos])
-        key_offset = tail_row + first_tail - kv.tail_start - n_rows
-        scoring = kv.upload(
-            [i for i, p in enumerate(range(end - w, end)) if p >= kv.tail_start or p // b in slot]
+            all_tail = torch.arange(kv.tail_start, end, device=kv.device)
+            key_pos = torch.cat([kv.block_rows(stage.slots), all_tail])
+
+        def has_row(position: int) -> bool:
+            return position >= kv.tail_start or position // kv.block_len in slot_of
+
+        n_newest = min(self.window, end - kv.length)
+        newest = [i for i in range(n_newest) if has_row(end - n_newest + i)]
+        return Rows(
+            pos=pos,
+            cos=cos,
+            sin=sin,
+            query_scale=query_scale,
+            slab_rows=torch.cat([in_slots, tail - kv.tail_start + tail_row]),
+            keys_before=tail_row + first_tail - kv.tail_start - n_block_rows,
+            n_revived=n_revived,
+            key_pos=key_pos,
+            newest=kv.upload(newest),
         )
-        return Rows(*self.rope(pos), slab_rows, key_offset, pos, n_revived, key_pos, scoring)
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one."""
-        r = self.config.rope_scaling
-        long = int(self.kv.planned > r.get("original_max_position_embeddings", 0))
-        angle = (
-            pos[:, None, None] * self.weights.inv_freq[long]
-        )  # (T, 1, R/2) in float64: exact at any position
-        cos, sin = (
-            y.mul(r.get("attention_factor", 1.0)).to(self.wide) for y in (angle.cos(), angle.sin())
-        )
-        if "llama_4_scaling_beta" not in r:
+        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one.
+
+        Computed in float32 even for a float64 run, as the reference implementations do.
+        """
+        scaling = self.config.rope_scaling
+        original = scaling.get("original_max_position_embeddings", 0)
+        inv_freq = self.weights.inv_freq[int(self.kv.planned > original)]
+        angles = pos[:, None, None].float() * inv_freq  # (T, 1, R/2)
+        factor = scaling.get("attention_factor", 1.0)
+        cos = (angles.cos() * factor).to(self.wide)
+        sin = (angles.sin() * factor).to(self.wide)
+        if "llama_4_scaling_beta" not in scaling:
             return cos, sin, None
-        times = pos[:, None, None].double().div(r["original_max_position_embeddings"]).floor()
-        return cos, sin, times.log1p().mul(r["llama_4_scaling_beta"]).add(1).to(self.wide)
+        times = (pos[:, None, None].float() / original).floor()  # (T, 1, 1)
+        query_scale = 1 + scaling["llama_4_scaling_beta"] * torch.log(1 + times)
+        return cos, sin, query_scale.to(self.wide)
 
     def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Add attention to x (T, C) in place, appending keys and values.
+        """Add attention to x (T, C) in place, chunk by chunk, appending keys and values.
 
-        Returns the queries (w, H, D) of the newest rows, never of revived ones, and for a single
-        new row also its weights (1, H, S), which attention computes anyway.
+        Returns the queries (w, H, D) of the newest tokens that have a row here and, for a single
+        new row, its weights (1, H, S), which attention computes anyway.
         """
-        c, w, kv = self.config, self.weights.layers[layer], self.kv
-        h, g, d = c.n_heads, c.n_kv_heads, c.head_dim
-        newest, weights = x.new_empty(0, h, d), None
-        kv.wait(layer)
-        starts = [
-            *range(0, rows.n_revived, self.chunk),
-            *range(rows.n_revived, len(x), self.chunk),
-            len(x),
-        ]
-        for a, b in zip(starts, starts[1:]):
-            revived = a < rows.n_revived
-            qkv = F.linear(F.rms_norm(x[a:b], (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
-            qk, v = qkv.view(b - a, -1, d).split([h + g, g], dim=1)  # (t, H + G, D), (t, G, D)
-            if w.q_norm is not None:
-                qk = torch.cat(
-                    [
-                        F.rms_norm(qk[:, :h], (d,), w.q_norm, c.norm_eps),
-                        F.rms_norm(qk[:, h:], (d,), w.k_norm, c.norm_eps),
-                    ],
-                    dim=1,
-                )
-            if layer not in c.no_rope:
-                qk = rotate(qk, rows.cos[a:b], rows.sin[a:b])
-            q, k = qk.split([h, g], dim=1)
-            if rows.query_scale is not None:
-                q = (q * rows.query_scale[a:b]).to(q.dtype)
-            kv.append(layer, rows.slab_rows[a:b], k, v)
-            n = len(rows.key_pos) if revived else rows.key_offset + b
-            self.on_chunk(layer, b - a, n)
-            keys, values = kv.read(layer, n)  # (S, G, D)
-            if revived:
-                out = masked_attention(
-                    q, keys, values, rows.key_pos <= rows.pos[a:b, None]
-                )  # (t, S)
-            elif b - a == 1:
-                out, weights = row_attention(q, keys, values)
-            else:
-                out = causal_attention(q, keys, values)
-            self.add(x[a:b], out, w.wo)  # (t, H*D)
-            if w.bo is not None:
-                x[a:b].add_(w.bo)
+        self.kv.wait(layer)
+        n_newest = len(rows.newest)
+        newest = x.new_empty(0, self.config.n_heads, self.config.head_dim)
+        weights = None
+        for start, stop, revived in chunks(rows.n_revived, len(x), self.chunk):
+            q, weights = self.attend(layer, x, rows, start, stop, revived)
             if not revived:
-                newest = torch.cat([newest, q[-self.window :]])[-self.window :]
-        return newest, weights if len(x) - rows.n_revived == 1 else None
+                newest = torch.cat([newest, q[-n_newest:]])[-n_newest:]
+        return newest, weights
+
+    def attend(self, layer: int, x: Tensor, rows: Rows, start: int, stop: int, revived: bool):
+        """Add attention to rows start..stop-1 of x in place; see `attention`.
+
+        Returns their queries (t, H, D) and, if they are the one new row, its weights (1, H, S).
+        """
+        w = self.weights.layers[layer]
+        part = x[start:stop]  # (t, C)
+        q, k, v = self.project(layer, part, rows, start, stop)
+        self.kv.append(layer, rows.slab_rows[start:stop], k, v)
+        n_keys = len(rows.key_pos) if revived else rows.keys_before + stop
+        self.on_chunk(layer, stop - start, n_keys)
+        keys, values = self.kv.read(layer, n_keys)  # (S, G, D)
+        weights = None
+        if revived:
+            mask = rows.key_pos <= rows.pos[start:stop, None]  # (t, S)
+            out = masked_attention(q, keys, values, mask)  # (t, H*D)
+        elif len(x) - rows.n_revived == 1:
+            out, weights = row_attention(q, keys, values)
+        else:
+            out = causal_attention(q, keys, values)
+        self.add(part, out, w.wo)
+        if w.bo is not None:
+            part.add_(w.bo)
+        return q, weights
+
+    def project(
+        self, layer: int, x: Tensor, rows: Rows, start: int, stop: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (t, H, D), k and v (t, G, D) of rows x (t, C), which are rows start..stop-1."""
+        c = self.config
+        w = self.weights.layers[layer]
+        n_heads, n_kv_heads = c.n_heads, c.n_kv_heads
+        qkv = F.linear(F.rms_norm(x, (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
+        qkv = qkv.view(len(x), -1, c.head_dim)  # (t, H + 2G, D)
+        qk, v = qkv.split([n_heads + n_kv_heads, n_kv_heads], dim=1)
+        if w.q_norm is not None:
+            q = F.rms_norm(qk[:, :n_heads], (c.head_dim,), w.q_norm, c.norm_eps)
+            k = F.rms_norm(qk[:, n_heads:], (c.head_dim,), w.k_norm, c.norm_eps)
+            qk = torch.cat([q, k], dim=1)
+        if layer not in c.no_rope:
+            qk = rotate(qk, rows.cos[start:stop], rows.sin[start:stop])
+        q, k = qk.split([n_heads, n_kv_heads], dim=1)
+        if rows.query_scale is not None:
+            q = (q * rows.query_scale[start:stop]).to(q.dtype)
+        return q, k, v
 
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
@@ -285,192 +308,277 @@ class Model:
         """Add out (t, K) times w (C, K) to x (t, C) in place."""
         x.addmm_(out, w.t())
 
-    # ---- ranking ------------------------------------------------------------------------
-
-    def score_layer(
-        self, layer: int, stage: Stage, rows: Rows, n: int, queries: Tensor, weights, scores: Tensor
-    ):
-        """Let the rule score a layer's newest queries (w, H, D) on n keys; keep the maximum in scores (w, N).
-
-        weights: (1, H, S), if attention made them. Blocks that the stage does not hold keep their score from
-        lower layers, unless the rule looks at the boundary's layer alone.
-        Raises ValueError for a rule's result of another shape.
-        """
-        n_slot_rows, t = stage.n_slots * self.kv.block_len, len(rows.scoring)
-        keys, _ = self.kv.read(layer, n)  # (S, G, D)
-        if not self.rule.every_layer:
-            scores.fill_(-torch.inf)
-        few = rows_at_once(self.config.n_heads, n)
-        for a in range(0, t, few):
-            q = queries[len(queries) - t :][a : a + few]
-            of_keys = (
-                attention_weights(q, keys[: n - t + a + len(q)]) if weights is None else weights
-            )
-            # keys after the last of these rows have no weight: pad with zeros
-            of_slots = F.pad(of_keys, (0, max(0, n_slot_rows - of_keys.shape[-1])))[
-                ..., :n_slot_rows
-            ]
-            of_blocks = of_slots.reshape(
-                len(q), -1, stage.n_slots, self.kv.block_len
-            )  # (t, H, N, B)
-            new, shape = self.rule.score(of_blocks), (len(q), stage.n_slots)
-            if not isinstance(new, Tensor) or new.shape != shape or not new.is_floating_point():
-                raise ValueError(
-                    f"the scoring function returned {new!r:.60}; of weights {tuple(of_blocks.shape)} it must return "
-                    f"floating-point scores {shape}, one per query and block"
-                )
-            where = rows.scoring[a : a + few, None], stage.blocks
-            scores[where] = torch.maximum(scores[where], new.to(scores.dtype))
-            del (
-                of_keys,
-                of_slots,
-                of_blocks,
-            )  # the largest temporaries: gone before the next rows' come
+    def join_scores(self, scores: Tensor, at_boundary: bool) -> None:
+        """Make scores (W, N) the maximum over the heads of all ranks; one rank has it already."""
 
     # ---- a boundary ---------------------------------------------------------------------
 
-    def boundary(self, i: int, x: Tensor, blocks: list[int]) -> tuple[Tensor, list[int]]:
-        """Choose stage i's blocks, move rows out of and into x (T, C); return the new x and its prompt blocks."""
-        kv, stage, b = self.kv, self.kv.stages[i], self.kv.block_len
-        # choose
-        active = self.choose(i)
-        # rows return: active blocks without keys here; first, so that they need not wait for the copies below
-        revived = sorted(active - stage.held - set(blocks))
-        returned = kv.restore(stage, revived) if revived else x[:0]
-        # rows leave: those of blocks that are not active go to aux
-        first_row = {block: j * b for j, block in enumerate(blocks)}
-        kv.offload(
-            stage, x, {block: row for block, row in first_row.items() if block not in active}
-        )
-        kept = [block for block in blocks if block in active]
-        # KV moves: between slots and homes, while the FFN runs (`KVCache.move`)
-        kv.activate(stage, active)
-        if len(kept) == len(blocks) and not revived:
-            return x, blocks
-        first_row |= {block: len(x) + j * b for j, block in enumerate(revived)}
-        blocks_above = sorted(kept + revived)
-        tail = torch.arange(len(blocks) * b, len(x), device=kv.device)
-        order = torch.cat([kv.block_rows([first_row[block] for block in blocks_above]), tail])
-        return torch.cat([x, returned])[order] if revived else x[order], blocks_above
+    def boundary(
+        self, i: int, x: Tensor, blocks: list[int], ranking: "Ranking"
+    ) -> tuple[Tensor, list[int], Move | None]:
+        """Choose stage i's blocks; move rows out of and into x (T, C).
 
-    def choose(self, i: int) -> set[int]:
-        """Return the blocks to be active in stage i: the new choice, or those active now if the two overlap enough."""
-        kv, below, stage = self.kv, self.kv.stages[i - 1], self.kv.stages[i]
-        if self.rule.sees == "weights":
-            scores = stage.recent.amax(0)[below.blocks]  # (N,)
-        else:
-            keys = kv.slot_rows(below, below.layers[-1])[0].permute(1, 2, 0, 3)  # (N, B, G, D)
-            scores = self.rule.score(stage.recent, keys, below.blocks, self.unit_len)
+        Returns the new x, its prompt blocks, and the copies of keys and values to do later.
+        """
+        kv = self.kv
+        stage = kv.stages[i]
+        active = self.choose(i, ranking)
+
+        # rows return: active blocks without keys here. First, so they need not wait for copies
+        revived = sorted(active - stage.has_keys() - set(blocks))
+        returned = kv.restore(stage, revived) if revived else x[:0]
+
+        # rows leave: those of blocks that are not active go to aux
+        pruned = {block: j for j, block in enumerate(blocks) if block not in active}
+        kv.offload(stage, x, pruned)
+        move = kv.activate(stage, active)
+        if not pruned and not revived:
+            return x, blocks, move
+
+        # x has the rows of all of `together`, then of the tail
+        together = revived + blocks
+        place = {block: j for j, block in enumerate(together)}
+        blocks = sorted(block for block in together if block not in pruned)
+        if revived:
+            x = torch.cat([returned, x])
+        tail = torch.arange(len(together) * kv.block_len, len(x), device=kv.device)
+        order = torch.cat([kv.block_rows([place[block] for block in blocks]), tail])
+        return x[order], blocks, move
+
+    def choose(self, i: int, ranking: "Ranking") -> set[int]:
+        """Return the blocks to be active in stage i.
+
+        The new choice, or those active now if the two overlap enough (gamma).
+        """
+        kv = self.kv
+        below = kv.stages[i - 1]
+        stage = kv.stages[i]
+        scores = ranking.rank(below, stage)
         new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
-        if kv.length and prune.overlap(new | last, set(stage.slots) | last) >= self.gamma:
-            new = set(stage.slots)
+        active = set(stage.slots)
+        if active and prune.overlap(new | last, active | last) >= self.gamma:
+            new = active
         self.on_select(i, below.slots, scores, new)
         return new
+
+
+# ---- ranking ----------------------------------------------------------------------------
+
+
+class Ranking:
+    """What the prompt's blocks are worth to the newest tokens of one step.
+
+    The step shows it every layer below the last boundary (`see`), and each boundary asks it for the
+    scores of its candidates (`rank`). A stage keeps what earlier tokens left (`Stage.remember`).
+    """
+
+    def __init__(self, model: Model, n_newest: int):
+        self.model = model
+        self.rule = model.rule
+
+
+class WeightRanking(Ranking):
+    """The maximum over layers of what a rule makes of the newest tokens' attention weights.
+
+    A block that a stage does not hold keeps its score from lower layers.
+    """
+
+    def __init__(self, model: Model, n_newest: int):
+        super().__init__(model, n_newest)
+        shape = n_newest, model.kv.stages[0].n_slots  # (W, N)
+        self.scores = torch.full(shape, -torch.inf, dtype=model.wide, device=model.kv.device)
+
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights) -> None:
+        """Score a layer's newest queries (w, H, D); weights: theirs (1, H, S), if they are made.
+
+        Raises ValueError for a rule's result of another shape.
+        """
+        at_boundary = layer == stage.layers[-1]
+        if not self.rule.every_layer:
+            if not at_boundary:
+                return
+            self.scores.fill_(-torch.inf)
+        for newest, of_blocks in self.block_weights(layer, stage, rows, queries, weights):
+            new = check_scores(self.rule.score(of_blocks), of_blocks)
+            where = newest[:, None], stage.blocks
+            self.scores[where] = torch.maximum(self.scores[where], new.to(self.scores.dtype))
+        self.model.join_scores(self.scores, at_boundary)
+        self.model.on_scores(layer, self.scores)
+
+    def block_weights(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights):
+        """Yield few of the newest tokens (t,) at a time, and their weights (t, H, N, B)."""
+        kv = self.model.kv
+        n_keys = rows.keys_before + len(rows.pos)
+        n_in_slots = stage.n_slots * kv.block_len
+        keys, _ = kv.read(layer, n_keys)  # (S, G, D)
+        few = rows_at_once(queries.shape[1], n_keys)
+        for start in range(0, len(queries), few):
+            part = queries[start : start + few]
+            seen = n_keys - len(queries) + start + len(part)  # keys up to the last of these rows
+            of_keys = attention_weights(part, keys[:seen]) if weights is None else weights
+            # a slot that holds none of these keys has no weight: pad with zeros
+            of_slots = F.pad(of_keys, (0, max(0, n_in_slots - seen)))[..., :n_in_slots]
+            shape = len(part), -1, stage.n_slots, kv.block_len
+            yield rows.newest[start : start + few], of_slots.reshape(shape)
+            del of_keys, of_slots  # the largest temporaries: gone before the next rows' come
+
+    def rank(self, below: Stage, stage: Stage) -> Tensor:
+        """Return the scores (N,) of the blocks active below, for a stage's boundary."""
+        stage.remember(self.scores, self.model.window)
+        return stage.newest.amax(0)[below.blocks]
+
+
+class KeyRanking(Ranking):
+    """What a rule makes of the newest queries and the candidates' keys in the boundary's layer."""
+
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights) -> None:
+        self.queries = queries
+
+    def rank(self, below: Stage, stage: Stage) -> Tensor:
+        stage.remember(self.queries, self.model.window)
+        keys, _ = self.model.kv.slot_rows(below, below.layers[-1])  # (G, N, B, D)
+        keys = keys.permute(1, 2, 0, 3)  # (N, B, G, D)
+        return self.rule.score(stage.newest, keys, below.blocks, self.model.unit_len)
+
+
+RANKINGS = {"weights": WeightRanking, "keys": KeyRanking}  # by what a rule sees
+
+
+def check_scores(scores, weights: Tensor) -> Tensor:
+    """Return a rule's scores; raise ValueError unless there is one for each query and block."""
+    shape = weights.shape[0], weights.shape[2]
+    is_tensor = isinstance(scores, Tensor)
+    if not is_tensor or scores.shape != shape or not scores.is_floating_point():
+        raise ValueError(
+            f"the scoring function returned {scores!r:.60}; of weights {tuple(weights.shape)} it "
+            f"must return floating-point scores {shape}, one per query and block"
+        )
+    return scores
+
+
+def chunks(n_revived: int, n_rows: int, chunk: int):
+    """Yield (start, stop, revived) of at most `chunk` rows; revived rows come by themselves."""
+    for start in range(0, n_revived, chunk):
+        yield start, min(start + chunk, n_revived), True
+    for start in range(n_revived, n_rows, chunk):
+        yield start, min(start + chunk, n_rows), False
 
 
 # ---- rotary position embedding ----------------------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in split-half layout to the leading R dims of x (T, heads, D), with cos and sin (T, 1, R/2)."""
-    r = 2 * cos.shape[-1]
-    a, b = x[..., :r].chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., r:]], dim=-1).to(x.dtype)
+    """Apply RoPE in split-half layout to the leading R dims of x (T, heads, D).
+
+    cos and sin: (T, 1, R/2).
+    """
+    half = cos.shape[-1]
+    rest = x.shape[-1] - 2 * half
+    x1, x2, x3 = x.split([half, half, rest], dim=-1)  # (T, heads, R/2) twice, (T, heads, D-R)
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    return torch.cat([y1, y2, x3], dim=-1).to(x.dtype)
 
 
 # ---- attention: of the newest rows, of one row, of revived rows --------------------------
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend q (t, H, D), the newest t of S positions, to k and v (S, G, D) causally; return (t, H*D)."""
-    return (causal_attention_cuda if q.is_cuda else causal_attention_cpu)(q, k, v)
+    """Attend q (t, H, D), the newest t of S positions, causally to k and v (S, G, D): (t, H*D)."""
+    attend = causal_attention_cuda if q.is_cuda else causal_attention_cpu
+    return attend(q, k, v)
 
 
 def causal_attention_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Let the flash or memory-efficient kernel apply its own lower-right mask, so that no mask tensor is made.
+    """Let the flash or memory-efficient kernel apply its own lower-right mask: no mask tensor.
 
     KV heads are the batch and their query heads share the keys as a view, because the
     memory-efficient kernel, which float32 needs, has no grouped-query attention.
     """
-    from torch.nn.attention.bias import (
-        causal_lower_right,  # here, because a CPU run would wait 1.7 s for it
-    )
+    # imported here, because a CPU run would wait 1.7 s for it
+    from torch.nn.attention.bias import causal_lower_right
 
     return masked_attention(q, k, v, causal_lower_right(len(q), len(k)))
 
 
 def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend to older keys without a mask and to the rows' own keys causally; join the two by softmax weight.
+    """Attend to older keys without a mask and to the rows' own keys causally; join the two.
 
-    One call would need a mask tensor and keys repeated for every head: 1.2 to 3 times slower. The private
-    operator is called because the public function does not return the log-sum-exp that the join needs.
+    One call would need a mask tensor and keys repeated for every head: 1.2 to 3 times slower. The
+    private operator is called because the public function does not return the log-sum-exp that the
+    join needs.
     """
-    t, s = len(q), len(k)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    n_rows = len(q)
+    n_older = len(k) - n_rows
     q, k, v = by_group(q, k, v)
-    out, weight = flash(q, k[:, :, s - t :], v[:, :, s - t :], 0.0, True)
-    if s > t:
-        older, older_weight = flash(q, k[:, :, : s - t], v[:, :, : s - t])
-        wide = (
-            older_weight.dtype
-        )  # half-precision weights of the join would cost five times the error
-        share = torch.sigmoid(older_weight - weight)[..., None]
+    own_k, own_v = k[:, :, n_older:], v[:, :, n_older:]
+    out, own_lse = flash(q, own_k, own_v, 0.0, is_causal=True)
+    if n_older:
+        older, older_lse = flash(q, k[:, :, :n_older], v[:, :, :n_older])
+        share = torch.sigmoid(older_lse - own_lse)[..., None]  # of the weight that older keys get
+        wide = share.dtype  # joined in half precision, the error would be five times as large
         out = out.to(wide).lerp(older.to(wide), share).to(q.dtype)
-    return out.permute(2, 0, 1, 3).reshape(t, -1)
+    return out.permute(2, 0, 1, 3).reshape(n_rows, -1)
 
 
 def row_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend one newest q (1, H, D) to k and v (S, G, D); return (1, H*D) and the weights (1, H, S).
+    """Attend one newest q (1, H, D) to k and v (S, G, D): (1, H*D), and the weights (1, H, S).
 
     Two products and a softmax read keys and values once, as a fused kernel does, and leave
     the weights for ranking the blocks.
     """
     weights = attention_weights(q, k)
     grouped = weights.view(k.shape[1], -1, len(k))  # (G, H/G, S)
-    return product(grouped, v.transpose(0, 1)).to(v.dtype).reshape(1, -1), weights
+    out = product(grouped, v.transpose(0, 1))  # (G, H/G, D)
+    return out.to(v.dtype).reshape(1, -1), weights
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attend q (t, H, D) to k and v (S, G, D) where mask (t, S) allows it; return (t, H*D)."""
+    """Attend q (t, H, D) to k and v (S, G, D) where mask (t, S) allows it: (t, H*D)."""
     out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
     return out.permute(2, 0, 1, 3).reshape(len(q), -1)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return the causal softmax weights (t, H, S) of q (t, H, D), the newest t of S positions, on k (S, G, D).
+    """Return causal softmax weights (t, H, S) of q (t, H, D), the newest t of S, on k (S, G, D).
 
     In at least float32. Only for few rows: `rows_at_once` says how many at a time.
     """
-    (t, h, d), (s, g, _) = q.shape, k.shape
-    q = q.view(t, g, h // g, d).transpose(0, 1).reshape(g, -1, d)  # (G, t*H/G, D)
-    logits = product(q, k.permute(1, 2, 0), d**-0.5).view(g, t, -1, s)  # (G, t, H/G, S)
-    if t > 1:
-        later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-        logits[..., s - t :].masked_fill_(later[:, None], -torch.inf)
-    return logits.softmax(-1).transpose(0, 1).reshape(t, h, s)
+    n_rows, n_heads, head_dim = q.shape
+    n_keys, n_kv_heads, _ = k.shape
+    grouped = q.view(n_rows, n_kv_heads, -1, head_dim).transpose(0, 1)  # (G, t, H/G, D)
+    grouped = grouped.reshape(n_kv_heads, -1, head_dim)  # (G, t*H/G, D)
+    logits = product(grouped, k.permute(1, 2, 0), head_dim**-0.5)  # (G, t*H/G, S)
+    logits = logits.view(n_kv_heads, n_rows, -1, n_keys)  # (G, t, H/G, S)
+    if n_rows > 1:
+        later = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., n_keys - n_rows :].masked_fill_(later[:, None], -torch.inf)
+    return logits.softmax(-1).transpose(0, 1).reshape(n_rows, n_heads, n_keys)
 
 
 def rows_at_once(n_heads: int, n_keys: int) -> int:
-    """Return how many rows' weights to compute at a time: as many as fit in 16 MiB, at least one."""
+    """Return how many rows' weights to compute at a time: those of 16 MiB, at least one row's."""
     return max(1, 2**22 // (n_heads * n_keys))
 
 
 def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Return scale times (G, m, K) times (G, K, n), b in the dtype of the KV, in at least float32."""
-    if b.is_cuda and b.dtype.itemsize < 4:
-        return (
-            torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale
-        )  # no copy of b in float32
-    wide = torch.promote_types(
-        b.dtype, torch.float32
-    )  # on a CPU half precision is slow, and it rounds the logits
-    a, b = a.to(wide), b.to(wide)
-    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+    """Return scale times (G, m, K) times (G, K, n), b in the KV's dtype, in at least float32."""
+    if b.is_cuda and b.dtype.itemsize < 4:  # no copy of b in float32
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32) * scale
+    # on a CPU half precision is slow, and it rounds the logits
+    wide = torch.promote_types(b.dtype, torch.float32)
+    unused = a.new_empty(1, 1, 1, dtype=wide)
+    return torch.baddbmm(unused, a.to(wide), b.to(wide), beta=0, alpha=scale)
 
 
 def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay out q (t, H, D) as (G, H/G, t, D), k and v (S, G, D) as (G, H/G, S, D), no key copied."""
-    (t, h, d), g = q.shape, k.shape[1]
-    k, v = (y.transpose(0, 1)[:, None].expand(-1, h // g, -1, -1) for y in (k, v))
-    return q.view(t, g, h // g, d).permute(1, 2, 0, 3), k, v
+    """Lay out q (t, H, D) as (G, H/G, t, D), k and v (S, G, D) as (G, H/G, S, D), as views."""
+    n_rows, n_heads, head_dim = q.shape
+    n_kv_heads = k.shape[1]
+    group = n_heads // n_kv_heads
+    q = q.view(n_rows, n_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    k = k.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+    v = v.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+    return q, k, v

@@ -1,8 +1,9 @@
 """Which blocks of a prompt stay: the method itself, as pure functions.
 
-SlimInfer (arXiv 2508.06447) rests on *information diffusion*: on its way up the layers, what the critical tokens know
-spreads over the whole sequence, so whole blocks of prompt tokens can leave the hidden states. At a *boundary* the
-candidate blocks are ranked, and the best within a token budget stay for the layers above.
+SlimInfer (arXiv 2508.06447) rests on *information diffusion*: on its way up the layers, what the
+critical tokens know spreads over the whole sequence, so whole blocks of prompt tokens can leave the
+hidden states. At a *boundary* the candidate blocks are ranked, and the best within a token budget
+stay for the layers above.
 
 Two rules rank them: `peak`, the default, and `paper`, which is SlimInfer's. A rule of your own is
 a `Rule`, passed as `slim.load(..., score=yours)`.
@@ -22,9 +23,7 @@ from torch import Tensor
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
 SHARED_FROM = 1024  # tokens: a share prunes no shorter prompt, as there is nothing to gain
-LEAST_BLOCKS = (
-    8  # the fewest that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
-)
+LEAST_BLOCKS = 8  # that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
 
 
 def share(budget: float | Fraction) -> Fraction:
@@ -32,7 +31,10 @@ def share(budget: float | Fraction) -> Fraction:
 
 
 def tokens(budget: Budget, n_prompt: int, block_len: int) -> int:
-    """Return a budget in tokens; a share keeps at least LEAST_BLOCKS, and all of a prompt below SHARED_FROM tokens."""
+    """Return a budget in tokens.
+
+    A share keeps at least LEAST_BLOCKS, and all of a prompt below SHARED_FROM tokens.
+    """
     if type(budget) is int:
         return budget
     if n_prompt < SHARED_FROM:
@@ -41,14 +43,17 @@ def tokens(budget: Budget, n_prompt: int, block_len: int) -> int:
 
 
 def stage_blocks(n_prompt: int, schedule: dict[int, Budget], block_len: int) -> list[int]:
-    """Return the number of active blocks of every stage, sink and last block counted; it never changes later.
+    """Return the number of active blocks of every stage, with sink and last block; it is fixed.
 
     A budget that covers the prompt prunes nothing, even if the prompt's last block is partial.
     """
-    sizes = [-(-n_prompt // block_len)]
+    size = -(-n_prompt // block_len)
+    sizes = [size]
     for budget in schedule.values():
         n = tokens(budget, n_prompt, block_len)
-        sizes.append(sizes[-1] if n >= n_prompt else min(sizes[-1], max(2, n // block_len)))
+        if n < n_prompt:
+            size = min(size, max(2, n // block_len))
+        sizes.append(size)
     return sizes
 
 
@@ -60,18 +65,18 @@ class Rule:
     """How blocks are ranked: a function, and what it is given.
 
     sees "weights": score(weights (W, H, N, B)) -> (W, N), what each block is worth to each query,
-    from the softmax attention weights of one layer. It runs in every layer, and a block's score is its
-    maximum over layers and newest queries; a block that a layer does not hold keeps its score from the
-    layers below. Without `every_layer` it runs in the boundary's layer alone.
+    from the softmax attention weights of one layer. It runs in every layer, and a block's score is
+    its maximum over layers and newest queries; a block that a layer does not hold keeps its score
+    from the layers below. Without `every_layer` it runs in the boundary's layer alone.
 
-    sees "keys": score(queries (W, H, D), keys (N, B, G, D), blocks (N,), unit_len) -> (N,), from the
-    post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
+    sees "keys": score(queries (W, H, D), keys (N, B, G, D), blocks (N,), unit_len) -> (N,), from
+    the post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
 
-    Higher is kept. window: newest queries that count. gamma: overlap of the new choice with the active
-    blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name belongs to
-    a saved conversation; a rule without one cannot be saved.
+    Higher is kept. window: newest queries that count. gamma: overlap of the new choice with the
+    active blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name
+    belongs to a saved conversation; a rule without one cannot be saved.
 
-    heads: with the heads on several GPUs, "max" or "mean" joins the scores that each GPU's heads gave; "all"
+    join: with the heads on several GPUs, "max" joins the scores that each GPU's heads gave; "all"
     gives the function the heads of all GPUs: right for any function, but what it sees must be sent.
     """
 
@@ -81,31 +86,30 @@ class Rule:
     every_layer: bool = True
     window: int = 32
     gamma: float = 1.0
-    heads: str = "all"
+    join: str = "all"
 
     def __post_init__(self):
-        known = self.sees in ("weights", "keys") and type(self.every_layer) is bool
-        if not isinstance(self.name, str) or not callable(self.score) or not known:
-            raise ValueError(
-                f"rule {self.name!r:.60} needs a name, a function, sees='weights' or 'keys', and a bool every_layer; "
-                f"it has {self.score!r:.60}, {self.sees!r:.60} and {self.every_layer!r:.60}"
-            )
+        if not isinstance(self.name, str):
+            raise ValueError(f"a rule's name is {self.name!r:.60}; it must be text")
+        rule = f"rule {self.name!r:.60}"
+        if not callable(self.score):
+            raise ValueError(f"{rule}: score is {self.score!r:.60}; it must be a function")
+        if self.sees not in ("weights", "keys"):
+            raise ValueError(f"{rule}: sees is {self.sees!r:.60}; it must be 'weights' or 'keys'")
+        if type(self.every_layer) is not bool:
+            raise ValueError(f"{rule}: every_layer is {self.every_layer!r:.60}; it must be a bool")
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
             raise ValueError(
-                f"rule {self.name!r}: window is {self.window!r}; it must be a whole number in 1..65536"
-            )
-        if self.heads not in ("all", "max", "mean"):
-            raise ValueError(
-                f"rule {self.name!r}: heads is {self.heads!r:.60}; it must be 'all', 'max' or 'mean'"
+                f"{rule}: window is {self.window!r}; it must be a whole number in 1..65536"
             )
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
-            raise ValueError(
-                f"rule {self.name!r}: gamma is {self.gamma!r}; it must be an overlap within 0..1"
-            )
+            raise ValueError(f"{rule}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
+        if self.join not in ("all", "max"):
+            raise ValueError(f"{rule}: join is {self.join!r:.60}; it must be 'all' or 'max'")
 
 
 def peak(weights: Tensor) -> Tensor:
-    """Return each query's strongest weight on a token of each block (W, N), of weights (W, H, N, B).
+    """Return each query's strongest weight (W, H, N, B) on a token of each block: (W, N).
 
     A maximum keeps the signal of the few heads that retrieve; a mean over heads, queries or tokens
     dilutes it. It is also the same, bit for bit, in any order of heads, layers and devices.
@@ -114,26 +118,27 @@ def peak(weights: Tensor) -> Tensor:
 
 
 def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
-    """Average the post-RoPE keys (N, B, G, D) of every unit: (N, B / unit_len, G, D), in at least float32."""
-    return keys.unflatten(1, (-1, unit_len)).mean(
-        2, dtype=torch.promote_types(keys.dtype, torch.float32)
-    )
+    """Average the post-RoPE keys (N, B, G, D) of every unit: (N, U, G, D), in at least float32."""
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    return keys.unflatten(1, (-1, unit_len)).mean(2, dtype=wide)
 
 
 def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tensor:
-    """Score blocks as SlimInfer does: max over units of the mean over heads of |mean query . unit key| (paper).
+    """Score blocks as SlimInfer does: max over units of mean over heads of |mean query . unit key|.
 
-    queries: (W, H, D) and keys: (N, B, G, D) after RoPE; blocks: (N,) their numbers, unused here. Returns (N,).
+    queries: (W, H, D) and keys: (N, B, G, D) after RoPE; blocks: (N,) their numbers, unused here.
+    Returns (N,).
     """
     units = unit_keys(keys, unit_len)  # (N, U, G, D)
-    n, u, g, d = units.shape
-    query = queries.to(units.dtype).mean(0).view(g, -1, d)  # (G, H/G, D)
-    dots = query @ units.view(n * u, g, d).permute(1, 2, 0)  # (G, H/G, N*U)
-    return dots.abs().mean((0, 1)).view(n, u).amax(1)  # (N,)
+    n_blocks, n_units, n_kv_heads, head_dim = units.shape
+    query = queries.to(units.dtype).mean(0).view(n_kv_heads, -1, head_dim)  # (G, H/G, D)
+    units = units.flatten(0, 1).permute(1, 2, 0)  # (G, D, N*U)
+    dots = (query @ units).abs().mean((0, 1))  # (N*U,)
+    return dots.view(n_blocks, n_units).amax(1)  # (N,)
 
 
 RULES = {
-    "peak": Rule("peak", peak, heads="max"),
+    "peak": Rule("peak", peak, join="max"),
     "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9),
 }
 
@@ -142,28 +147,29 @@ RULES = {
 
 
 def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:
-    """Return the k best of `blocks`, ascending; block 0 (the attention sink) always, ties to the lower block.
+    """Return the k best of `blocks`, ascending; the sink is always one; ties to the lower block.
 
     scores: (N,) of any device; reading them here is the one time a step waits for the device.
     Raises ValueError for scores of another shape or not a number.
     """
-    wrong = (
-        not isinstance(scores, Tensor)
-        or not scores.is_floating_point()
-        or scores.shape != (len(blocks),)
-    )
-    if wrong or (scores := scores.cpu()).isnan().any():
-        need = f"({len(blocks)},) float scores, none of them NaN"
-        raise ValueError(f"the scoring function returned {scores!r:.60}; it must return {need}")
-    blocks, order = torch.tensor(
-        blocks
-    ).sort()  # slots hold blocks in any order; the sink comes first
+    shape = (len(blocks),)
+    is_tensor = isinstance(scores, Tensor)
+    right = is_tensor and scores.is_floating_point() and scores.shape == shape
+    if right:
+        scores = scores.cpu()
+        right = not scores.isnan().any()
+    if not right:
+        raise ValueError(
+            f"the scoring function returned {scores!r:.60}; it must return {shape} float scores, "
+            "none of them NaN"
+        )
+    in_order, order = torch.tensor(blocks).sort()  # slots hold blocks in any order; now sink first
     scores = scores[order]
     scores[0] = torch.inf
     best = scores.argsort(descending=True, stable=True)[:k]
-    return sorted(blocks[best].tolist())
+    return sorted(in_order[best].tolist())
 
 
 def overlap(new: set[int], active: set[int]) -> float:
-    """Return the share of the new selection that is active already (paper: swap only below gamma)."""
+    """Return the share of the new choice that is active already (paper: swap only below gamma)."""
     return len(new & active) / len(new)

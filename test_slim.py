@@ -1,29 +1,24 @@
-"""Tests of Slim, on the CPU in a few minutes and on a CUDA device where there is one.
+"""Tests of the engine, on the CPU in a few minutes and on a CUDA device where there is one.
 
-Each test names the property it protects. Models are tiny and random, made by `transformers`
-so that the checkpoints are the real format; what pruning computes is held against `Oracle`,
-a slow float64 program with plain dictionaries that shares no line with the engine.
-Goldens of real tokenizers and of a real model need files that are not part of this
-repository: $SLIM_TEST_DATA names their folder, and without it those tests say so and skip.
-So does the test of SmolLM2 where that is neither at hand nor, with SLIM_REAL=1, can be made.
+Models are tiny and random, made by `transformers`, so that the checkpoints are the real format.
+What pruning computes is held against `Oracle`, a slow float64 program with plain dictionaries that
+shares no line with the engine. Goldens of real tokenizers and of a real model need files that are
+not part of this repository: $SLIM_TEST_DATA names their folder, and without it those tests say so
+and skip. So does the test of SmolLM2 where it is not at hand and, without SLIM_REAL=1, not made.
 """
 
+import itertools
 import json
 import math
 import os
-import random
 import re
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.nn.attention.bias import CausalBias
 
 import kvcache
 import model
@@ -42,12 +37,10 @@ from conftest import (
     draw,
     edit_json,
     go_on,
-    needs_cuda,
+    load_three_stages,
     needs_data,
     newest_of_weights,
 )
-from kvcache import HostMemory, KVCache
-from planning import schedule as schedules
 
 # ---- dense: transformers ----------------------------------------------------------------
 
@@ -55,26 +48,26 @@ from planning import schedule as schedules
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_logits_are_those_of_transformers(checkpoints, family, device):
+    """Every family, at lengths around a block and a chunk: what a checkpoint says is computed."""
     folder, reference = checkpoints[family]
+    engine = slim.load(folder, device, dtype="float32", schedule="dense")
     for length in (1, 63, 64, 65, 997):
         ids = draw(length, seed=length)
         with torch.no_grad():
             want = reference(torch.tensor([ids])).logits[0, -1]
         for chunk in (1, 64, 100, length) if length < 100 else (64, 100, length):
-            got = slim.load(folder, device, dtype="float32", schedule="dense", chunk=chunk).prefill(
-                ids
-            )
+            engine.model.chunk = chunk
+            got = engine.prefill(ids)
             torch.testing.assert_close(got.cpu(), want, atol=ATOL[torch.float32], rtol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_decode_and_follow_up_continue_the_prefill(checkpoints, device):
+    """Positions, masks and the KV go on where the last step ended, for one token as for many."""
     folder, reference = checkpoints["llama3.1-rope"]
-    ids, engine, at = (
-        draw(200),
-        slim.load(folder, device, dtype="float32", schedule={}, chunk=50),
-        100,
-    )
+    engine = slim.load(folder, device, dtype="float32", schedule={}, chunk=50)
+    ids = draw(200)
+    at = 100
     engine.prefill(ids[:at])
     for step in (1, 1, 1, 60, 1, 36):
         at += step
@@ -85,6 +78,7 @@ def test_decode_and_follow_up_continue_the_prefill(checkpoints, device):
 
 
 def test_greedy_generation_is_that_of_transformers(checkpoints):
+    """The loop of steps, and not only each step."""
     folder, reference = checkpoints["qwen2-bias"]
     ids = draw(70)
     want = reference.generate(
@@ -96,13 +90,14 @@ def test_greedy_generation_is_that_of_transformers(checkpoints):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near_float32(checkpoints, dtype, device):
+    """Sums and softmax are in float32; kept in half precision, errors would grow with length."""
     folder, reference = checkpoints["llama3-gqa"]
+    engine = slim.load(folder, device, dtype=str(dtype)[6:], schedule="dense")
     with torch.no_grad():
         want = reference(torch.tensor([draw(300)])).logits[0, -1]
     for chunk in (64, 299, 300):  # joined from chunks, a row alone, all at once
-        got = slim.load(
-            folder, device, dtype=str(dtype)[6:], schedule="dense", chunk=chunk
-        ).prefill(draw(300))
+        engine.model.chunk = chunk
+        got = engine.prefill(draw(300))
         assert got.dtype == torch.float32
         torch.testing.assert_close(
             got.cpu(), want, atol=ATOL[dtype] * want.abs().max().item(), rtol=0
@@ -113,19 +108,16 @@ def test_half_precision_stays_near_float32(checkpoints, dtype, device):
 def test_attention_of_newest_rows_is_the_plain_softmax(dtype):
     """Both kernels' paths; flat attention is where a join in half precision was wrong by 0.015."""
     torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(n, h, 64) * scale
-        for n, h, scale in ((7, 6, 0.01), (4096, 2, 0.01), (4096, 2, 1.0))
-    )
+    q = (0.01 * torch.randn(7, 6, 64)).to(dtype)
+    k = (0.01 * torch.randn(4096, 2, 64)).to(dtype)
+    v = torch.randn(4096, 2, 64) + 1
     v[4089:] += 40  # the newest few weigh little and say much
-    q, k, v = (y.to(dtype) for y in (q, k, v + 1))
+    v = v.to(dtype)
     mask = torch.arange(4096) <= torch.arange(4089, 4096)[:, None]
     logits = torch.einsum("tgrd,sgd->tgrs", q.double().view(7, 2, 3, 64), k.double()) / 8
     weights = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     want = torch.einsum("tgrs,sgd->tgrd", weights, v.double()).flatten(1)
-    atol = {torch.float32: 1e-5, torch.bfloat16: 9e-3}[
-        dtype
-    ]  # near 1 two roundings to bfloat16 are 0.008
+    atol = 1e-5 if dtype == torch.float32 else 9e-3  # near 1 two roundings to bfloat16 are 0.008
     for attend in (model.causal_attention_cpu, model.causal_attention_cuda):
         torch.testing.assert_close(attend(q, k, v).double(), want, atol=atol, rtol=0)
     row, row_weights = model.row_attention(q[-1:], k, v)
@@ -139,17 +131,18 @@ def test_attention_of_newest_rows_is_the_plain_softmax(dtype):
 def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeypatch):
     """With enable_gqa, float32 falls to the math kernel, which builds all scores."""
     seen = {}
-    monkeypatch.setattr(
-        model.F, "scaled_dot_product_attention", lambda q, k, v, **kw: seen.update(kw, k=k) or q
-    )
+
+    def kernel(q, k, v, **options):
+        seen.update(options, k=k)
+        return q
+
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", kernel)
     k = torch.randn(50, 2, 16)
     model.causal_attention_cuda(torch.randn(20, 8, 16), k, k)
-    assert set(seen) == {"attn_mask", "k"} and not isinstance(
-        seen["attn_mask"].__dict__.get("data"), torch.Tensor
-    )
-    assert (
-        seen["k"].shape == (2, 4, 50, 16) and seen["k"].untyped_storage().data_ptr() == k.data_ptr()
-    )
+    assert set(seen) == {"attn_mask", "k"}
+    assert isinstance(seen["attn_mask"], CausalBias)  # a plain tensor would be a written-out mask
+    assert seen["k"].shape == (2, 4, 50, 16)
+    assert seen["k"].untyped_storage().data_ptr() == k.data_ptr()
 
 
 # ---- pruned: the oracle -----------------------------------------------------------------
@@ -160,114 +153,122 @@ class Oracle:
 
     def __init__(self, folder, schedule, block_len, unit_len, window=4, gamma=0.9, rule="paper"):
         self.w = {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}
-        self.c = c = json.loads((folder / "config.json").read_text())
-        self.schedule, self.block_len, self.unit_len, self.window, self.gamma = (
-            schedule,
-            block_len,
-            unit_len,
-            window,
-            gamma,
-        )
-        self.H, self.G, self.L = (
-            c["num_attention_heads"],
-            c["num_key_value_heads"],
-            c["num_hidden_layers"],
-        )
-        self.D = c.get("head_dim") or c["hidden_size"] // self.H
-        self.R = int(self.D * c["rope_parameters"].get("partial_rotary_factor", 1))
-        self.no_rope = [i for i, turned in enumerate(c.get("no_rope_layers") or []) if not turned]
-        self.inv, self.sharper = None, 1.0  # known once the prompt's length is
+        self.config = config = json.loads((folder / "config.json").read_text())
+        self.schedule = schedule
+        self.block_len = block_len
+        self.unit_len = unit_len
+        self.window = window
+        self.gamma = gamma
+        self.rule = rule  # "paper"; "peak"; "mass": sums of the boundary's layer, mean over heads
+        self.H = config["num_attention_heads"]
+        self.G = config["num_key_value_heads"]
+        self.L = config["num_hidden_layers"]
+        self.D = config.get("head_dim") or config["hidden_size"] // self.H
+        self.rope = config["rope_parameters"]
+        self.R = int(self.D * self.rope.get("partial_rotary_factor", 1))
+        turned = config.get("no_rope_layers") or [1] * self.L
+        self.no_rope = [layer for layer in range(self.L) if not turned[layer]]
         self.kv = [{} for _ in range(self.L)]  # layer -> position -> (key, value)
-        self.ring = {p: [] for p in schedule}
-        self.rule = rule  # "paper", "peak", or "mass": summed weights, mean over heads, of the boundary's layer alone
         self.active = {}  # boundary -> blocks
         self.aux = {p: {} for p in schedule}  # boundary -> position -> hidden state
-        self.n = self.swaps = self.revived = 0
+        self.newest = {p: [] for p in schedule}  # boundary -> what its newest queries found
+        self.n = 0
+        self.swaps = 0
+        self.revived = 0
 
-    def norm(self, x, name):
-        return x / (x.square().mean() + self.c["rms_norm_eps"]).sqrt() * self.w[name]
+    # ---- positions
 
     def lay_out_rope(self, prompt):
-        r, pairs = self.c["rope_parameters"], range(self.R // 2)
-        inv = [r["rope_theta"] ** (-2 * i / self.R) for i in pairs]
-        if r["rope_type"] == "longrope":
-            old = self.c["original_max_position_embeddings"]
-            inv = [
-                f / by for f, by in zip(inv, r["long_factor" if prompt > old else "short_factor"])
-            ]
-            self.sharper = math.sqrt(
-                1 + math.log(self.c["max_position_embeddings"] / old) / math.log(old)
-            )
-        if r["rope_type"] == "yarn":
-            full, turns = (
-                r["original_max_position_embeddings"] / (2 * math.pi),
-                (32, 1),
-            )  # beta_fast, beta_slow
-            first, last = (
-                self.R * math.log(full / n) / math.log(r["rope_theta"]) / 2 for n in turns
-            )
-            first, last = max(0, math.floor(first)), min(self.R - 1, math.ceil(last))
-            ramp = [min(1, max(0, (i - first) / (last - first))) for i in pairs]
-            inv = [f / r["factor"] * by + f * (1 - by) for f, by in zip(inv, ramp)]
-            self.sharper = (
-                1.0 if "mscale" in r else 0.1 * math.log(r["factor"]) + 1
-            )  # mscale is as big as the other
-        self.inv = torch.tensor(inv, dtype=torch.float64)
+        """Set RoPE's frequencies, in float32 as they are everywhere, and its scale."""
+        pairs = torch.arange(self.R // 2, dtype=torch.float32)
+        period = self.rope["rope_theta"] ** (2 * pairs / self.R)
+        self.inv = 1 / period
+        self.sharper = 1.0
+        if self.rope["rope_type"] == "longrope":
+            old = self.config["original_max_position_embeddings"]
+            factors = self.rope["long_factor" if prompt > old else "short_factor"]
+            self.inv = 1 / (torch.tensor(factors) * period)
+            stretch = self.config["max_position_embeddings"] / old
+            self.sharper = math.sqrt(1 + math.log(stretch) / math.log(old))
+        if self.rope["rope_type"] == "yarn":
+            factor = self.rope["factor"]
+            first = max(0, math.floor(self.pair_that_turns(32)))  # beta_fast
+            last = min(self.R - 1, math.ceil(self.pair_that_turns(1)))  # beta_slow
+            keep = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+            self.inv = 1 / (factor * period) * (1 - keep) + 1 / period * keep
+            if "mscale" not in self.rope:  # where it is given, mscale_all_dim is as large
+                self.sharper = 0.1 * math.log(factor) + 1
+
+    def pair_that_turns(self, times):
+        """Return the pair of dims (not rounded) that turns so often over the trained context."""
+        wave = self.rope["original_max_position_embeddings"] / (2 * math.pi * times)
+        return self.R * math.log(wave) / math.log(self.rope["rope_theta"]) / 2
 
     def turn(self, layer, x, position):
         if layer in self.no_rope:
             return x
-        (a, b), rest = x[:, : self.R].chunk(2, -1), x[:, self.R :]
-        cos, sin = (
-            (position * self.inv).cos() * self.sharper,
-            (position * self.inv).sin() * self.sharper,
-        )
-        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+        x1, x2 = x[:, : self.R].chunk(2, -1)
+        angle = position * self.inv  # in float32
+        cos = angle.cos() * self.sharper
+        sin = angle.sin() * self.sharper
+        return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, x[:, self.R :]], -1)
 
     def louder(self, position):
-        r = self.c["rope_parameters"]
-        if "llama_4_scaling_beta" not in r:
+        if "llama_4_scaling_beta" not in self.rope:
             return 1.0
-        return 1 + r["llama_4_scaling_beta"] * math.log(
-            1 + position // r["original_max_position_embeddings"]
-        )
+        times = torch.tensor(1.0 + position // self.rope["original_max_position_embeddings"])
+        return 1 + self.rope["llama_4_scaling_beta"] * times.log()  # in float32
+
+    # ---- a layer
+
+    def norm(self, x, name):
+        return x / (x.square().mean() + self.config["rms_norm_eps"]).sqrt() * self.w[name]
 
     def heads(self, layer, kind, h):
-        name, sizes = f"model.layers.{layer}.self_attn.", {"q": self.H, "k": self.G, "v": self.G}
+        """Return the heads of q, k or v (kind) of one row h, before RoPE."""
+        name = f"model.layers.{layer}.self_attn."
         if name + "qkv_proj.weight" in self.w:
-            parts = (self.w[name + "qkv_proj.weight"] @ h).split(
-                [n * self.D for n in sizes.values()]
-            )
-            y = parts["qkv".index(kind)].view(-1, self.D)
+            sizes = [self.H * self.D, self.G * self.D, self.G * self.D]
+            y = (self.w[name + "qkv_proj.weight"] @ h).split(sizes)["qkv".index(kind)]
         else:
             y = self.w[f"{name}{kind}_proj.weight"] @ h + self.w.get(f"{name}{kind}_proj.bias", 0)
         y = y.view(-1, self.D)
         norm = f"{name}{kind}_norm.weight"
         return torch.stack([self.norm(row, norm) for row in y]) if norm in self.w else y
 
-    def boundary_below(self, layer):
-        return max((p for p in self.schedule if p <= layer), default=None)
+    def attend(self, layer, row, query):
+        """Return what attention adds to a row; let the rule look at the weights of new rows."""
+        keys = [key for key in self.kv[layer] if self.attends(layer, row, key)]
+        k = torch.stack([self.kv[layer][key][0] for key in keys])  # (S, G, D)
+        v = torch.stack([self.kv[layer][key][1] for key in keys])
+        k = k.repeat_interleave(self.H // self.G, 1)  # (S, H, D)
+        v = v.repeat_interleave(self.H // self.G, 1)
+        weights = (torch.einsum("hd,shd->hs", query, k) / math.sqrt(self.D)).softmax(-1)
+        if row >= self.start:
+            self.look(row, keys, weights)
+        out = torch.einsum("hs,shd->hd", weights, v).flatten()
+        name = f"model.layers.{layer}.self_attn.o_proj."
+        return self.w[name + "weight"] @ out + self.w.get(name + "bias", 0)
 
     def attends(self, layer, row, key):
+        if key > row:
+            return False
         p = self.boundary_below(layer)
-        return key <= row and (
-            p is None or key >= self.tail or key // self.block_len in self.active[p]
-        )
+        return p is None or key >= self.tail or key // self.block_len in self.active[p]
 
-    def score(self, layer, block, query):
-        best = 0.0
-        for u in range(block * self.block_len, (block + 1) * self.block_len, self.unit_len):
-            mean = (
-                sum(self.kv[layer][j][0] for j in range(u, u + self.unit_len)) / self.unit_len
-            )  # (G, D)
-            best = max(
-                best,
-                sum(abs(float(query[h] @ mean[h * self.G // self.H])) for h in range(self.H))
-                / self.H,
-            )
-        return best
+    def ffn(self, layer, h):
+        name = f"model.layers.{layer}.mlp."
+        if name + "gate_up_proj.weight" in self.w:
+            gate, up = self.w[name + "gate_up_proj.weight"].chunk(2)
+        else:
+            gate = self.w[name + "gate_proj.weight"]
+            up = self.w[name + "up_proj.weight"]
+        return self.w[name + "down_proj.weight"] @ (F.silu(gate @ h) * (up @ h))
 
-    def look(self, row, keys, weights):  # weights (H, S): what one query attends to in one layer
+    # ---- what blocks are worth
+
+    def look(self, row, keys, weights):
+        """Note what each block is worth to one query, from its weights (H, S) in one layer."""
         worth = self.worth[row]
         for j, key in enumerate(keys):
             block = key // self.block_len
@@ -276,90 +277,92 @@ class Oracle:
             else:
                 worth[block] = max(worth.get(block, 0.0), float(weights[:, j].max()))
 
-    def boundary(self, p, x, queries, first, start):
-        found = (
-            queries
-            if self.rule == "paper"
-            else {row: dict(worth) for row, worth in self.worth.items()}
-        )
-        self.ring[p] = (self.ring[p] + [f for row, f in sorted(found.items()) if row >= start])[
-            -self.window :
-        ]
+    def paper_score(self, layer, block, query):
+        """Return the largest, over units, mean over heads of |query . mean key| (query: (H, D))."""
+        best = 0.0
+        for start in range(block * self.block_len, (block + 1) * self.block_len, self.unit_len):
+            keys = [self.kv[layer][j][0] for j in range(start, start + self.unit_len)]
+            mean = sum(keys) / self.unit_len  # (G, D)
+            dots = [abs(float(query[h] @ mean[h * self.G // self.H])) for h in range(self.H)]
+            best = max(best, sum(dots) / self.H)
+        return best
+
+    def rank(self, p, candidates, k):
+        """Return the best k of the candidates; the first and the last block always."""
+        newest = self.newest[p]
+        ends = {0, self.last}
+        if self.rule == "paper":
+            query = sum(newest) / len(newest)  # (H, D)
+            scores = {b: self.paper_score(p - 1, b, query) for b in candidates - ends}
+        else:
+            scores = {b: max(worth.get(b, -1.0) for worth in newest) for b in candidates - ends}
+        return ends | set(sorted(scores, key=lambda b: (-scores[b], b))[: k - 2])
+
+    # ---- a boundary
+
+    def boundary_below(self, layer):
+        return max((p for p in self.schedule if p <= layer), default=None)
+
+    def boundary(self, p, x, queries):
+        found = queries
+        if self.rule != "paper":
+            found = {row: dict(worth) for row, worth in self.worth.items()}
+        newest = max(self.start, self.n - self.window)  # older rows only survived, and ask nothing
+        asking = [found[row] for row in sorted(found) if row >= newest]
+        self.newest[p] = (self.newest[p] + asking)[-self.window :]
         below = self.boundary_below(p - 1)
         candidates = set(range(self.last + 1)) if below is None else self.active[below]
         k = max(2, self.schedule[p] // self.block_len)
         new = set(candidates)
         if len(candidates) > k and self.schedule[p] < self.prompt:
-            if self.rule == "paper":
-                query = sum(self.ring[p]) / len(self.ring[p])  # (H, D)
-                scores = {b: self.score(p - 1, b, query) for b in candidates - {0, self.last}}
-            else:
-                scores = {
-                    b: max(f.get(b, -1.0) for f in self.ring[p])
-                    for b in candidates - {0, self.last}
-                }
-            new = {0, self.last} | set(sorted(scores, key=lambda b: (-scores[b], b))[: k - 2])
+            new = self.rank(p, candidates, k)
         old = self.active.get(p)
-        if first or len(new & old) / len(new) < self.gamma:
+        if old is None:
             self.active[p] = new
-            self.swaps += 0 if first else len(new - old)
-        for row in [
-            row for row in x if row < self.tail and row // self.block_len not in self.active[p]
-        ]:
-            self.aux[p][row] = x.pop(row)
+        elif len(new & old) / len(new) < self.gamma:
+            self.active[p] = new
+            self.swaps += len(new - old)
+        for row in list(x):
+            if row < self.tail and row // self.block_len not in self.active[p]:
+                self.aux[p][row] = x.pop(row)
         for block in self.active[p] - {self.last}:
             rows = range(block * self.block_len, (block + 1) * self.block_len)
             if rows[0] not in self.kv[p] and rows[0] not in x:
                 self.revived += 1
                 x |= {row: self.aux[p].pop(row) for row in rows}
 
+    # ---- a step
+
     def step(self, ids):
-        first, start = self.n == 0, self.n
-        if first:
-            self.prompt, self.last = len(ids), (len(ids) - 1) // self.block_len
+        """Run new tokens through all layers; return the logits after the last."""
+        self.start = self.n
+        if self.start == 0:
+            self.prompt = len(ids)
+            self.last = (len(ids) - 1) // self.block_len  # block
             self.tail = self.last * self.block_len
             self.lay_out_rope(len(ids))
         self.n += len(ids)
-        x = {start + i: self.w["model.embed_tokens.weight"][t] for i, t in enumerate(ids)}
-        self.worth = {row: {} for row in x}
+        embed = self.w["model.embed_tokens.weight"]
+        x = {self.start + i: embed[token] for i, token in enumerate(ids)}
+        self.worth = {row: {} for row in x}  # row -> block -> worth
         for layer in range(self.L):
-            name, queries = f"model.layers.{layer}.", {}
-            if self.rule == "mass":
-                self.worth = {
-                    row: {} for row in self.worth
-                }  # rows that left say nothing of later layers
+            name = f"model.layers.{layer}."
+            if self.rule == "mass":  # worth in this layer alone; rows that left say nothing
+                self.worth = {row: {} for row in self.worth}
+            queries = {}
             for row in x:
                 h = self.norm(x[row], name + "input_layernorm.weight")
                 q, k, v = (self.heads(layer, kind, h) for kind in "qkv")
                 queries[row] = self.turn(layer, q, row) * self.louder(row)
                 self.kv[layer][row] = self.turn(layer, k, row), v
             for row in x:
-                keys = [key for key in self.kv[layer] if self.attends(layer, row, key)]
-                k, v = (
-                    torch.stack([self.kv[layer][key][i] for key in keys]).repeat_interleave(
-                        self.H // self.G, 1
-                    )
-                    for i in (0, 1)
-                )
-                weights = (torch.einsum("hd,shd->hs", queries[row], k) / math.sqrt(self.D)).softmax(
-                    -1
-                )
-                if row >= start:
-                    self.look(row, keys, weights)
-                out = torch.einsum("hs,shd->hd", weights, v).flatten()
-                bias = self.w.get(name + "self_attn.o_proj.bias", 0)
-                x[row] = x[row] + self.w[name + "self_attn.o_proj.weight"] @ out + bias
+                x[row] = x[row] + self.attend(layer, row, queries[row])
             if layer + 1 in self.schedule:
-                self.boundary(layer + 1, x, queries, first, start)
+                self.boundary(layer + 1, x, queries)
             for row in x:
                 h = self.norm(x[row], name + "post_attention_layernorm.weight")
-                if name + "mlp.gate_up_proj.weight" in self.w:
-                    gate, up = self.w[name + "mlp.gate_up_proj.weight"].chunk(2)
-                else:
-                    gate, up = (self.w[f"{name}mlp.{n}_proj.weight"] for n in ("gate", "up"))
-                down = self.w[name + "mlp.down_proj.weight"]
-                x[row] = x[row] + down @ (F.silu(gate @ h) * (up @ h))
-        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+                x[row] = x[row] + self.ffn(layer, h)
+        head = self.w.get("lm_head.weight", embed)
         return head @ self.norm(x[self.n - 1], "model.norm.weight")
 
 
@@ -371,78 +374,71 @@ CASES = [  # schedule, gamma, prompt, least swaps and revivals that make the cas
 ]
 
 
-@pytest.mark.parametrize("chunk", [7, 0])
+def compare(oracle, engines, ids, ends):
+    """Go on with a conversation, in steps that end at `ends`, on the oracle and on engines."""
+    for end in ends:
+        part = ids[oracle.n : end]
+        first = oracle.n == 0
+        want = oracle.step(part)
+        for engine in engines:
+            got = engine.prefill(part) if first else engine.extend(part)
+            torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+    for engine in engines:
+        assert engine.stats["swaps"] == oracle.swaps
+        assert engine.stats["revived"] == oracle.revived
+
+
 @pytest.mark.parametrize("rule", ["paper", "peak", MASS], ids=["paper", "peak", "mass"])
 @pytest.mark.parametrize("schedule, gamma, prompt, swaps, revived", CASES)
 def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
-    tiny, schedule, gamma, prompt, swaps, revived, rule, chunk
+    tiny, schedule, gamma, prompt, swaps, revived, rule
 ):
+    """The method itself: scores, choices, exchanges, revivals; rows in chunks and all at once."""
     oracle = Oracle(tiny, schedule, 8, 4, gamma=gamma, rule=getattr(rule, "name", rule))
-    engine = slim.load(
-        tiny,
-        "cpu",
-        "float64",
-        schedule,
-        rule,
-        block_len=8,
-        unit_len=4,
-        window=4,
-        gamma=gamma,
-        chunk=chunk,
-    )
-    ids = draw(prompt + 24 + 10 + 2, seed=prompt)
-    cuts = [0, prompt, *range(prompt + 1, prompt + 25), prompt + 34, prompt + 35, prompt + 36]
-    for a, b in zip(cuts, cuts[1:]):
-        want, got = oracle.step(ids[a:b]), engine.extend(ids[a:b]) if a else engine.prefill(ids[:b])
-        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
-    assert (engine.stats["swaps"], engine.stats["revived"]) == (oracle.swaps, oracle.revived)
+    settings = dict(block_len=8, unit_len=4, window=4, gamma=gamma)
+    engines = [
+        slim.load(tiny, "cpu", "float64", schedule, rule, chunk=chunk, **settings)
+        for chunk in (7, 0)
+    ]
+    ends = [*range(prompt, prompt + 25), prompt + 34, prompt + 35, prompt + 36]
+    compare(oracle, engines, draw(prompt + 36, seed=prompt), ends)
     if rule != "paper":
-        swaps, revived = 1, 0  # others change their mind less often
+        swaps, revived = 1, 0  # the other rules change their choice less often
     assert oracle.swaps >= swaps and oracle.revived >= revived
 
 
-OTHERS = (
-    "qwen3",
-    "qwen3-bias",
-    "mistral",
-    "ministral3",
-    "smollm3",
-    "phi3",
-    "phi3-longrope",
-    "yarn",
-)
+OTHERS = "qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn"
+SHAPES = (1, 8, 8), (11, 8, 2), (3, 12, 4)  # window, block_len, unit_len
 
 
 @pytest.mark.parametrize(
-    "family, rule, window, block_len, unit_len",
+    "family, rule, shape",
     [
-        *(
-            (f, r, *s)
-            for f in ("llama3-gqa", "llama2-mha", "qwen2-bias")
-            for r in ("paper", "peak")
-            for s in ((1, 8, 8), (11, 8, 2), (3, 12, 4))
-        ),
-        *((family, "peak", 8, 8, 8) for family in OTHERS),
+        *itertools.product(("llama3-gqa", "llama2-mha", "qwen2-bias"), ("paper", "peak"), SHAPES),
+        *((family, "peak", (8, 8, 8)) for family in OTHERS),
     ],
 )
 def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
-    checkpoints, tmp_path, family, rule, window, block_len, unit_len
+    checkpoints, tmp_path, family, rule, shape
 ):
-    folder, prompt = checkpoints[family][0], 131
+    """Grouped heads, biases, norms and positions meet pruning; a resumed conversation goes on."""
+    folder = checkpoints[family][0]
+    window, block_len, unit_len = shape
     schedule = {1: 8 * block_len, 3: 5 * block_len}
     oracle = Oracle(folder, schedule, block_len, unit_len, window, 1.0, rule)
-    settings = dict(window=window, block_len=block_len, unit_len=unit_len, gamma=1.0)
-    engine = slim.load(folder, "cpu", "float64", schedule, rule, **settings)
+
+    def load():
+        settings = dict(window=window, block_len=block_len, unit_len=unit_len, gamma=1.0)
+        return slim.load(folder, "cpu", "float64", schedule, rule, **settings)
+
+    prompt = 131
     ids = draw(prompt + 30, seed=window)
-    cuts = [0, prompt, *range(prompt + 1, prompt + 12), prompt + 25, prompt + 26]
-    for a, b in zip(cuts, cuts[1:]):
-        if a == prompt + 6:  # the rest is what a resumed conversation says
-            engine.save(tmp_path / "talk.slim")
-            engine = slim.load(folder, "cpu", "float64", schedule, rule, **settings)
-            engine.resume(tmp_path / "talk.slim")
-        want, got = oracle.step(ids[a:b]), engine.extend(ids[a:b]) if a else engine.prefill(ids[:b])
-        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
-    assert (engine.stats["swaps"], engine.stats["revived"]) == (oracle.swaps, oracle.revived)
+    engine = load()
+    compare(oracle, [engine], ids, range(prompt, prompt + 7))
+    engine.save(tmp_path / "talk.slim")
+    engine = load()
+    engine.resume(tmp_path / "talk.slim")
+    compare(oracle, [engine], ids, [*range(prompt + 7, prompt + 12), prompt + 25, prompt + 26])
     assert oracle.swaps > 0
 
 
@@ -453,6 +449,7 @@ def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
 def test_budgets_that_cover_the_prompt_give_the_dense_logits_bit_for_bit(
     tiny, device, prompt, schedule
 ):
+    """A schedule that prunes nothing takes the dense path; nobody pays for what does not happen."""
     slim_, dense = (
         slim.load(tiny, device, schedule=s, block_len=8, unit_len=4) for s in (schedule, "dense")
     )
@@ -461,87 +458,24 @@ def test_budgets_that_cover_the_prompt_give_the_dense_logits_bit_for_bit(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_copies_and_memory_change_nothing_and_chunks_only_rounding(tiny, device, monkeypatch):
-    play = lambda **kw: conversation(
-        slim.load(tiny, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, **kw),
-        draw(150),
-    )
-    logits, tokens = play()
-    assert torch.equal(play(overlap=False)[0], logits)
+    """Where and when things are copied, and how rows are cut, must not show in an answer."""
+
+    def talk(**settings):
+        return conversation(load_three_stages(tiny, device, **settings), draw(150))
+
+    logits, tokens = talk()
+    assert torch.equal(talk(overlap=False)[0], logits)
     monkeypatch.setattr(kvcache, "PIECE_BYTES", 1)  # host memory grows at every swap
     monkeypatch.setattr(kvcache, "BLOCKS_PER_COPY", 1)
-    assert torch.equal(play()[0], logits)
+    assert torch.equal(talk()[0], logits)
     for chunk in (1, 13, 64, 1000):
-        again, same = play(chunk=chunk)
+        again, same = talk(chunk=chunk)
         assert same == tokens
         torch.testing.assert_close(again, logits, atol=ATOL[torch.float32], rtol=0)
 
 
-def play(folder, device):
-    return conversation(
-        slim.load(folder, device, "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4),
-        draw(150),
-    )[0]
-
-
-def test_every_layer_waits_for_its_copies(tiny, monkeypatch):
-    """Without a GPU: copies of a layer are put off until it waits, as a stream may; until then its new slots hold
-    NaN.
-    """
-    want, move_layer, cache_wait, put_off = play(tiny, "cpu"), KVCache.move_layer, KVCache.wait, {}
-
-    def later(kv, stage, i, layer, *args):
-        assert layer not in put_off
-        put_off[layer] = lambda: move_layer(kv, stage, i, layer, *args)
-
-    def wait(kv, layer):
-        put_off.pop(layer, lambda: None)()
-        cache_wait(kv, layer)
-
-    monkeypatch.setattr(KVCache, "move_layer", later)
-    monkeypatch.setattr(KVCache, "wait", wait)
-    assert torch.equal(play(tiny, "cpu"), want)
-
-
-def test_blocks_that_move_together_are_one_copy_a_layer_and_direction(tiny):
-    """On a GPU a copy costs the host more than the bytes of a block: launches count."""
-    by_chance, calls = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]), window=1), []
-    engine = slim.load(tiny, "cpu", "float32", {1: 80}, by_chance, block_len=8, unit_len=4)
-    spies = {name: getattr(kvcache.CopyStream, name) for name in ("to_host", "to_device")}
-    count = lambda name: lambda *args: calls.append(name) or spies[name](*args)
-    engine.prefill(draw(300))
-    with mock.patch.multiple(kvcache.CopyStream, **{name: count(name) for name in spies}):
-        for i in range(20):
-            calls.clear()
-            engine.extend([1 + i])
-            above = len(engine.kv.stages[1].layers)
-            assert calls.count("to_host") <= above and calls.count("to_device") <= above + 1
-    assert engine.kv.swaps > 60 and engine.kv.revived > 5  # several at a time
-
-
-@needs_cuda
-@pytest.mark.parametrize("late", ["copies", "compute"])
-def test_results_survive_a_late_stream(tiny, monkeypatch, late):
-    """A wait that is missing shows when one stream is far behind the other."""
-    want, after, append = play(tiny, "cuda"), kvcache.CopyStream.after, KVCache.append
-
-    def late_copies(lane, event):
-        context = after(lane, event)
-        with torch.cuda.stream(lane.stream):
-            torch.cuda._sleep(20_000_000)  # cycles: some 10 ms
-        return context
-
-    def late_compute(kv, *args):
-        torch.cuda._sleep(20_000_000)
-        append(kv, *args)
-
-    if late == "copies":
-        monkeypatch.setattr(kvcache.CopyStream, "after", late_copies)
-    else:
-        monkeypatch.setattr(KVCache, "append", late_compute)
-    assert torch.equal(play(tiny, "cuda"), want)
-
-
 def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
+    """One T x T mask of a 128k prompt would be 16 GiB."""
     engine, t = slim.load(tiny, "cpu", chunk=32, schedule={2: 512}, window=8), 4000
     engine.prefill(draw(64))
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -552,191 +486,11 @@ def test_prefill_makes_no_tensor_that_grows_with_the_square_of_the_prompt(tiny):
     )  # bytes: a slab, the hidden states, a chunk's mask; one T x T mask is t * t
 
 
-# ---- the KV store -----------------------------------------------------------------------
-
-
-@hypothesis_settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.integers(1, 5), min_size=3, max_size=20),
-    st.integers(1, 150),
-    st.sampled_from([1, 2**26]),
-)
-def test_every_block_comes_back_bit_exact_and_none_is_lost(tiny, steps, n_prompt, piece_bytes):
-    """A rule that chooses by chance, so that blocks come and go, against all that was written and pruned."""
-    by_chance = prune.Rule("", lambda weights: torch.rand(weights.shape[::2]), window=1)
-    engine = slim.load(
-        tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, by_chance, block_len=8, unit_len=4
-    )
-    kv, append, offload, restore = engine.kv, KVCache.append, KVCache.offload, KVCache.restore
-
-    def record(kv, layer, slab_rows, k, v):
-        stage = next(stage for stage in kv.stages if layer in stage.layers)
-        places = positions_in_slab(kv, stage, kv.tail_start + kv.tail_rows)
-        written[layer] |= {
-            places[row]: pair for row, pair in zip(slab_rows.tolist(), torch.stack([k, v], 1))
-        }
-        append(kv, layer, slab_rows, k, v)
-
-    def leave(kv, stage, x, first_row):
-        hidden[kv.stages.index(stage)] |= {
-            block: x[row : row + 8].clone() for block, row in first_row.items()
-        }
-        offload(kv, stage, x, first_row)
-
-    def come_back(kv, stage, blocks):
-        x = restore(kv, stage, blocks)
-        assert torch.equal(
-            x, torch.cat([hidden[kv.stages.index(stage)].pop(block) for block in blocks])
-        )
-        return x
-
-    spies = mock.patch.multiple(KVCache, append=record, offload=leave, restore=come_back)
-    with spies, mock.patch.object(kvcache, "PIECE_BYTES", piece_bytes):
-        for _ in range(2):  # the second conversation takes over the host memory of the first
-            written, hidden = [{} for _ in range(engine.config.n_layers)], [{} for _ in range(4)]
-            engine.prefill(draw(n_prompt))
-            check_store(kv, written, hidden)
-            for step in steps:
-                engine.extend(draw(step, seed=step))
-                check_store(kv, written, hidden)
-
-
-def check_store(kv, written, hidden):
-    for i, stage in enumerate(kv.stages):
-        assert len(set(stage.slots)) == len(stage.slots) == stage.n_slots  # no slot held twice
-        assert stage.held == set(stage.slots) | set(stage.home)  # no block homeless
-        assert set(stage.aux) == set(hidden[i])
-        if i:
-            assert stage.held | set(stage.aux) == kv.stages[i - 1].held  # pruned, but not lost
-        for j, layer in enumerate(stage.layers):
-            places = positions_in_slab(kv, stage, kv.length)
-            assert torch.equal(
-                kv.read(layer, len(places)), torch.stack([written[layer][p] for p in places], 1)
-            )
-            for block, entry in stage.home.items():
-                rows = [
-                    written[layer][p] for p in range(block * 8, block * 8 + 8)
-                ]  # (2, G, D) each
-                assert torch.equal(entry[j], torch.stack(rows, 2))
-
-
-def positions_in_slab(kv, stage, length):
-    in_slots = [block * kv.block_len + i for block in stage.slots for i in range(kv.block_len)]
-    return in_slots + list(range(kv.tail_start, length))
-
-
-def test_copies_start_after_the_ffn_that_hides_them(tiny, monkeypatch):
-    engine, calls = slim.load(tiny, **SLIM), []
-    engine.prefill(draw(200))
-    for name in ("attention", "ffn", "activate", "move_layer"):
-        owner = model.Model if hasattr(model.Model, name) else KVCache
-        method = getattr(owner, name)
-        monkeypatch.setattr(
-            owner, name, lambda *args, m=method, n=name: calls.append(n) or m(*args)
-        )
-    select = prune.select
-    for sign in (-1, 1):  # blocks are revived, then others come back from home
-        monkeypatch.setattr(
-            prune, "select", lambda scores, blocks, k: select(sign * scores, blocks, k)
-        )
-        engine.extend([1])
-    order = [name for i, name in enumerate(calls) if name != calls[i - 1]]
-    assert order.count("move_layer") == 2 * len(engine.kv.stages[1:])
-    assert all(
-        order[i - 2 : i] == ["activate", "ffn"]
-        for i, name in enumerate(order)
-        if name == "move_layer"
-    ), order
-
-
-def test_host_memory_grows_in_pieces_and_is_used_again(monkeypatch):
-    monkeypatch.setattr(kvcache, "PIECE_BYTES", 1024)  # 8 entries of 128 bytes
-    allocate = kvcache.allocate
-    monkeypatch.setattr(kvcache, "allocate", lambda *args, pin: allocate(*args))
-    pinned, other = (HostMemory((4, 8), torch.float32, pin) for pin in (True, False))
-    for memory in (pinned, other):
-        memory.reset(3)
-        first = memory.take(2).fill_(1)
-        assert memory.missing(1) == 0 and memory.missing(2) == (8 if memory is pinned else 2)
-        assert memory.take(2).shape == (2, 4, 8) and first.eq(1).all()
-        assert len(memory.piece) == (8 if memory is pinned else 2)
-    for n, want in ((8, 8), (5, 8), (16, 16), (5, 16), (4, 16), (40, 40), (5, 5)):
-        pinned.reset(n), other.reset(n)
-        assert (len(pinned.piece), len(other.piece), pinned.used) == (
-            want,
-            n,
-            0,
-        )  # pinning is slow: keep what is there
-
-
-def test_host_memory_is_used_up_before_more_is_taken(monkeypatch):
-    """A step reserves for an exchange of all blocks, and most exchange one."""
-    monkeypatch.setattr(kvcache, "PIECE_BYTES", 1024)
-    allocate, sizes = kvcache.allocate, []
-    monkeypatch.setattr(
-        kvcache, "allocate", lambda *args, pin: sizes.append(args[1][0]) or allocate(*args)
-    )
-    for pin in (True, False):
-        memory = HostMemory((4, 8), torch.float32, pin)
-        memory.reset(20)
-        sizes.clear()
-        entries = []
-        for i in range(60):
-            memory.reserve(20)
-            entries += [memory.take(1).fill_(i), memory.take(2).fill_(i)]
-        assert sum(sizes) <= 3 * 60 + 20
-        assert all(entry.eq(i // 2).all() for i, entry in enumerate(entries))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_no_step_asks_for_host_memory(tiny, tmp_path, seed, monkeypatch):
-    """All that a step sends to the CPU is reserved before it, whatever it chooses and however the text went on."""
-    rng = random.Random(seed)
-    by_chance = prune.Rule("chance", lambda weights: torch.rand(weights.shape[::2]), window=1)
-    engine = slim.load(
-        tiny, "cpu", "float32", {1: 160, 2: 96, 4: 32}, by_chance, block_len=8, unit_len=4
-    )
-
-    def step(*args, step=engine.model.step):
-        with mock.patch.object(
-            kvcache, "allocate", side_effect=AssertionError("a step asked for memory")
-        ):
-            return step(*args)
-
-    monkeypatch.setattr(engine.model, "step", step)
-    engine.prefill(draw(700, seed))
-    for _ in range(30):
-        work = rng.choice(["token", "token", "follow-up", "rewind", "resume"])
-        if work == "rewind":
-            engine.rewind()
-        if work == "resume":
-            engine.save(tmp_path / "talk.slim")
-            engine.resume(tmp_path / "talk.slim")
-        engine.extend(draw(20 if work == "follow-up" else 1))
-    assert engine.stats["revived"] > 50
-
-
-@pytest.mark.parametrize(
-    "prompt, gib",
-    [(8192, 0.80), (16384, 1.11), (24576, 1.42), (32768, 1.73), (65536, 2.98), (131072, 5.48)],
-)
-def test_the_kv_of_llama_3_1_8b_takes_what_the_paper_says(prompt, gib):
-    """The layout alone, on no device: 32 layers, 8 KV heads of 128, bfloat16; dense would be 4.00 at 32k."""
-    kv = KVCache(32, 8, 128, 4096, 64, torch.bfloat16, torch.device("meta"))
-    kv.reset(prompt, schedules.paper_schedule(32))
-    assert round(kv.stats()["kv_gpu_bytes"] / 2**30, 2) == pytest.approx(gib, abs=0.0051)
-
-
-def test_the_kv_of_a_slim_prompt_is_a_fraction_of_the_dense(tiny):
-    engine = slim.load(tiny, "cpu", schedule={1: 256, 3: 128})
-    engine.prefill(draw(4096))
-    per_token = 2 * 2 * 8 * 4
-    assert engine.stats["kept"] == [4096, 256, 128]
-    assert engine.stats["kv_gpu_bytes"] == (4096 + 2 * 256 + 2 * 128) * per_token
-    assert engine.stats["kv_dense_bytes"] == 5 * 4096 * per_token
+# ---- ranking ----------------------------------------------------------------------------
 
 
 def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
+    """Ties are common (zeros, half precision); all ranks and devices must break them alike."""
     scores = torch.tensor([1.0, 5.0, 5.0, 0.0, 5.0])
     assert prune.select(scores, [7, 4, 2, 0, 3], 3) == [0, 2, 3]
     assert prune.select(torch.ones(3000), list(range(3000))[::-1], 1000) == list(range(1000))
@@ -747,6 +501,7 @@ def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
 
 
 def test_a_score_is_the_best_units_mean_over_heads():
+    """The paper's formula, written out."""
     q, keys = torch.randn(4, 4, 8), torch.randn(6, 16, 2, 8)
     got = prune.paper(q, keys, torch.arange(6), unit_len=4)
     for n in range(6):
@@ -761,6 +516,7 @@ def newest_of_keys(queries, keys, blocks, unit_len):
 
 @pytest.mark.parametrize("score", [newest_of_weights, prune.Rule("", newest_of_keys, sees="keys")])
 def test_a_scoring_function_of_ones_own_decides(tiny, score):
+    """What the README promises about rules, for weights and for keys."""
     engine = slim.load(tiny, "cpu", schedule={2: 192}, score=score)
     engine.prefill(draw(640))
     assert engine.kv.stages[1].slots == [0, 8]
@@ -769,6 +525,7 @@ def test_a_scoring_function_of_ones_own_decides(tiny, score):
 def test_a_rule_without_a_name_cannot_be_saved_and_one_that_returns_another_shape_is_refused(
     tiny, tmp_path
 ):
+    """A wrong rule is refused in one line, before it silently ranks by something else."""
     engine = slim.load(tiny, "cpu", schedule={2: 192}, score=newest_of_weights)
     engine.prefill(draw(640))
     with pytest.raises(ValueError, match="give it one"):
@@ -800,6 +557,7 @@ def test_a_rule_without_a_name_cannot_be_saved_and_one_that_returns_another_shap
 def test_weights_made_for_few_rows_at_a_time_choose_the_same(
     tiny, monkeypatch, n_prompt, few, window
 ):
+    """Long prompts rank in parts of 16 MiB; the choice must not depend on the parts."""
     ids, made, settings = (
         draw(n_prompt),
         [],
@@ -822,6 +580,7 @@ def test_weights_made_for_few_rows_at_a_time_choose_the_same(
 
 
 def test_sampling_is_repeatable_and_within_top_p(tiny):
+    """A seed means the same answer; a token outside top_p never comes."""
     engine = slim.load(tiny, "cpu")
     draws = [
         list(engine.generate(draw(20), 15, temperature=2.0, top_p=0.9, seed=s)) for s in (1, 1, 2)
@@ -835,6 +594,7 @@ def test_sampling_is_repeatable_and_within_top_p(tiny):
 
 
 def test_a_follow_up_sees_the_last_generated_token(tiny):
+    """The last token is yielded before it is run; a follow-up must not skip it."""
     engine, other = slim.load(tiny, "cpu"), slim.load(tiny, "cpu")
     answer = list(engine.generate(draw(20), 5))
     assert engine.stats["tokens"] == 24  # the fifth is yielded, but not run before it is needed
@@ -843,6 +603,7 @@ def test_a_follow_up_sees_the_last_generated_token(tiny):
 
 
 def test_generation_ends_before_any_stop_token(tiny, tmp_path):
+    """A missed stop token lets an answer run on into the next turn."""
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokens = list(slim.load(tiny, "cpu").generate(draw(20), 10))
@@ -868,6 +629,7 @@ def test_generation_ends_before_any_stop_token(tiny, tmp_path):
 
 
 def test_a_broken_off_step_is_not_extended(tiny):
+    """After Ctrl-C the KV is half written; going on would give wrong logits silently."""
     engine = slim.load(tiny, "cpu")
     with pytest.raises(ValueError, match="prefill"):
         engine.extend([1])
@@ -886,7 +648,7 @@ def test_a_broken_off_step_is_not_extended(tiny):
 
 
 def test_going_back_to_the_prompt_forgets_what_came_after(tiny):
-    """Bit for bit where all blocks stay active, so that nothing but the forgotten tokens could make a difference."""
+    """Bit for bit, with all blocks active: only forgotten tokens could make a difference."""
     engine, other = (
         slim.load(tiny, "cpu", schedule="dense"),
         slim.load(tiny, "cpu", schedule="dense"),
@@ -910,13 +672,38 @@ def test_going_back_to_the_prompt_forgets_what_came_after(tiny):
     assert engine.kv.length == len(engine.ids) == 100
 
 
+def test_going_back_by_default_keeps_the_whole_prompt(tiny):
+    """The end that is never pruned belongs to the prompt too; after going back further, so far."""
+    engine = slim.load(tiny, "cpu", schedule={2: 64}, block_len=8, unit_len=4)
+    engine.prefill(draw(150), keep_last=50)
+    assert engine.stats["prompt_tokens"] == 150 and engine.stats["kept"] == [150, 110]
+    engine.extend(draw(9, seed=1))
+    engine.rewind()
+    assert engine.ids == draw(150)
+    engine.rewind(120)
+    engine.extend([1])
+    engine.rewind()
+    assert engine.ids == draw(150)[:120]
+
+
+def test_room_for_a_long_answer_is_taken_as_it_is_written(tiny, monkeypatch):
+    """A client that allows 32,768 tokens and gets a short answer pays for a short one."""
+    monkeypatch.setattr(kvcache, "ROOM_AT_ONCE", 70)
+    engine = slim.load(tiny, "cpu", schedule="dense")
+    want = list(slim.load(tiny, "cpu", schedule="dense").generate(draw(20), 200))
+    got = engine.generate(draw(20), 30_000)
+    assert [next(got) for _ in want] == want  # the tail grew once on the way
+    assert 220 <= engine.kv.tail_rows < 300
+    assert engine.kv.planned == 30_020  # LongRoPE's factors follow the answer that was allowed
+
+
 def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
-    """One that always chooses anew, from the same blocks, by a ring that holds the follow-up's own queries."""
+    """Queries of forgotten tokens must not choose the blocks of the next question."""
     engine = slim.load(tiny, **SLIM | dict(gamma=1.0, window=8))
     engine.prefill(draw(150))
     go_on(engine, draw(30, seed=1))
     engine.rewind()
-    assert all(stage.recent is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
+    assert all(stage.newest is None for stage in engine.kv.stages) and engine.stats["tokens"] == 150
     other = slim.load(tiny, **SLIM | dict(gamma=1.0, window=8))
     other.prefill(draw(150))
     engine.extend(draw(9, seed=2)), other.extend(draw(9, seed=2))
@@ -925,6 +712,7 @@ def test_a_rewound_engine_chooses_by_new_queries_alone(tiny):
 
 
 def test_only_ids_of_the_vocabulary_are_run(tiny):
+    """An id outside the embedding would be a crash on a CPU and garbage on a GPU."""
     engine = slim.load(tiny, "cpu")
     for ids, match in (
         ([1, 64], "64"),
@@ -944,26 +732,28 @@ def test_only_ids_of_the_vocabulary_are_run(tiny):
 
 @pytest.mark.parametrize("tail", [-5, 1.5, "x"])
 def test_a_tail_that_is_no_number_of_tokens_is_refused(tiny, tail):
-    with pytest.raises(ValueError, match="tail is"):
-        slim.load(tiny, "cpu").prefill(draw(100), tail=tail)
-    with pytest.raises(ValueError, match="tail is"):
+    """A negative tail would prune what is to be kept."""
+    with pytest.raises(ValueError, match="keep_last is"):
+        slim.load(tiny, "cpu").prefill(draw(100), keep_last=tail)
+    with pytest.raises(ValueError, match="keep_last is"):
         slim.load(tiny, "cpu").generate(
-            draw(100), 5, tail=tail
+            draw(100), 5, keep_last=tail
         )  # at once, not when the first token is asked for
 
 
 def test_longrope_counts_the_tail_and_the_answer(checkpoints):
-    """Long factors or short ones: one choice for a conversation, whatever part of it is in the tail."""
+    """Long factors or short: one choice for a conversation, whatever part of it is in the tail."""
     engine = slim.load(checkpoints["phi3-longrope"][0], "cpu", "float32", "dense")
     n = int(engine.config.rope_scaling["original_max_position_embeddings"])
     ids = draw(n + 20)
     whole = engine.prefill(ids)
-    torch.testing.assert_close(engine.prefill(ids, tail=40), whole)
+    torch.testing.assert_close(engine.prefill(ids, keep_last=40), whole)
     engine.prefill(ids[: n - 10], room=30)
     torch.testing.assert_close(engine.extend(ids[n - 10 :]), whole)
 
 
 def test_two_answers_at_once_from_one_engine_are_refused(tiny):
+    """Two generators on one conversation would mix their texts."""
     engine = slim.load(tiny, "cpu")
     one, two = engine.generate(draw(20), 5), engine.generate(draw(30), 5)
     next(one), next(two)
@@ -973,6 +763,7 @@ def test_two_answers_at_once_from_one_engine_are_refused(tiny):
 
 
 def test_arguments_of_other_types_are_refused(tiny):
+    """A wrong argument is a ValueError where it is given, not a TypeError deep inside."""
     for wrong in (
         dict(dtype=[]),
         dict(n_prompt=0),
@@ -1002,81 +793,69 @@ def test_arguments_of_other_types_are_refused(tiny):
 
 
 def test_logits_belong_to_the_caller(tiny):
+    """Samplers write -inf into logits; an inference tensor would refuse that."""
     slim.load(tiny, "cpu").prefill([1, 2, 3])[0] = -torch.inf
 
 
 # ---- real files -------------------------------------------------------------------------
 
 
+def test_ci_runs_the_test_command_of_the_readme():
+    """Who follows the README must see what is checked at every change."""
+    command = re.search(r"pip install .*pytest -q.*", (HERE / "README.md").read_text())[0]
+    assert command in (HERE / ".ci" / "run").read_text().splitlines()
+
+
 @pytest.mark.parametrize("section", ["From Python", "Use your own rule"])
 def test_what_the_readme_shows_in_python_runs(section, capfd, monkeypatch, tmp_path):
     """Run as it is printed there, on the demo: the question of the default run gets its answer."""
-    code = re.search(
-        rf"## {section}\n.*?```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL
-    )[1]
+    readme = (HERE / "README.md").read_text()
+    code = re.search(rf"## {section}\n.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     (tmp_path / "demo").symlink_to(HERE / "demo")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     document = (HERE / "demo" / "document.txt").read_text().replace("\n", " ")
-    assert (
-        document.split(DEMO["ask"].removeprefix("question: ") + " ")[1][:4]
-        in capfd.readouterr().out
-    )
+    fact = DEMO["ask"].removeprefix("question: ") + " "
+    answer = document.split(fact)[1][:4]
+    assert answer in capfd.readouterr().out
 
 
 @needs_data
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_real_model_tells_its_golden_story(device):
+    """Real weights and a real tokenizer give the text that other engines gave."""
     engine = slim.load(DATA / "stories260K", device)
     story = engine.tokenizer.decode(engine.generate([engine.tokenizer.bos_id], 200))
     assert story == (DATA / "stories260K" / "golden.txt").read_text()
 
 
-def test_a_real_model_answers_with_the_logits_and_ids_of_transformers(smollm2_folder):
+def test_a_real_model_says_what_transformers_says(smollm2_folder):
+    """Ids, greedy tokens and logits of real text; SLIM_LONG=1: 20 prompts up to 4,000 tokens."""
     from tokenizers import Tokenizer
 
     engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
-    tok, text = engine.tokenizer, (HERE / "README.md").read_text()
+    tok = engine.tokenizer
+    text = (HERE / "demo" / "document.txt").read_text() + (HERE / "README.md").read_text()
     assert "Paris" in tok.decode(engine.generate(tok.chat("What is the capital of France?"), 40))
     published = Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
     published.encode_special_tokens = True  # specials in text are text, as here
     assert tok.encode(text) == published.encode(text).ids
-    ids, at = tok.encode(text)[:300], 290
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_folder, dtype=torch.float32
-    ).eval()
-    with torch.no_grad():
-        want = reference(torch.tensor([ids])).logits[0, at - 1 :]
-    got = torch.stack([engine.prefill(ids[:at]), *(engine.extend([token]) for token in ids[at:])])
-    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
 
-
-def test_a_real_model_says_what_transformers_says(smollm2_folder):
-    """Chat ids, greedy tokens and logits; with SLIM_LONG=1 of 20 prompts up to 4,000 tokens, which takes minutes."""
-    engine = slim.load(smollm2_folder, "cpu", "float32", schedule="dense")
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_folder, dtype=torch.float32
-    ).eval()
-    text = (HERE / "demo" / "document.txt").read_text() + Path(__file__).read_text().replace(
-        "<|", "<"
-    )
+    auto = transformers.AutoModelForCausalLM
+    reference = auto.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    options = dict(max_new_tokens=20, do_sample=False)
+    options |= dict(output_logits=True, return_dict_in_generate=True)
     for n in range(200, 4001, 200) if os.environ.get("SLIM_LONG") == "1" else (60, 200):
-        start = 37 * n
-        words = engine.tokenizer.decode(
-            engine.tokenizer.encode(text[start : start + 8 * n])[: n - 50]
-        )
-        ids = engine.tokenizer.chat("Go on with this text: " + words)
-        talk = [{"role": "user", "content": "Go on with this text: " + words}]
+        part = (text * 2)[n : 9 * n]
+        asked = "Go on with this text: " + tok.decode(tok.encode(part)[: n - 50])
+        ids = tok.chat(asked)
+        talk = [{"role": "user", "content": asked}]
         assert ids == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
-        options = dict(
-            max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-        want = reference.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options
-        )
-        logits, tokens = engine.prefill(ids), want.sequences[0, len(ids) :].tolist()
-        for token, theirs_ in zip(tokens, want.logits):
-            torch.testing.assert_close(logits, theirs_[0], atol=1e-3, rtol=0)
+        mask = torch.ones(1, len(ids))
+        want = reference.generate(torch.tensor([ids]), attention_mask=mask, **options)
+        logits = engine.prefill(ids)
+        for token, their_logits in zip(want.sequences[0, len(ids) :].tolist(), want.logits):
+            torch.testing.assert_close(logits, their_logits[0], atol=1e-3, rtol=0)
             assert int(logits.argmax()) == token, n
             logits = engine.extend([token])

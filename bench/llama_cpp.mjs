@@ -13,7 +13,7 @@ for await (const token of sequence.evaluate(ids, {temperature: 0, yieldEogToken:
     times.push(performance.now());
     if (times.length > nNew + 1) break;
 }
-const steps = times.slice(2).map((t, i) => t - times[i + 1]);
+const steps = times.slice(2).map((t, i) => (t - times[i + 1]) / 1000);
 const peak = Number(fs.readFileSync("/proc/self/status", "utf8").match(/VmHWM:\s+(\d+)/)[1]) * 1024;
-console.log(JSON.stringify({first_s: (times[1] - times[0]) / 1000, steps_ms: steps, peak_bytes: peak}));
+console.log(JSON.stringify({first_s: (times[1] - times[0]) / 1000, steps_s: steps, peak_bytes: peak}));
 process.exit(0);

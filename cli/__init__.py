@@ -22,7 +22,10 @@ from planning.settings import Settings, env_number
 
 
 def main(argv=None) -> int:
-    """Run the command line; return the exit code: 0, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe."""
+    """Run the command line; return the exit code.
+
+    0; 2 for bad input; 130 for Ctrl-C; 141 for a closed pipe.
+    """
     try:
         n_ranks = env_number("WORLD_SIZE")
     except ValueError as error:
@@ -36,20 +39,7 @@ def main(argv=None) -> int:
 
 
 def program(argv=None) -> int:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(143)
-        )  # through every `finally`: no half-written file stays
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))
-        with contextlib.suppress(
-            AttributeError
-        ):  # a StringIO of the caller's has no encoding to change
-            getattr(sys, name).reconfigure(
-                errors="replace"
-            )  # a terminal that lacks a character shows another
+    prepare()
     args = parse_args(argv)
     progress = Progress(args.quiet)
     try:
@@ -68,11 +58,10 @@ def program(argv=None) -> int:
             drop_output()
         return 2
     except RuntimeError as error:
+        first = str(error).partition("\n")[0]
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        progress.complain(
-            MemoryError(f"out of memory: {str(error).splitlines()[0]}; try a smaller --chunk")
-        )
+        progress.complain(MemoryError(f"out of memory: {first}; try a smaller --chunk"))
         return 2
     except KeyboardInterrupt:
         progress.clear()
@@ -80,9 +69,70 @@ def program(argv=None) -> int:
         return 130
 
 
+def prepare() -> None:
+    """Set the signals and the standard streams."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # SIGTERM passes through every `finally`, so that no half-written file stays
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        with contextlib.suppress(AttributeError):  # a StringIO of the caller's has no encoding
+            # a terminal that lacks a character shows another
+            getattr(sys, name).reconfigure(errors="replace")
+
+
 def drop_output() -> None:
     """Send what is still to be written to standard output nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(args, progress: Progress) -> int:
+    """Check everything, then load, then read, then answer."""
+    say = status(args, progress)
+    check_args(args)
+    server = None
+    if args.serve is not None:
+        if env_number("WORLD_SIZE") > 1:
+            raise ValueError("--serve works on one GPU only; start it without torchrun")
+        server = serve.open_server(args, say)  # before the weights: the port may be taken
+    header = settings_of_saved(args) if args.resume is not None else None
+    ckpt = open_checkpoint(args)
+    tok = load_tokenizer(ckpt, args)
+    ids = []
+    n_prompt = 1
+    if header:
+        check_saved(args.resume, header, ckpt.identity)
+        n_prompt = len(header["ids"])
+    elif not server:
+        ids = build_ids(args, read_prompt(args), tok)
+        n_prompt = max(1, len(ids))
+    engine = start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
+    engine.tokenizer = tok
+    say(describe(ckpt, n_prompt))
+    if server:
+        return serve.run(server, engine, tok, args, say)
+    say(describe_memory(engine, n_prompt, args.max_new_tokens))
+    return answer(Talk(engine, tok, args, progress, say), ids)
+
+
+def open_checkpoint(args) -> Checkpoint:
+    settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    settings["overlap"] = not args.no_overlap
+    schedule = "dense" if args.dense else args.schedule
+    ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, schedule, args.score, **settings)
+    if args.compare and not ckpt.schedule:
+        raise ValueError(
+            "--compare has nothing to compare: the schedule is dense; give one with --schedule"
+        )
+    return ckpt
+
+
+def load_tokenizer(ckpt: Checkpoint, args) -> tokenizer.Tokenizer:
+    tok = tokenizer.load(ckpt.folder, ckpt.config.vocab_size)
+    set_template(tok, args)
+    return tok
 
 
 def set_template(tok, args) -> None:
@@ -95,61 +145,46 @@ def set_template(tok, args) -> None:
         )
     if args.no_think and "enable_thinking" not in getattr(tok.template, "source", ""):
         raise ValueError(
-            f"--no-think: the chat template of {args.ckpt} knows no enable_thinking; leave --no-think out"
+            f"--no-think: the chat template of {args.ckpt} knows no enable_thinking; "
+            "leave --no-think out"
         )
     tok.system = args.system
     tok.variables = {"enable_thinking": False} if args.no_think else {}
     if args.chat or len(args.ask) > 1:
-        tok.chat(
-            "a second question", begin=False
-        )  # fails before anything is read, if the template cannot continue
+        # fails before anything is read, if the template cannot continue
+        tok.chat("a second question", begin=False)
 
 
-def run(args, progress: Progress) -> int:
-    """Check everything, then load, then read, then answer."""
-    say = status(args, progress)
-    check_args(args)
-    if args.serve is not None and env_number("WORLD_SIZE") > 1:
-        raise ValueError("--serve works on one GPU only; start it without torchrun")
-    server = (
-        serve.open_server(args) if args.serve is not None else None
-    )  # before the weights: the port may be taken
-    header = settings_of_saved(args) if args.resume is not None else None
-    settings = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    schedule = "dense" if args.dense else args.schedule
-    settings["overlap"] = not args.no_overlap
-    ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, schedule, args.score, **settings)
-    if args.compare and not ckpt.schedule:
-        raise ValueError(
-            "--compare has nothing to compare: the schedule is dense; give one with --schedule"
-        )
-    c = ckpt.config
-    tok = tokenizer.load(ckpt.folder, c.vocab_size)
-    set_template(tok, args)
-    if header:
-        check_saved(args.resume, header, ckpt.identity)
-    ids = [] if header or server else build_ids(args, read_prompt(args), tok)
-    n_prompt = max(1, len(header["ids"]) if header else len(ids))
-    start = slim.start
+def start(ckpt: Checkpoint, n_prompt: int, n_new: int, progress) -> slim.Engine:
     if env_number("WORLD_SIZE") > 1:  # started by torchrun
         import parallel
 
-        start = parallel.start
-    engine = start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
-    engine.tokenizer = tok
-    pruning = (
-        "dense" if not ckpt.schedule else f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
+        return parallel.start(ckpt, n_prompt, n_new, progress)
+    return slim.start(ckpt, n_prompt, n_new, progress)
+
+
+def describe(ckpt: Checkpoint, n_prompt: int) -> str:
+    pruning = "dense"
+    if ckpt.schedule:
+        pruning = f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
+    return (
+        f"slim: {ckpt.folder.name}, {ckpt.config.n_layers} layers, schedule {pruning}, "
+        f"{n_prompt:,} prompt tokens"
     )
-    say(
-        f"slim: {ckpt.folder.name}, {c.n_layers} layers, schedule {pruning}, {n_prompt:,} prompt tokens"
-    )
-    if server:
-        return serve.run(server, engine, tok, args, say)
-    need = plan(engine.ckpt, n_prompt, args.max_new_tokens)
-    free, n = format_bytes(free_bytes(engine.kv.device)), engine.stats.get("ranks", 1)
-    each = f"on each of {n} ranks " if n > 1 else ""
-    say(f"slim: {engine.kv.device}, {dtype_name(ckpt.dtype)}: {each}{need}, {free} more free")
-    talk = Talk(engine, tok, args, progress, say)
+
+
+def describe_memory(engine: slim.Engine, n_prompt: int, n_new: int) -> str:
+    n_ranks = engine.stats.get("ranks", 1)
+    each = f"on each of {n_ranks} ranks " if n_ranks > 1 else ""
+    device = engine.kv.device
+    need = plan(engine.ckpt, n_prompt, n_new)
+    free = format_bytes(free_bytes(device))
+    return f"slim: {device}, {dtype_name(engine.ckpt.dtype)}: {each}{need}, {free} more free"
+
+
+def answer(talk: Talk, ids: list[int]) -> int:
+    """Answer all questions and draw the map; return the exit code."""
+    args = talk.args
     if args.compare:
         talk.compare(ids)
     else:
@@ -159,8 +194,8 @@ def run(args, progress: Progress) -> int:
             talk.ask(question)
     if args.chat:
         chat(talk)
-    if args.map and engine.usable:
-        say(f"slim: map {talk.draw(args.map)}")
+    if args.map and talk.engine.usable:
+        talk.say(f"slim: map {talk.draw(args.map)}")
     elif args.map:
-        say("slim: no map: nothing was read that it could show")
+        talk.say("slim: no map: nothing was read that it could show")
     return 130 if talk.interrupted and not args.chat else 0

@@ -2,9 +2,7 @@
 
 import signal
 
-signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-)  # Ctrl-C while torch is imported ends without a traceback
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 from cli import main
 

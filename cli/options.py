@@ -13,12 +13,26 @@ from loading.saved import read_saved
 from planning.settings import Settings, check_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = dict(
-    ckpt=str(ROOT / "demo"),
-    prompt=str(ROOT / "demo" / "document.txt"),
-    ask="question: the lot of vekebu is",
-    schedule="5:2048,6:1024,7:512",
-)
+DEMO = {
+    "ckpt": str(ROOT / "demo"),
+    "prompt": str(ROOT / "demo" / "document.txt"),
+    "ask": "question: the lot of vekebu is",
+    "schedule": "5:2048,6:1024,7:512",
+}
+USAGE = "%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]"
+EXAMPLES = """examples:
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?"
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --save book.slim --chat
+  python slim.py --resume book.slim --chat
+  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "And then?" --map book.html
+"""
+
+
+# ---- the arguments ------------------------------------------------------------------------
+
+DEFAULT = {field.name: field.default for field in fields(Settings)}
+FLAG = {"action": "store_true"}
+COUNT = {"type": int, "metavar": "N"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,181 +40,101 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"slim: error: {one_line(message)}; see python slim.py --help\n")
 
 
-EXAMPLES = """examples:
-  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --ask "What happens?"
-  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --save book.slim --chat
-  python slim.py --resume book.slim --chat
-  python slim.py --ckpt llama3.1-8b-instruct --prompt book.txt --ask "Who is the narrator?" --map book.html
-"""
-
-
-def add_reading(g, d: dict) -> None:
-    g.add_argument(
-        "--ckpt",
-        help="folder, name under checkpoints/, Hugging Face id, or alias such as llama3.1-8b",
-    )
-    g.add_argument("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
-    g.add_argument(
-        "--ask", metavar="TEXT", action="append", help="a question about the text; repeat for more"
-    )
-    g.add_argument("--chat", action="store_true", help="type questions at a prompt")
-    g.add_argument(
-        "--save", metavar="FILE", help="save the text after reading, before any question"
-    )
-    g.add_argument(
-        "--resume", metavar="FILE", help="continue from a saved text instead of reading one"
-    )
-    g.add_argument(
-        "--max-prompt-tokens",
-        type=int,
-        metavar="N",
-        help="read only the first N tokens of the text",
-    )
-    g.add_argument("--raw", action="store_true", help="plain completion, even by an instruct model")
-    g.add_argument("--system", metavar="TEXT", help="system message of a chat model")
-    g.add_argument(
-        "--no-think",
-        action="store_true",
-        help="turn thinking off, if the chat template supports it",
-    )
-    g.add_argument(
+def add_reading(add) -> None:
+    add("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias: llama3.1-8b")
+    add("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
+    add("--ask", metavar="TEXT", action="append", help="a question about the text; may be repeated")
+    add("--chat", **FLAG, help="type questions at a prompt")
+    add("--save", metavar="FILE", help="save the text after reading, before any question")
+    add("--resume", metavar="FILE", help="continue from a saved text instead of reading one")
+    add("--max-prompt-tokens", **COUNT, help="read only the first N tokens of the text")
+    add("--raw", **FLAG, help="plain completion, even by an instruct model")
+    add("--system", metavar="TEXT", help="system message of a chat model")
+    add("--no-think", **FLAG, help="turn thinking off, if the chat template supports it")
+    add(
         "--rope-yarn",
         type=float,
-        default=d["rope_yarn"],
+        default=DEFAULT["rope_yarn"],
         metavar="FACTOR",
         help="stretch the trained context by this factor with YaRN, for longer texts",
     )
 
 
-def add_answering(g, d: dict) -> None:
-    g.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="maximum length (%(default)s)"
-    )
-    g.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)"
-    )
-    g.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the likeliest tokens of this total probability (%(default)s)",
-    )
-    g.add_argument(
-        "--stop",
-        metavar="TEXT",
-        action="append",
-        help="end before this text, taken as it is (bash writes a newline as $'\\n'); repeat for more",
-    )
-    g.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+def add_answering(add) -> None:
+    add("--max-new-tokens", **COUNT, default=256, help="maximum length (%(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
+    total = "sample from the likeliest tokens of this total probability (%(default)s)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=total)
+    end = "end before this text, taken as it is (bash writes a newline as $'\\n'); may be repeated"
+    add("--stop", metavar="TEXT", action="append", help=end)
+    add("--seed", **COUNT, help="makes sampling repeatable")
 
 
-def add_showing(g, d: dict) -> None:
-    g.add_argument(
-        "--map",
-        metavar="FILE",
-        help="write an HTML page that shows which parts of the text were kept, and when",
-    )
-    g.add_argument(
-        "--compare",
-        action="store_true",
-        help="answer twice, dense and pruned, and show both side by side",
-    )
-    g.add_argument(
-        "--json", action="store_true", help="print one JSON object per answer instead of the text"
-    )
-    g.add_argument("--quiet", action="store_true", help="print the answer alone")
+def add_showing(add) -> None:
+    kept = "write an HTML page that shows which parts of the text were kept, and when"
+    add("--map", metavar="FILE", help=kept)
+    add("--compare", **FLAG, help="answer twice, dense and pruned, and show both side by side")
+    add("--json", **FLAG, help="print one JSON object per answer instead of the text")
+    add("--quiet", **FLAG, help="print the answer alone")
 
 
-def add_pruning(g, d: dict) -> None:
-    g.add_argument(
-        "--schedule",
-        default="auto",
-        help="layers and how much is kept from there on, as shares of the prompt or tokens: 9:1/4,19:1/8 or 10:8192; "
-        "or auto, paper, dense (%(default)s)",
+def add_pruning(add) -> None:
+    schedule = (
+        "layers and how much is kept from there on, as shares of the prompt or tokens: "
+        "9:1/4,19:1/8 or 10:8192; or auto, paper, dense (%(default)s)"
     )
-    g.add_argument(
-        "--score",
-        default="peak",
-        help=f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)",
+    add("--schedule", default="auto", help=schedule)
+    rules = f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)"
+    add("--score", default="peak", help=rules)
+    add("--dense", **FLAG, help="no pruning: an empty schedule")
+    texts = {
+        "block_len": "tokens per block (%(default)s)",
+        "unit_len": "tokens per unit of a block (%(default)s)",
+        "window": "newest queries that rank the blocks; 0: 32 for peak, 4 for paper (%(default)s)",
+    }
+    for name, text in texts.items():
+        add("--" + name.replace("_", "-"), **COUNT, default=DEFAULT[name], help=text)
+    overlap = (
+        "overlap of the new choice from which the active blocks stay; -1: 1 for peak, "
+        "0.9 for paper (%(default)s)"
     )
-    g.add_argument("--dense", action="store_true", help="no pruning: an empty schedule")
-    g.add_argument(
-        "--block-len",
-        type=int,
-        default=d["block_len"],
-        metavar="N",
-        help="tokens per block (%(default)s)",
-    )
-    g.add_argument(
-        "--unit-len",
-        type=int,
-        default=d["unit_len"],
-        metavar="N",
-        help="tokens per unit of a block (%(default)s)",
-    )
-    g.add_argument(
-        "--window",
-        type=int,
-        default=d["window"],
-        metavar="N",
-        help="newest queries that rank the blocks; 0: 32 for peak, 4 for paper (%(default)s)",
-    )
-    g.add_argument(
-        "--gamma",
-        type=float,
-        default=d["gamma"],
-        metavar="G",
-        help="overlap of the new choice from which the active blocks stay; -1: 1 for peak, 0.9 for paper (%(default)s)",
-    )
+    add("--gamma", type=float, default=DEFAULT["gamma"], metavar="G", help=overlap)
 
 
-def add_serving(g, d: dict) -> None:
-    g.add_argument(
-        "--serve",
-        metavar="[HOST:]PORT",
-        help="answer HTTP requests there; 127.0.0.1 is the default host",
-    )
-    g.add_argument(
-        "--api-key", metavar="KEY", help="key that requests must send; or set $SLIM_API_KEY"
-    )
-    g.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help="where texts that were read are kept while another is in use",
-    )
-    g.add_argument(
-        "--cache-gib",
-        type=float,
-        default=8.0,
-        metavar="N",
-        help="size of all files there (%(default)s)",
-    )
+def add_serving(add) -> None:
+    place = "answer HTTP requests there; 127.0.0.1 is the default host"
+    add("--serve", metavar="[HOST:]PORT", help=place)
+    add("--api-key", metavar="KEY", help="key that requests must send; or set $SLIM_API_KEY")
+    folder = "where texts that were read are kept while another is in use"
+    add("--cache-dir", metavar="DIR", help=folder)
+    size = "size of all files there (%(default)s)"
+    add("--cache-gib", type=float, default=8.0, metavar="N", help=size)
 
 
-def add_running(g, d: dict) -> None:
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    g.add_argument(
-        "--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (%(default)s)"
-    )
-    g.add_argument(
-        "--chunk",
-        type=int,
-        default=d["chunk"],
-        metavar="N",
-        help="rows computed at a time; 0 chooses by device (%(default)s)",
-    )
-    g.add_argument(
-        "--no-overlap", action="store_true", help="copy synchronously, on the compute stream"
-    )
+def add_running(add) -> None:
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    kinds = "auto, float32, bfloat16, float16 or float64 (%(default)s)"
+    add("--dtype", default="auto", help=kinds)
+    rows = "rows computed at a time; 0 chooses by device (%(default)s)"
+    add("--chunk", **COUNT, default=DEFAULT["chunk"], help=rows)
+    add("--no-overlap", **FLAG, help="copy synchronously, on the compute stream")
+
+
+GROUPS = {
+    "what to read, and what to ask": add_reading,
+    "the answer": add_answering,
+    "what is shown": add_showing,
+    "pruning": add_pruning,
+    "a server of OpenAI's API": add_serving,
+    "the machine": add_running,
+}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line; `given` holds what was written there, without the defaults."""
-    d = {f.name: f.default for f in fields(Settings)}
-    p = Parser(
+    parser = Parser(
         prog="slim.py",
-        usage="%(prog)s [--ckpt CKPT] [--prompt FILE] [--ask TEXT] [options]",
+        usage=USAGE,
         epilog=EXAMPLES,
         allow_abbrev=False,
         description=slim.__doc__.split("\n")[0] + " Without arguments: the demo, dense and pruned.",
@@ -208,85 +142,54 @@ def parse_args(argv=None) -> argparse.Namespace:
             argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110
         ),
     )
-    groups = {
-        "what to read, and what to ask": add_reading,
-        "the answer": add_answering,
-        "what is shown": add_showing,
-        "pruning": add_pruning,
-        "a server of OpenAI's API": add_serving,
-        "the machine": add_running,
-    }
-    for name, add in groups.items():
-        add(p.add_argument_group(name), d)
-    defaults = vars(p.parse_args([]))
-    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    given = {key: value for key, value in given.items() if value is not None}
+    for title, add_to in GROUPS.items():
+        add_to(parser.add_argument_group(title).add_argument)
+    defaults = vars(parser.parse_args([]))
+    unset = argparse.Namespace(**dict.fromkeys(defaults))
+    written = vars(parser.parse_args(argv, unset))
+    given = {key: value for key, value in written.items() if value is not None}
     args = argparse.Namespace(**defaults | given, given=given)
-    args.ask, args.stop = args.ask or [], args.stop or []
+    args.ask = args.ask or []
+    args.stop = args.stop or []
     if args.ckpt is None and args.resume is None:
         choose_demo(args)
     return args
 
 
 def choose_demo(args) -> None:
-    """Without --ckpt, run the demo: its checkpoint and, where not given, its document, question and comparison."""
+    """Run the demo: its checkpoint and, where not given, its document, question and comparison."""
     args.ckpt = DEMO["ckpt"]
     if args.schedule == "auto" and not args.dense:
         args.schedule = DEMO["schedule"]
     if args.prompt is None and args.serve is None:
         args.prompt = DEMO["prompt"]
         args.compare |= not (args.dense or args.chat or args.save or len(args.ask) > 1)
-        args.ask = args.ask or ([] if args.chat or args.save else [DEMO["ask"]])
+        if not (args.ask or args.chat or args.save):
+            args.ask = [DEMO["ask"]]
 
 
-EXCLUDED = {
-    "dense": ("schedule", "compare"),
-    "compare": ("chat", "save", "resume"),
-    "resume": ("prompt", "save", "max_prompt_tokens", "system"),
-    "raw": ("system", "no_think"),
-    "chat": ("json",),
-    "serve": (
-        "prompt",
-        "ask",
-        "chat",
-        "save",
-        "resume",
-        "max_prompt_tokens",
-        "compare",
-        "map",
-        "json",
-    ),
+# ---- checks -------------------------------------------------------------------------------
+
+EXCLUDED = {  # an option: those that do not go with it
+    "dense": "schedule compare",
+    "compare": "chat save resume",
+    "resume": "prompt save max_prompt_tokens system",
+    "raw": "system no_think",
+    "chat": "json",
+    "serve": "prompt ask chat save resume max_prompt_tokens compare map json",
 }
 
 
 def check_args(args) -> None:
     """Raise ValueError for arguments that do not go together."""
     check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    for first, others in EXCLUDED.items():
-        if clash := [name for name in others if first in args.given and name in args.given]:
-            raise ValueError(
-                f"--{first} excludes --{clash[0].replace('_', '-')}; leave one of them out"
-            )
+    check_excluded(args.given)
+    check_texts(args)
     if args.compare and len(args.ask) > 1:
-        raise ValueError(
-            f"--compare takes one --ask, not {len(args.ask)}; ask one, or leave --compare out"
-        )
-    if lone := [
-        name
-        for name in ("api_key", "cache_dir", "cache_gib")
-        if name in args.given and args.serve is None
-    ]:
-        raise ValueError(
-            f"--{lone[0].replace('_', '-')} is for --serve; give --serve PORT, or leave it out"
-        )
+        n = len(args.ask)
+        raise ValueError(f"--compare takes one --ask, not {n}; ask one, or leave --compare out")
     if not 0 <= args.cache_gib < float("inf"):
         raise ValueError(f"--cache-gib {args.cache_gib} must be a size of at least 0")
-    if any(not question.strip() for question in args.ask):
-        raise ValueError("--ask is empty; put a question, or leave it out")
-    if "" in args.stop:
-        raise ValueError(
-            "--stop is empty; give the text before which an answer ends, or leave it out"
-        )
     if args.resume is not None and not (args.ask or args.chat):
         raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
     if args.chat and sys.stdin is None:
@@ -296,68 +199,135 @@ def check_args(args) -> None:
             check_output(args, name, getattr(args, name))
 
 
+def check_excluded(given: dict) -> None:
+    for first, others in EXCLUDED.items():
+        for other in others.split():
+            if first in given and other in given:
+                flag = other.replace("_", "-")
+                raise ValueError(f"--{first} excludes --{flag}; leave one of them out")
+    for name in ("api_key", "cache_dir", "cache_gib"):
+        if name in given and "serve" not in given:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for --serve; give --serve PORT, or leave it out")
+
+
+def check_texts(args) -> None:
+    """Raise ValueError for a text that is empty or cannot be decoded."""
+    for question in args.ask:
+        check_unicode("--ask", question)
+        if not question.strip():
+            raise ValueError("--ask is empty; put a question, or leave it out")
+    for stop in args.stop:
+        check_unicode("--stop", stop)
+        if not stop:
+            raise ValueError(
+                "--stop is empty; give the text before which an answer ends, or leave it out"
+            )
+    check_unicode("--system", args.system or "")
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raise ValueError if a text came from bytes that are none: Python keeps them as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise ValueError(
+            f"{name} cannot be decoded: byte {byte:#04x} at character {error.start + 1}; "
+            "write it in UTF-8"
+        ) from None
+
+
 def check_output(args, name: str, path: str) -> None:
-    """Raise ValueError, before an hour of reading, if a file cannot be written or is another one of this run."""
+    """Raise ValueError, before an hour of reading, for a file that cannot be written.
+
+    Nor may it be another file of this run.
+    """
     try:
         target = check_path(path)
     except ValueError as error:
         raise ValueError(f"--{name} {error}; give a file in a folder that exists") from None
     for other in ("prompt", "resume", "save", "map"):
-        if other != name and (taken := getattr(args, other)) and Path(taken).resolve() == target:
+        taken = getattr(args, other)
+        if other != name and taken and Path(taken).resolve() == target:
             raise ValueError(
                 f"--{name} {path} would overwrite the file of --{other}; give another one"
             )
 
 
+# ---- the text -----------------------------------------------------------------------------
+
+
 def read_prompt(args) -> str:
-    """Return the text of --prompt, "" without one; raise ValueError if it cannot be read, or nothing is asked."""
+    """Return the text of --prompt, "" without one.
+
+    Raises ValueError if it cannot be read, or nothing is asked.
+    """
     name = args.prompt
-    if name is None and not args.ask and not args.chat:
-        raise ValueError(
-            "there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT"
-        )
-    if name is None and args.save:
-        raise ValueError("--save keeps a text that was read; give one with --prompt FILE")
     if name is None:
+        if not args.ask and not args.chat:
+            raise ValueError(
+                "there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT"
+            )
+        if args.save:
+            raise ValueError("--save keeps a text that was read; give one with --prompt FILE")
         return ""
-    if name == "-" and args.chat:
-        raise ValueError("--prompt - and --chat both want standard input; put the text in a file")
-    if name == "-" and sys.stdin is None:
-        raise ValueError("--prompt - is standard input, and that is closed; give a text file")
-    if name != "-" and (not name or Path(name).is_dir()):
-        raise ValueError(f"--prompt {name!r} is a directory; give a text file")
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"--prompt {name} cannot be read ({error}); give a text file, or - for standard input"
-        ) from None
+    data = read_bytes(name, args.chat)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        byte = data[error.start]
         raise ValueError(
-            f"--prompt {name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it first"
+            f"--prompt {name} is not UTF-8: byte {byte:#04x} at offset {error.start}; "
+            "convert it first"
         ) from None
     if not text.strip():
         raise ValueError(f"--prompt {name} is empty; there is nothing to read")
     return text
 
 
-def build_ids(args, text: str, tokenizer) -> list[int]:
-    """Return the ids to begin with: the text and the first question, or the text alone if it is read first."""
-    if args.max_prompt_tokens is not None:
-        if args.max_prompt_tokens < 1:
-            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} must be at least 1")
-        whole, text = text, first_tokens(text, args.max_prompt_tokens, tokenizer)
-        if whole and not text:
+def read_bytes(name: str, chat: bool) -> bytes:
+    if name == "-":
+        if chat:
             raise ValueError(
-                f"--max-prompt-tokens {args.max_prompt_tokens} leaves nothing of the text, whose first character takes "
-                "more; raise it"
+                "--prompt - and --chat both want standard input; put the text in a file"
             )
+        if sys.stdin is None:
+            raise ValueError("--prompt - is standard input, and that is closed; give a text file")
+    elif not name or Path(name).is_dir():
+        raise ValueError(f"--prompt {name!r} is a directory; give a text file")
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"--prompt {name} cannot be read ({error}); give a text file, or - for standard input"
+        ) from None
+
+
+def build_ids(args, text: str, tokenizer) -> list[int]:
+    """Return the first ids: the text and the first question, or the text alone if it is read first."""
+    if args.max_prompt_tokens is not None:
+        text = cut_text(text, args.max_prompt_tokens, tokenizer)
     if text and (args.chat or args.save):
         return tokenizer.chat(text, end=False)
-    parts = [part for part in (text, args.ask.pop(0) if args.ask else "") if part]
-    return tokenizer.chat(("\n\n" if tokenizer.template else "\n").join(parts)) if parts else []
+    parts = [text] if text else []
+    if args.ask:
+        parts.append(args.ask.pop(0))
+    if not parts:
+        return []
+    return tokenizer.chat(("\n\n" if tokenizer.template else "\n").join(parts))
+
+
+def cut_text(text: str, n: int, tokenizer) -> str:
+    if n < 1:
+        raise ValueError(f"--max-prompt-tokens {n} must be at least 1")
+    first = first_tokens(text, n, tokenizer)
+    if text and not first:
+        raise ValueError(
+            f"--max-prompt-tokens {n} leaves nothing of the text, whose first character takes more; "
+            "raise it"
+        )
+    return first
 
 
 def first_tokens(text: str, n: int, tokenizer) -> str:
@@ -370,38 +340,27 @@ def first_tokens(text: str, n: int, tokenizer) -> str:
     return text
 
 
+# ---- a saved text -------------------------------------------------------------------------
+
+SAVED = "ckpt dtype schedule score block_len unit_len window gamma chunk rope_yarn raw".split()
+
+
 def settings_of_saved(args) -> dict:
     """Take from a saved conversation what the command line leaves open; return the file's header."""
-    header, _ = read_saved(args.resume)
-    saved = header["identity"] | {
-        "ckpt": header.get("ckpt"),
-        "raw": header["extra"].get("raw", False),
-    }
-    for name in (
-        "ckpt",
-        "dtype",
-        "schedule",
-        "score",
-        "block_len",
-        "unit_len",
-        "window",
-        "gamma",
-        "chunk",
-        "rope_yarn",
-        "raw",
-    ):
+    path = args.resume
+    header, _ = read_saved(path)
+    raw = header["extra"].get("raw", False)
+    saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": raw}
+    for name in SAVED:
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
     if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
         raise ValueError(
-            f"{args.resume} was read with the checkpoint {args.ckpt}, which is gone; give its folder with --ckpt"
+            f"{path} was read with the checkpoint {args.ckpt}, which is gone; "
+            "give its folder with --ckpt"
         )
-    if args.raw != saved["raw"]:
-        raise ValueError(
-            f"{args.resume} was read {'with' if saved['raw'] else 'without'} --raw; use the same"
-        )
+    if args.raw != raw:
+        raise ValueError(f"{path} was read {'with' if raw else 'without'} --raw; use the same")
     if args.map and "map" not in header["extra"]:
-        raise ValueError(
-            f"{args.resume} holds no record for --map; read the text again with --save"
-        )
+        raise ValueError(f"{path} holds no record for --map; read the text again with --save")
     return header

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import unicodedata
 
 import slim
 from loading.files import format_bytes, one_line
@@ -14,16 +15,19 @@ class Progress:
 
     def __init__(self, quiet: bool):
         self.on = sys.stderr.isatty() and not quiet
-        self.up, self.when = False, 0.0  # whether a line is shown now, and since when
+        self.up = False  # whether a line is shown now
+        self.when = 0.0  # since when
 
     def show(self, text: str) -> None:
         if self.on and time.perf_counter() - self.when > 0.1:
-            self.up, self.when = True, time.perf_counter()
+            self.up = True
+            self.when = time.perf_counter()
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         if self.up:
-            self.up, self.when = False, 0.0
+            self.up = False
+            self.when = 0.0
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def loading(self, done: int, total: int) -> None:
@@ -31,30 +35,33 @@ class Progress:
 
     def follow(self, engine: slim.Engine) -> None:
         """Watch a prefill: layer, tokens alive, and the time left by the work that is left."""
-        c, kv = engine.config, engine.kv
-        started, done = time.perf_counter(), 0
+        config = engine.config
+        kv = engine.kv
+        started = time.perf_counter()
+        done = 0
 
         def on_chunk(layer: int, rows: int, keys: int) -> None:
             nonlocal done
-            alive = [
-                stage.n_slots * kv.block_len + kv.n_prompt - kv.tail_start
-                for stage in kv.stages
-                for _ in stage.layers
-            ]
-            total = sum(layer_flops(c, n, n / 2) for n in alive)
-            spent = time.perf_counter() - started
-            left = f"{spent * (total - done) / done:.0f} s left" if done else ""
+            in_tail = kv.n_prompt - kv.tail_start
+            alive = []
+            for stage in kv.stages:
+                alive += [stage.n_slots * kv.block_len + in_tail] * len(stage.layers)
+            total = sum(layer_flops(config, n, n / 2) for n in alive)
+            time_left = ""
+            if done:
+                spent = time.perf_counter() - started
+                time_left = f"{spent * (total - done) / done:.0f} s left"
             self.show(
-                f"reading the prompt: layer {layer + 1}/{c.n_layers}, {alive[layer]:,} of {kv.n_prompt:,} tokens "
-                f"alive  {left}"
+                f"reading the prompt: layer {layer + 1}/{config.n_layers}, {alive[layer]:,} of "
+                f"{kv.n_prompt:,} tokens alive  {time_left}"
             )
-            done += layer_flops(c, rows, keys - rows / 2)
+            done += layer_flops(config, rows, keys - rows / 2)
 
         if self.on:
             engine.model.on_chunk = on_chunk
 
     def complain(self, error: Exception) -> None:
-        """Say in one line what is wrong, with --quiet too."""
+        """Write in one line what is wrong, with --quiet too."""
         self.clear()
         print(f"slim: error: {one_line(error)}", file=sys.stderr, flush=True)
 
@@ -63,97 +70,96 @@ class Progress:
         self.clear()
 
 
+def status(args, progress: Progress):
+    """Return a function that prints a line to standard error, dimmed on a terminal."""
+    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    dim = sys.stderr.isatty() and not dumb
+
+    def say(text: str) -> None:
+        progress.clear()
+        text = visible(text)
+        print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
+
+    return (lambda text: None) if args.quiet else say
+
+
+def visible(text: str) -> str:
+    """Escape the control characters, which a terminal would obey; newlines and tabs stay.
+
+    A model repeats what a document holds, such as Escape sequences that write to the clipboard.
+    """
+    return "".join(escape(char) if is_control(char) else char for char in text)
+
+
+def is_control(char: str) -> bool:
+    return unicodedata.category(char) == "Cc" and char not in "\n\t"
+
+
+def escape(char: str) -> str:
+    return char.encode("unicode_escape").decode()
+
+
 def summary(stats: dict, device) -> str:
-    """Say what a conversation keeps, and where."""
+    """Describe what a conversation keeps, and where."""
     kept = " > ".join(f"{n:,}" for n in stats["kept"])
-    n, keys = stats.get("ranks", 1), ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes")
-    each = (
-        f" on each of {n} ranks, {format_bytes(n * sum(stats[key] for key in keys))} in all"
-        if n > 1
-        else ""
-    )
+    sizes = {key: format_bytes(stats[key]) for key in stats if key.endswith("_bytes")}
+    n_ranks = stats.get("ranks", 1)
+    each = ""
+    if n_ranks > 1:
+        total = sum(stats[key] for key in ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes"))
+        each = f" on each of {n_ranks} ranks, {format_bytes(n_ranks * total)} in all"
     return (
-        f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; {stats['swaps']:,} blocks "
-        f"swapped, {stats['revived']:,} of them revived\n"
-        f"slim: KV {format_bytes(stats['kv_gpu_bytes'])} on {device} + {format_bytes(stats['kv_cpu_bytes'])} at "
-        f"home + {format_bytes(stats['aux_cpu_bytes'])} pruned rows, "
-        f"dense {format_bytes(stats['kv_dense_bytes'])}{each}"
+        f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; "
+        f"{stats['swaps']:,} blocks swapped, {stats['revived']:,} of them revived\n"
+        f"slim: KV {sizes['kv_gpu_bytes']} on {device} + {sizes['kv_cpu_bytes']} at home + "
+        f"{sizes['aux_cpu_bytes']} pruned rows, dense {sizes['kv_dense_bytes']}{each}"
     )
 
 
-def timing(r: dict) -> str:
-    """Say how long an answer took and, for a follow-up, how long reading everything again would take."""
-    if not r["ids"]:
-        what = "interrupted while reading" if r["interrupted"] else "an empty answer after"
-        return f"slim: {what} {r['n_new']:,} tokens, {r['ttft_s']:.2f} s"
-    speed = f"slim: first token {r['ttft_s']:.2f} s, then {r['decode_tok_s']:.1f} tokens/s"
-    if not r["follow_up"]:
+def timing(result: dict) -> str:
+    """Describe how long an answer took and, for a follow-up, how long a new prefill took."""
+    first = result["ttft_s"]
+    if not result["ids"]:
+        what = "interrupted while reading" if result["interrupted"] else "an empty answer after"
+        return f"slim: {what} {result['n_new']:,} tokens, {first:.2f} s"
+    speed = f"slim: first token {first:.2f} s, then {result['decode_tok_s']:.1f} tokens/s"
+    if not result["follow_up"]:
         return speed
+    prefill = result["prefill_s"]
     return (
-        speed
-        + f"; a new prefill took {r['prefill_s']:.2f} s, {r['prefill_s'] / r['ttft_s']:.0f}x as long; "
-        f"{r['swaps_here']} blocks swapped, {r['revived_here']} of them revived"
+        f"{speed}; a new prefill took {prefill:.2f} s, {prefill / first:.0f}x as long; "
+        f"{result['swaps_here']} blocks swapped, {result['revived_here']} of them revived"
     )
 
 
 def comparison(dense: dict, pruned: dict) -> str:
     """Write two results side by side."""
-    rows = [
-        (
-            "first token",
-            f"{dense['ttft_s']:.2f} s",
-            f"{pruned['ttft_s']:.2f} s",
-            f"{dense['ttft_s'] / pruned['ttft_s']:.2f}x sooner",
-        ),
-        (
-            "KV on the device",
-            format_bytes(dense["kv_gpu_bytes"]),
-            format_bytes(pruned["kv_gpu_bytes"]),
-            f"{pruned['kv_gpu_bytes'] / dense['kv_gpu_bytes']:.0%} of dense",
-        ),
-        (
-            "prompt tokens kept",
-            f"{dense['prompt_tokens']:,}",
-            " > ".join(f"{n:,}" for n in pruned["kept"]),
-            "per stage",
-        ),
-        (
-            "answer",
-            *(" ".join(r["text"].split())[:30] for r in (dense, pruned)),
-            "the same" if dense["ids"] == pruned["ids"] else "not the same",
-        ),
-    ]
-    rows = [("", "dense", "slim", ""), *rows]
-    left, right = (max(len(row[i]) for row in rows) + 2 for i in (1, 2))
-    return "\n".join(f"slim: {a:20}{b:>{left}}{c:>{right}}   {d}".rstrip() for a, b, c, d in rows)
+    sooner = dense["ttft_s"] / pruned["ttft_s"]
+    share = pruned["kv_gpu_bytes"] / dense["kv_gpu_bytes"]
+    same = "the same" if dense["ids"] == pruned["ids"] else "not the same"
+    rows = [("", "dense", "slim", "")]
+
+    def row(name: str, shown, note: str) -> None:
+        rows.append((name, shown(dense), shown(pruned), note))
+
+    row("first token", lambda result: f"{result['ttft_s']:.2f} s", f"{sooner:.2f}x sooner")
+    row("KV on the device", lambda r: format_bytes(r["kv_gpu_bytes"]), f"{share:.0%} of dense")
+    row("prompt tokens kept", lambda r: " > ".join(f"{n:,}" for n in r["kept"]), "per stage")
+    row("answer", lambda result: " ".join(result["text"].split())[:30], same)
+    left = 2 + max(len(row[1]) for row in rows)
+    right = 2 + max(len(row[2]) for row in rows)
+    lines = []
+    for name, before, after, note in rows:
+        lines.append(f"slim: {name:20}{before:>{left}}{after:>{right}}   {note}".rstrip())
+    return "\n".join(lines)
 
 
-def public(r: dict) -> dict:
+PUBLIC = (
+    "text ids prompt_tokens kept ttft_s decode_tok_s kv_gpu_bytes kv_cpu_bytes kv_dense_bytes "
+    "swaps revived"
+).split()
+
+
+def public(result: dict) -> dict:
     """Return the part of a result that --json prints."""
-    keys = (
-        "text",
-        "ids",
-        "prompt_tokens",
-        "kept",
-        "ttft_s",
-        "decode_tok_s",
-        "kv_gpu_bytes",
-        "kv_cpu_bytes",
-        "kv_dense_bytes",
-        "swaps",
-        "revived",
-    )
-    return {k: r[k] for k in keys}
-
-
-def status(args, progress: Progress):
-    """Return a function that prints a line to standard error, dimmed on a terminal so that the answer stands out."""
-    plain = (
-        not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    )
-
-    def say(text: str) -> None:
-        progress.clear()
-        print(text if plain else f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
-
-    return (lambda text: None) if args.quiet else say
+    return {key: result[key] for key in PUBLIC}

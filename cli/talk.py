@@ -10,197 +10,182 @@ from pathlib import Path
 
 import blockmap
 import slim
-from cli.options import check_output
-from cli.show import Progress, comparison, public, summary, timing
+from cli.options import check_output, check_unicode
+from cli.show import Progress, comparison, public, summary, timing, visible
 from loading.files import format_bytes
 
 
 class Talk:
-    """Questions about one document, by --ask or at the prompt of --chat, and what is reported about each."""
+    """Questions about one document, by --ask or --chat, and what is reported about each."""
 
     def __init__(self, engine: slim.Engine, tokenizer, args, progress: Progress, say):
-        self.engine, self.tokenizer, self.args, self.progress, self.say = (
-            engine,
-            tokenizer,
-            args,
-            progress,
-            say,
-        )
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.args = args
+        self.progress = progress
+        self.say = say
         self.interrupted = False
         self.alone = "ranks" not in engine.stats  # under torchrun, Ctrl-C ends the other ranks too
-        self.open = self.open_at_first = False  # whether the turn of the text waits for a question
+        self.open = False  # whether the turn of the text waits for a question
+        self.open_at_first = False
         self.text_read = bool(args.resume or args.prompt)  # apart from the first question
-        self.recorder = blockmap.Recorder(engine)
+        self.recorder = None
+        if args.map or args.chat or args.save:  # a record grows with every step
+            self.recorder = blockmap.Recorder(engine)
 
     def begin(self, ids: list[int]) -> None:
         """Open the saved text, or read the text alone, or answer the first question about it."""
-        engine, args = self.engine, self.args
-        if args.resume:
-            started = time.perf_counter()
-            extra = engine.resume(args.resume, args.max_new_tokens)
-            self.open = self.open_at_first = extra.get("open", False)
-            self.recorder.record = extra.get("map", {})
-            self.say(
-                f"slim: {args.resume} opened in {time.perf_counter() - started:.2f} s; reading the text took "
-                f"{engine.prefill_s:.2f} s"
-            )
-        elif ids and (args.chat or args.save):
+        if self.args.resume:
+            self.resume(self.args.resume)
+        elif ids and (self.args.chat or self.args.save):
             self.read(ids)
         elif ids:
             self.report(self.answer(ids))
 
+    def resume(self, path: str) -> None:
+        started = time.perf_counter()
+        extra = self.engine.resume(path, self.args.max_new_tokens)
+        seconds = time.perf_counter() - started
+        self.open = self.open_at_first = extra.get("open", False)
+        if self.recorder:
+            self.recorder.record = extra.get("map", {})
+        self.say(
+            f"slim: {path} opened in {seconds:.2f} s; reading the text took "
+            f"{self.engine.prefill_s:.2f} s"
+        )
+
     def read(self, ids: list[int]) -> None:
         """Read the text before anything is asked, and save it if that is wanted."""
-        engine, path = self.engine, self.args.save
+        engine = self.engine
         self.warn(len(ids))
         self.progress.follow(engine)
         engine.prefill(ids, self.args.max_new_tokens)
         self.progress.done(engine)
         self.open = self.open_at_first = True
-        self.say(
-            f"slim: read in {engine.prefill_s:.2f} s\n{summary(engine.stats, engine.kv.device)}"
-        )
-        if path:
-            self.save(path)
+        self.say(f"slim: read in {engine.prefill_s:.2f} s\n{self.summary()}")
+        if self.args.save:
+            self.save(self.args.save)
 
     def save(self, path: str) -> None:
         """Save the text as it was read; if that fails, the questions are answered all the same."""
+        extra = {"open": True, "raw": self.args.raw, "map": self.recorder.record}
         try:
-            self.engine.save(
-                path, {"open": True, "raw": self.args.raw, "map": self.recorder.record}
-            )
+            self.engine.save(path, extra)
         except ValueError as error:
             if not (self.args.ask or self.args.chat):
                 raise
             self.progress.complain(error)
         else:
-            self.say(
-                f"slim: saved to {path}, {format_bytes(Path(path).stat().st_size)}; go on with --resume {path}"
-            )
+            size = format_bytes(Path(path).stat().st_size)
+            self.say(f"slim: saved to {path}, {size}; go on with --resume {path}")
 
     def ask(self, question: str) -> None:
         """Answer one more question."""
-        tok, first = self.tokenizer, not self.engine.ids
-        ids = tok.rest(question) if self.open else tok.chat(question, begin=first)
-        r = self.answer(ids, follow_up=not first)
+        first = not self.engine.ids
+        if self.open:
+            ids = self.tokenizer.rest(question)
+        else:
+            ids = self.tokenizer.chat(question, begin=first)
+        result = self.answer(ids, follow_up=not first)
         self.open = False  # only now: a question refused leaves the turn as it was
-        self.report(r)
+        self.report(result)
 
     def compare(self, ids: list[int]) -> None:
         """Answer twice, dense and pruned."""
-        self.engine.prefill(
-            ids[: self.engine.ckpt.chunk]
-        )  # warm-up: a process's first kernels are slow
+        ckpt = self.engine.ckpt
+        self.engine.prefill(ids[: ckpt.chunk])  # warm-up: a process's first kernels are slow
         results = {}
-        for name, budgets in (("dense", {}), ("slim", self.engine.ckpt.schedule)):
-            results[name] = r = self.answer(ids, budgets)
-            self.say(timing(r) + "\n" + summary(r, self.engine.kv.device))
+        for name, schedule in (("dense", {}), ("slim", ckpt.schedule)):
+            result = self.answer(ids, schedule)
+            results[name] = result
+            self.say(f"{timing(result)}\n{self.summary(result)}")
             if self.interrupted:
                 return
         self.say(comparison(results["dense"], results["slim"]))
         if self.args.json:
-            print(json.dumps({name: public(r) for name, r in results.items()}), flush=True)
+            shown = {name: public(result) for name, result in results.items()}
+            print(json.dumps(shown), flush=True)
 
-    def report(self, r: dict) -> None:
-        if self.args.json:
-            print(json.dumps(public(r)), flush=True)
-        self.say(
-            timing(r) if r["follow_up"] else timing(r) + "\n" + summary(r, self.engine.kv.device)
-        )
-
-    def warn(self, n_new: int) -> None:
-        """Warn if the tokens to come do not suit the model's trained context or this conversation's RoPE."""
-        n, new, most = (
-            len(self.engine.ids) + n_new,
-            self.args.max_new_tokens,
-            self.engine.config.max_len,
-        )
-        if n + new > most:
-            self.say(
-                f"slim: warning: {n:,} prompt + {new:,} new tokens are beyond the {most:,} this model was trained "
-                "for; expect a poor answer"
-            )
-        rope = self.engine.config.rope_scaling
-        trained = rope.get("original_max_position_embeddings", 0)
-        stretched = (
-            rope["rope_type"] == "yarn" and "llama_4_scaling_beta" not in rope
-        )  # with it, it was trained so
-        if stretched and n + new <= trained and not self.engine.ids:
-            remedy = (
-                "leave --rope-yarn out" if self.args.rope_yarn else "take YaRN out of config.json"
-            )
-            self.say(
-                f"slim: warning: {n:,} prompt + {new:,} new tokens fit in the {trained:,.0f} of the context before "
-                f"YaRN stretched it, which costs quality there; {remedy}"
-            )
-        short = (
-            rope["rope_type"] == "longrope"
-            and self.engine.ids
-            and self.engine.kv.planned <= trained
-        )
-        if short and len(self.engine.ids) <= trained < n + new:
-            self.say(
-                f"slim: warning: {n:,} tokens + {new:,} new ones are beyond the {trained:,.0f} of LongRoPE's short "
-                "factors, with which this conversation began; expect a poor answer, or start again with a larger "
-                "--max-new-tokens"
-            )
+    # ---- one answer -------------------------------------------------------------------
 
     def answer(self, ids: list[int], schedule=None, follow_up=False) -> dict:
-        """Generate an answer and, without --json, print it as it comes; return it with its costs, also after Ctrl-C."""
-        engine, args, text = self.engine, self.args, not self.args.json
+        """Generate an answer and, without --json, print it as it comes.
+
+        Returns it with its costs, also after Ctrl-C.
+        """
         if not follow_up:
-            engine.forget()
+            self.engine.forget()
         self.warn(len(ids))
-        out, pieces, times = [], [], [time.perf_counter()]
-        before = engine.stats if follow_up else {"swaps": 0, "revived": 0}
-
-        def tokens(stopped):
-            for token in engine.generate(
-                ids,
-                args.max_new_tokens,
-                args.temperature,
-                args.top_p,
-                args.seed,
-                schedule,
-                follow_up,
-            ):
-                times.append(time.perf_counter())
-                self.progress.done(engine)
-                out.append(token)
-                yield token
-                if stopped:
-                    raise KeyboardInterrupt
-
+        before = self.engine.stats if follow_up else {"swaps": 0, "revived": 0}
+        answer = Answer(self)
         self.interrupted = False
         if not follow_up:
-            self.progress.follow(engine)
+            self.progress.follow(self.engine)
         try:
-            with stop_between_tokens(args.chat and self.alone) as stopped:
-                for piece in self.tokenizer.stream(tokens(stopped), args.stop):
-                    pieces.append(piece)
-                    if text:
-                        print(piece, end="", flush=True)
+            with stop_between_tokens(self.args.chat and self.alone) as stopped:
+                answer.write(ids, schedule, follow_up, stopped)
         except KeyboardInterrupt:
-            if args.chat and not self.alone:
+            if self.args.chat and not self.alone:
                 raise
             self.interrupted = True
-        self.progress.done(engine)
-        if text and (pieces or not self.interrupted):
+        self.progress.done(self.engine)
+        if not self.args.json and (answer.pieces or not self.interrupted):
             print(flush=True)
-        first = times[1] if out else time.perf_counter()
-        rate = (len(out) - 1) / (times[-1] - first) if len(out) > 1 else 0.0
-        r = engine.stats | {
-            "text": "".join(pieces),
-            "ids": out,
-            "ttft_s": first - times[0],
-            "decode_tok_s": rate,
+        stats = self.engine.stats
+        return {
+            **stats,
+            **answer.result(),
             "n_new": len(ids),
+            "interrupted": self.interrupted,
+            "follow_up": follow_up,
+            "swaps_here": stats["swaps"] - before["swaps"],
+            "revived_here": stats["revived"] - before["revived"],
         }
-        return (
-            r
-            | {"interrupted": self.interrupted, "follow_up": follow_up}
-            | {f"{key}_here": r[key] - before[key] for key in ("swaps", "revived")}
-        )
+
+    def report(self, result: dict) -> None:
+        if self.args.json:
+            print(json.dumps(public(result)), flush=True)
+        kept = "" if result["follow_up"] else "\n" + self.summary(result)
+        self.say(timing(result) + kept)
+
+    def summary(self, stats: dict | None = None) -> str:
+        return summary(stats or self.engine.stats, self.engine.kv.device)
+
+    # ---- warnings ---------------------------------------------------------------------
+
+    def warn(self, n_new: int) -> None:
+        """Warn if the tokens to come do not suit the trained context or this conversation's RoPE."""
+        engine = self.engine
+        rope = engine.config.rope_scaling
+        kind = rope["rope_type"]
+        trained = rope.get("original_max_position_embeddings", 0)
+        started = bool(engine.ids)
+        n = len(engine.ids) + n_new
+        end = n + self.args.max_new_tokens
+        coming = f"{n:,} prompt + {self.args.max_new_tokens:,} new tokens"
+        if end > engine.config.max_len:
+            self.say(
+                f"slim: warning: {coming} are beyond the {engine.config.max_len:,} this model was "
+                "trained for; expect a poor answer"
+            )
+        # with llama_4_scaling_beta, a model was trained so
+        stretched = kind == "yarn" and "llama_4_scaling_beta" not in rope
+        if stretched and not started and end <= trained:
+            given = self.args.rope_yarn
+            remedy = "leave --rope-yarn out" if given else "take YaRN out of config.json"
+            self.say(
+                f"slim: warning: {coming} fit in the {trained:,.0f} of the context before YaRN "
+                f"stretched it, which costs quality there; {remedy}"
+            )
+        short = kind == "longrope" and started and engine.kv.planned <= trained
+        if short and len(engine.ids) <= trained < end:
+            self.say(
+                f"slim: warning: {coming} are beyond the {trained:,.0f} of LongRoPE's short "
+                "factors, with which this conversation began; expect a poor answer, or start again "
+                "with a larger --max-new-tokens"
+            )
+
+    # ---- commands ---------------------------------------------------------------------
 
     def draw(self, path: str) -> str:
         """Write the map of the conversation; return where."""
@@ -217,13 +202,59 @@ class Talk:
             self.engine.forget()  # the next question opens a conversation
 
 
+class Answer:
+    """An answer as it comes: its tokens and text, and when they came."""
+
+    def __init__(self, talk: Talk):
+        self.talk = talk
+        self.ids: list[int] = []
+        self.pieces: list[str] = []
+        self.started = time.perf_counter()
+        self.times: list[float] = []  # of each token
+
+    def write(self, ids: list[int], schedule, follow_up: bool, stopped: list) -> None:
+        """Generate, and print each piece of text unless --json is given."""
+        talk = self.talk
+        show = visible if sys.stdout.isatty() else str
+        for piece in talk.tokenizer.stream(
+            self.tokens(ids, schedule, follow_up, stopped), talk.args.stop
+        ):
+            self.pieces.append(piece)
+            if not talk.args.json:
+                print(show(piece), end="", flush=True)
+
+    def tokens(self, ids: list[int], schedule, follow_up: bool, stopped: list):
+        args = self.talk.args
+        sampling = args.max_new_tokens, args.temperature, args.top_p, args.seed
+        engine = self.talk.engine
+        for token in engine.generate(ids, *sampling, schedule=schedule, follow_up=follow_up):
+            self.times.append(time.perf_counter())
+            self.talk.progress.done(engine)
+            self.ids.append(token)
+            yield token
+            if stopped:
+                raise KeyboardInterrupt
+
+    def result(self) -> dict:
+        first = self.times[0] if self.times else time.perf_counter()
+        rate = 0.0
+        if len(self.ids) > 1:
+            rate = (len(self.ids) - 1) / (self.times[-1] - first)
+        return {
+            "text": "".join(self.pieces),
+            "ids": self.ids,
+            "ttft_s": first - self.started,
+            "decode_tok_s": rate,
+        }
+
+
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
-    """Let Ctrl-C only set a mark, because breaking off a step loses the conversation; a second one breaks off."""
-    on, marks = (
-        on and threading.current_thread() is threading.main_thread(),
-        [],
-    )  # only there can signals be handled
+    """Let Ctrl-C only set a mark, as breaking off a step loses the conversation; a second one does."""
+    marks = []
+    if not on or threading.current_thread() is not threading.main_thread():
+        yield marks  # only the main thread can handle signals
+        return
 
     def mark(*_):
         if marks:
@@ -235,26 +266,32 @@ def stop_between_tokens(on: bool):
             flush=True,
         )
 
-    usual = signal.signal(signal.SIGINT, mark) if on else None
+    usual = signal.signal(signal.SIGINT, mark)
     try:
         yield marks
     finally:
-        if on:
-            signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, usual)
+
+
+# ---- the chat -----------------------------------------------------------------------------
 
 
 def chat(talk: Talk) -> None:
     """Read questions and commands, a line each, until /quit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its history and editing
+    with contextlib.suppress(AttributeError):  # a StringIO of the caller's
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte is told, and costs its line
     ends = "stops an answer" if talk.alone else "ends all ranks"
-    talk.say(f"slim: ask away; /stats, /map [FILE], /reset, /quit; Ctrl-C {ends}")
+    talk.say(f"slim: type a question, or /stats, /map [FILE], /reset, /quit; Ctrl-C {ends}")
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while talk.engine.usable or not talk.engine.ids:
         try:
             line = input(prompt).strip()
         except EOFError:
-            return print(file=sys.stderr) if prompt else None
+            if prompt:
+                print(file=sys.stderr)
+            return
         except KeyboardInterrupt:
             print(file=sys.stderr)  # an empty line, and another try
             if talk.alone:
@@ -262,36 +299,53 @@ def chat(talk: Talk) -> None:
             raise
         if line == "/quit":
             return
-        try:
-            command(talk, line) if line.startswith("/") else line and talk.ask(line)
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError, MemoryError) as error:
-            if isinstance(error, MemoryError) and not talk.alone:
-                raise  # the other ranks may have gone on
-            talk.progress.complain(error)
+        obey(talk, line)
     raise ValueError(
-        "the conversation was interrupted in the middle of a step and cannot continue; start again, from a saved "
-        "text if there is one"
+        "the conversation was interrupted in the middle of a step and cannot continue; "
+        "start again, from a saved text if there is one"
     )
 
 
+def obey(talk: Talk, line: str) -> None:
+    """Answer a line of the chat; what is wrong with it costs this line, not the conversation."""
+    try:
+        check_unicode("the line", line)
+        if line.startswith("/"):
+            command(talk, line)
+        elif line:
+            talk.ask(line)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) and not talk.alone:
+            raise  # the other ranks may have gone on
+        talk.progress.complain(error)
+
+
 def command(talk: Talk, line: str) -> None:
-    engine, (name, _, rest) = talk.engine, line.partition(" ")
+    engine = talk.engine
+    name, _, rest = line.partition(" ")
     if name == "/stats" and engine.usable:
-        used = f"slim: {len(engine.ids):,} of {engine.config.max_len:,} tokens of context in use"
-        print(summary(engine.stats, engine.kv.device) + "\n" + used, file=sys.stderr)
+        used = f"{len(engine.ids):,} of {engine.config.max_len:,} tokens of context in use"
+        print(f"{talk.summary()}\nslim: {used}", file=sys.stderr)
     elif name == "/map":
-        path = str(Path(rest.strip() or talk.args.map or "map.html").expanduser())
+        path = expand(rest.strip() or talk.args.map or "map.html")
         check_output(talk.args, "map", path)
         print(f"slim: map {talk.draw(path)}", file=sys.stderr)
     elif name == "/reset":
         talk.reset()
-        print(
-            "slim: the questions are forgotten" + (", the text is not" if talk.text_read else ""),
-            file=sys.stderr,
-        )
+        text = ", the text is not" if talk.text_read else ""
+        print(f"slim: the questions are forgotten{text}", file=sys.stderr)
     else:
         raise ValueError(
-            f"{name} is not available; there are /map [FILE], /reset, /quit and, once something was read, /stats"
+            f"{name} is not available; there are /map [FILE], /reset, /quit and, "
+            "once something was read, /stats"
         )
+
+
+def expand(path: str) -> str:
+    """Return a path with ~ replaced by a home folder; raise ValueError if there is no such user."""
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from None

@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness: scores, stops, cuts, what is computed again, and tasks without a network."""
+"""The adapter to lm-evaluation-harness: scores, stops, cuts, second runs, tasks without a network."""
 
 import json
 import random
@@ -14,6 +14,7 @@ import transformers
 
 import slim
 from evals import harness
+from evals import lm as adapter
 from evals.lm import MESSAGES, SlimLM
 from planning.checkpoint import Checkpoint
 from serve.api import chat_ids
@@ -38,7 +39,7 @@ def lm_of(folder, schedule="dense", **options):
 
 
 def test_dense_scores_are_those_of_transformers(talking):
-    """50 requests: with and without a context, a space at the seam, an answer of one token or of many."""
+    """50 requests: with and without a context, a space at the seam, short and long answers."""
     lm, rng = lm_of(talking), random.Random(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(talking)
     requests = [("", "The grass"), ("The sky is ", "blue"), ("The sky is", " blue."), ("A  ", " B")]
@@ -117,6 +118,34 @@ def test_answers_are_written_once_and_end_at_a_stop(talking, tmp_path, monkeypat
         )
 
 
+@pytest.mark.parametrize(
+    "name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"]
+)
+def test_a_tasks_limit_holds_under_every_name_of_the_harness(talking, name):
+    """Tasks of the harness write it in four ways; an unknown one would let an answer run to 256."""
+    lm = lm_of(talking)
+    limited = lm.generate_until([request(text(60, 1), {name: 7, "until": []})])[0]
+    ids = lm.plain(text(60, 1))
+    assert limited == "".join(lm.tok.stream(lm.engine.generate(ids, 7)))
+
+
+def test_a_tasks_other_options_are_done_or_refused():
+    """The harness samples where only a temperature is given; what Slim lacks is refused by name."""
+    options = adapter.normal_options(
+        {"temperature": 0.7, "until": "\n", "num_beams": 1, "top_k": None}
+    )
+    assert options == {"max_gen_toks": 256, "until": ["\n"], "temperature": 0.7, "top_p": 1.0}
+    greedy = adapter.normal_options(
+        {"do_sample": False, "temperature": 0.7, "until": None, "top_k": 5}
+    )
+    assert greedy["temperature"] == 0 and greedy["until"] == []
+    for name, value in {"num_beams": 4, "max_length": 99, "repetition_penalty": 1.2}.items():
+        with pytest.raises(ValueError, match=f"{name} {value}"):
+            adapter.normal_options({name: value})
+    with pytest.raises(ValueError, match="top_k 5"):
+        adapter.normal_options({"do_sample": True, "temperature": 1.0, "top_k": 5})
+
+
 def test_what_is_too_long_is_cut_in_the_middle(talking):
     lm = lm_of(talking, max_len=400)
     ids, *_ = lm.read("BEGIN " + text(200, 1) + " END", 30)
@@ -141,7 +170,7 @@ def test_what_cannot_be_cut_to_the_context_is_refused(talking):
 
 
 def test_where_a_question_begins_is_known_from_its_task(talking):
-    """What comes later is the question, not the last paragraph; where no question follows the text, nothing does."""
+    """The question comes later, not the last paragraph; without one after the text, nothing does."""
     doc = {"context": text(20, 1), "question": "An abstract.\n\nOf two paragraphs."}
     tasks, lm = harness.long_tasks().task_index, lm_of(talking, {2: 256}, later=True)
     for name, begin, in_view in [
@@ -177,12 +206,8 @@ def test_messages_go_through_the_models_template_and_a_question_can_come_later(t
     )
     assert ids == chat_ids(lm.tok, chat)
     before, after = lm.tok.decode(ids[:split]), "".join(lm.tok.stream(ids[split:]))
-    assert (
-        before.endswith(". ")
-        or before.endswith(".")
-        and "Question: where?" in after
-        and after.endswith("In")
-    )
+    assert before.rstrip().endswith(".") and "Question" not in before
+    assert "Question: where?" in after and after.endswith("In")
     lm.question = lambda doc: "\nQuestion: where?"
     said = lm.generate_until([request(MESSAGES + json.dumps(chat), {"max_gen_toks": 5})])[0]
     engine = slim.load(talking, "cpu", "float32", {2: 256, 3: 128}, block_len=32)

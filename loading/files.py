@@ -1,11 +1,14 @@
 """Files read and written with care, and errors and sizes written for people."""
 
 import contextlib
+import fcntl
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def read_json(path: Path) -> dict:
@@ -23,11 +26,22 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def positive(value, what: str, kind: type, most: float):
+    """Return value as `kind`, int or float; raise ValueError unless it is above 0, up to `most`."""
+    kinds = int if kind is int else (int, float)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not number or not 0 < value <= most:  # NaN too
+        raise ValueError(
+            f"{what} is {value!r:.60}; it must be a positive {kind.__name__} up to {most:g}"
+        )
+    return kind(value)
+
+
 def check_path(path) -> Path:
-    """Return the file that a path to write to stands for, links followed; raise ValueError if it cannot be written."""
+    """Return the file that a path leads to; raise ValueError if it cannot be written."""
     try:
         target = Path(os.path.realpath(path))
-        if target.is_dir() or target.exists() and not target.is_file():
+        if target.exists() and not target.is_file():
             raise ValueError("it is not a file")
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise ValueError("its folder does not exist or does not allow writing")
@@ -37,30 +51,60 @@ def check_path(path) -> Path:
 
 
 @contextlib.contextmanager
-def replace_file(path) -> Iterator[str]:
-    """Give a path to write to; what is written there replaces `path` at the end, or is deleted on an error.
+def replace_file(path, private: bool = False) -> Iterator[BinaryIO]:
+    """Give an open file; its content replaces `path` at the end, or is deleted on an error.
 
-    What a killed process left there, the next try writes over. Raises ValueError if writing fails.
+    private: a new file can be read by its owner only. Raises ValueError if writing fails.
     """
     path = check_path(path)
-    part = path.with_name(
-        f".{zlib.crc32(os.fsencode(path.name)):08x}.part"
-    )  # no longer than a name can be
+    name = f".{zlib.crc32(os.fsencode(path.name)):08x}"  # short: names have a limit
+    remove_leftovers(path.parent, name)
     try:
-        yield str(part)
-        if path.exists():
-            part.chmod(path.stat().st_mode & 0o777)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())  # before the name points to it
-        os.replace(part, path)
+        with open_part(path.parent, name, 0o600 if private else 0o666) as file:
+            try:
+                yield file
+                keep_mode(path, file)
+                file.flush()
+                os.fsync(file.fileno())  # before the name points to it
+                os.replace(file.name, path)  # while the file is locked
+            finally:
+                Path(file.name).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error}); choose another place") from None
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def open_part(folder: Path, name: str, mode: int) -> BinaryIO:
+    """Create a temporary file that nobody else writes to, locked until it is closed.
+
+    Its name cannot be guessed and must be new, so a link that somebody put there is never followed.
+    """
+    while True:
+        part = folder / f"{name}-{secrets.token_hex(8)}.part"
+        file = open(part, "xb", opener=lambda path, flags: os.open(path, flags, mode))
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if part.exists():  # else another process took it for a leftover before it was locked
+            return file
+        file.close()
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Delete the temporary files of processes that were killed: nobody holds their lock."""
+    for part in folder.glob(f"{name}*.part"):
+        with contextlib.suppress(OSError):  # locked by a living process, or somebody else's
+            with open(os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+
+
+def keep_mode(path: Path, file: BinaryIO) -> None:
+    """Give a file the mode of the one that it replaces, if that is our own."""
+    if path.exists() and path.stat().st_uid == os.geteuid():
+        os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
 
 
 def one_line(error) -> str:
-    """Write an error as one line, with control characters such as Escape escaped for the terminal."""
+    """Write an error as one line, with control characters (Escape) made harmless for terminals."""
     text = " ".join(str(error).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a path, a name, or a Hugging Face id that is in the local cache. Nothing is downloaded."""
+"""Where a checkpoint is: a path, a name, or a Hugging Face id in the local cache; no downloads."""
 
 import os
 from pathlib import Path
@@ -28,8 +28,11 @@ ALIASES = {
 }
 
 
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+
+
 def find_checkpoint(name: str | Path) -> Path:
-    """Return the folder of a checkpoint: a path, a name under checkpoints/ or $SLIM_CHECKPOINTS, or a cached id.
+    """Return the folder of a checkpoint: a path, a name in a checkpoints folder, or a cached id.
 
     Raises ValueError for an unusable name, FileNotFoundError with the command that downloads it.
     """
@@ -47,26 +50,32 @@ def find_checkpoint(name: str | Path) -> Path:
             f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors"
         )
     repo = ALIASES.get(str(name).lower(), str(name))
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    places = [path, Path("checkpoints") / path]
-    if "SLIM_CHECKPOINTS" in os.environ:
-        places.append(Path(os.environ["SLIM_CHECKPOINTS"]).expanduser() / path)
-    if repo.count("/") == 1:
-        for repo_id in (repo, repo.replace("/Llama-3", "/Meta-Llama-3")):  # 3 and 3.1 were renamed
-            places.append(main_snapshot(hub / f"models--{repo_id.replace('/', '--')}"))
+    places = possible_places(path, repo)
     for place in places:
         if place.is_dir():
             return place
     known = repo if repo.count("/") == 1 else "ORG/NAME"
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
-    command = f"hf download {known} --local-dir checkpoints/{Path(name).name}"
+    command = f"hf download {known} --local-dir checkpoints/{path.name}"
     raise FileNotFoundError(
         f"no checkpoint {str(name)!r} (looked at {looked}); to download one: {command}"
     )
 
 
+def possible_places(path: Path, repo: str) -> list[Path]:
+    """Return where a checkpoint may lie: here, in a folder of checkpoints, in the local cache."""
+    places = [path, Path("checkpoints") / path, ROOT / "checkpoints" / path]
+    if "SLIM_CHECKPOINTS" in os.environ:
+        places.append(Path(os.environ["SLIM_CHECKPOINTS"]).expanduser() / path)
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    if repo.count("/") == 1:
+        for repo_id in (repo, repo.replace("/Llama-3", "/Meta-Llama-3")):  # 3 and 3.1 were renamed
+            places.append(main_snapshot(hub / f"models--{repo_id.replace('/', '--')}"))
+    return places
+
+
 def main_snapshot(folder: Path) -> Path:
-    """Return the snapshot that a Hugging Face cache folder calls main, or the folder's pattern if there is none."""
+    """Return the snapshot that a cache folder calls main, or a pattern if there is none."""
     main = folder / "refs" / "main"
     return folder / "snapshots" / (main.read_text().strip() if main.is_file() else "*")

@@ -1,29 +1,13 @@
 """What config.json says is what transformers makes of it, or it is refused by name."""
 
 import json
-import math
 import re
 
 import pytest
-import torch
 import transformers
 
 from conftest import edit_json
 from loading.config import read_config
-from loading.rope import inverse_frequencies
-from model import rotate
-
-
-def test_rope_by_position_and_scaled_like_transformers(checkpoints):
-    for family, (folder, reference) in checkpoints.items():
-        c, rope = read_config(folder / "config.json"), reference.model.rotary_emb
-        ours = inverse_frequencies(c, long=False)
-        torch.testing.assert_close(ours.float(), rope.original_inv_freq, rtol=1e-5, atol=0)
-        assert math.isclose(c.rope_scaling.get("attention_factor", 1.0), rope.attention_scaling), (
-            family
-        )
-    x, angle = torch.randn(1, 1, 8), torch.zeros(1, 1, 4)
-    assert torch.equal(rotate(x, angle.cos(), angle.sin()), x)
 
 
 def test_ministral3_that_says_nothing_of_rope_has_the_yarn_of_transformers(checkpoints, tmp_path):
@@ -160,3 +144,78 @@ def test_a_long_value_is_cut_in_the_line_about_it(tiny, tmp_path, keys):
     with pytest.raises(ValueError) as error:
         read_config(tmp_path / "config.json")
     assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+def edited(folder, tmp_path, **keys):
+    """Return the config of a checkpoint with other keys."""
+    path = tmp_path / "config.json"
+    path.write_bytes((folder / "config.json").read_bytes())
+    edit_json(path, **keys)
+    return read_config(path)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("clip_qkv", 8.0),
+        ("bias", True),
+        ("attention_sinks", 4),
+        ("embedding_scale", 2.0),
+        ("num_nextn_predict_layers", 1),
+        ("quantization", {"bits": 4}),
+        ("activation", "relu"),
+        ("interpolate_factor", 2),
+        ("is_encoder_decoder", True),
+        ("a new key", False),
+    ],
+)
+def test_a_key_that_is_not_known_is_refused_by_name(tiny, tmp_path, key, value):
+    """A list of known dangers lets the next one through, so every key must be known."""
+    with pytest.raises(ValueError, match=f"key {key!r} is "):
+        edited(tiny, tmp_path, **{key: value})
+    assert edited(tiny, tmp_path, **{key: None}) == read_config(tiny / "config.json")
+
+
+PUBLISHED = {  # keys of published files that say nothing of the numbers
+    "llama3-gqa": """pretraining_tp use_cache initializer_range attention_dropout bos_token_id
+        pad_token_id transformers_version _name_or_path _attn_implementation_autoset mlp_bias
+        max_sequence_length unsloth_version unsloth_fixed is_llama_config rope_interleaved
+        transformers.js_config temperature top_p max_length auto_map activation use_flash_attn
+        _commit_hash tokenizer_class""",
+    "qwen2-bias": """attention_dropout max_window_layers use_mrope use_sliding_window
+        initializer_range""",
+    "qwen3": "attention_dropout max_window_layers use_sliding_window torch_dtype pad_token_id",
+    "mistral": "sliding_window attention_dropout use_cache",
+    "smollm3": "max_window_layers pretraining_tp mlp_bias attention_dropout use_sliding_window",
+    "phi3": """embd_pdrop resid_pdrop full_attn_mod interpolate_factor lm_head_bias mlp_bias
+        auto_map partial_rotary_factor attention_dropout""",
+}
+VALUES = {
+    "pretraining_tp": 1,
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "activation": "swiglu",
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "torch_dtype": "float32",
+    "partial_rotary_factor": 1.0,
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_keys_of_published_configs_are_known(checkpoints, tmp_path, family):
+    folder, _ = checkpoints[family]
+    keys = {key: VALUES.get(key, 0.5) for key in PUBLISHED[family].split()}
+    assert edited(folder, tmp_path, **keys) == read_config(folder / "config.json")
+
+
+def test_every_key_that_transformers_writes_is_known(checkpoints, tmp_path):
+    """Also those at their defaults, which it leaves out of a file by itself."""
+    for folder, reference in checkpoints.values():
+        config = read_config(folder / "config.json")
+        assert edited(folder, tmp_path, **reference.config.to_dict()) == config

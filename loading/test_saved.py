@@ -29,7 +29,8 @@ from conftest import (
     newest_of_weights,
     set_free,
 )
-from loading import saved
+from loading import files, saved
+from loading.files import replace_file
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -37,9 +38,7 @@ from loading import saved
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 @pytest.mark.parametrize("score", ["peak", "paper", MASS])
 def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedule, gamma, score):
-    """After a prompt, an answer and its unrun last token: tiers, active sets, ring, ids and counters are all in the
-    file.
-    """
+    """After a prompt, an answer and its unrun last token: the file has all that is needed."""
     settings = SLIM | dict(device=device, schedule=schedule, gamma=gamma, score=score)
     engine, other = slim.load(tiny, **settings), slim.load(tiny, **settings)
     for n in (3, 150):  # the second file takes the place of the first
@@ -66,7 +65,7 @@ def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedu
 
 
 def edit_saved(path, change, sign=False):
-    """Change the header and the tensors of a saved conversation; sign: as if it had been saved so."""
+    """Change header and tensors of a saved conversation; sign: as if it had been saved so."""
     with safe_open(path, "pt") as file:
         crc, header = file.metadata()["crc"], json.loads(file.metadata()["slim"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -229,13 +228,13 @@ def test_a_save_broken_off_leaves_the_old_file(tiny, tmp_path, monkeypatch, when
     old = path.read_bytes()
     engine.prefill(draw(150))
 
-    def break_off(*args):
-        Path(args[0]).write_bytes(b"half")
+    def break_off(file, *args):
+        if when == "writing":
+            file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        *((saved, "write_tensors") if when == "writing" else (os, "replace")), break_off
-    )
+    where = (saved, "write_tensors") if when == "writing" else (os, "replace")
+    monkeypatch.setattr(*where, break_off)
     with pytest.raises(KeyboardInterrupt):
         engine.save(path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
@@ -264,7 +263,7 @@ def test_a_save_is_on_the_disk_before_its_name_and_every_tensor_is_aligned(tmp_p
 
 
 def test_a_save_killed_at_any_moment_leaves_a_whole_file(tiny, tmp_path):
-    """SIGKILL at random moments of saving over and over: what stands there afterwards opens, every time."""
+    """SIGKILL at random moments of saving again and again: the file opens afterwards."""
     path = tmp_path / "talk.slim"
     code = f"""if True:
         import slim
@@ -285,6 +284,89 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_file(tiny, tmp_path):
         assert len(engine.ids) == 150
     engine.save(path)
     assert list(tmp_path.iterdir()) == [path]  # what killed processes left is gone
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.glob(".*"))
+
+
+def test_a_temporary_file_cannot_be_foreseen_and_no_link_is_followed(tmp_path):
+    """In a shared folder, a link under a known name would overwrite what it points to."""
+    path = tmp_path / "talk.slim"
+    names = set()
+    for _ in range(2):
+        with replace_file(path) as file:
+            names.add(file.name)
+    assert len(names) == 2
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in names:
+        os.symlink(victim, name)
+    with replace_file(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and victim.read_text() == "mine"
+
+
+def test_a_conversation_is_its_owners_and_a_map_is_as_the_umask_says(tmp_path):
+    """A saved file holds the whole text; whoever made it readable once keeps it so."""
+    path = tmp_path / "file"
+    umask = os.umask(0o022)
+    try:
+        for private, mode in ((True, 0o600), (False, 0o644)):
+            path.unlink(missing_ok=True)
+            for _ in range(2):
+                with replace_file(path, private) as file:
+                    assert os.fstat(file.fileno()).st_mode & 0o777 == mode
+                assert path.stat().st_mode & 0o777 == mode
+        path.chmod(0o640)
+        saved.write_saved(path, {}, {"a": torch.ones(1)})
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(umask)
+
+
+def test_two_writers_of_one_name_each_write_a_whole_file(tmp_path):
+    """They shared one temporary file: the first published what the other still wrote."""
+    path = tmp_path / "talk.slim"
+    with replace_file(path) as slow:
+        slow.write(b"slow, ")
+        with replace_file(path) as fast:
+            fast.write(b"fast")
+        assert path.read_bytes() == b"fast"
+        assert len(leftovers(tmp_path)) == 1
+        slow.write(b"but whole")
+    assert path.read_bytes() == b"slow, but whole" and leftovers(tmp_path) == []
+
+
+def test_what_killed_processes_left_goes_and_other_files_stay(tmp_path):
+    """The next save deletes files of its name that no living process has locked."""
+    path = tmp_path / "talk.slim"
+    with replace_file(path) as file:
+        name = Path(file.name).name.split("-")[0]
+    for old in (f"{name}.part", f"{name}-0123.part"):
+        (tmp_path / old).write_text("left")
+    (tmp_path / ".deadbeef-0123.part").write_text("of another name")
+    os.mkfifo(tmp_path / f"{name}-pipe.part")
+    with replace_file(path):
+        pass
+    assert leftovers(tmp_path) == [".deadbeef-0123.part"]
+
+
+def test_a_new_temporary_file_that_was_swept_is_made_again(tmp_path, monkeypatch):
+    """Between its creation and its lock another process may take it for a leftover."""
+    lock, swept = files.fcntl.flock, []
+
+    def sweep_first(file, how):
+        if not swept:
+            swept.append(file.name)
+            os.unlink(file.name)
+        lock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", sweep_first)
+    with replace_file(tmp_path / "talk.slim") as file:
+        file.write(b"there")
+        assert file.name != swept[0]
+    assert (tmp_path / "talk.slim").read_bytes() == b"there"
 
 
 def test_resuming_checks_memory_first_and_ends_a_generator(tiny, tmp_path, monkeypatch):

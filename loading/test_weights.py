@@ -1,15 +1,18 @@
 """All of a checkpoint is loaded, from any layout we read, and it is found where it lies."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import planning.checkpoint
 import planning.memory
 import slim
-from conftest import draw, edit_tensors, make_checkpoint
+from conftest import ATOL, draw, edit_tensors, make_checkpoint
+from loading import find
 from loading.find import find_checkpoint
 
 
@@ -27,7 +30,7 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
 
 
 def test_fp8_weights_are_read_tile_by_tile(checkpoints, tmp_path):
-    """As published for Qwen3: e4m3 with a scale per tile, the embedding and the norms left as they are."""
+    """As published for Qwen3: e4m3 with a scale per tile; embedding and norms stay as they are."""
     folder, _ = checkpoints["qwen3"]
     config, tensors, plain = json.loads((folder / "config.json").read_text()), {}, {}
     for name, w in load_file(folder / "model.safetensors").items():
@@ -60,10 +63,101 @@ def test_fp8_weights_are_read_tile_by_tile(checkpoints, tmp_path):
         (lambda t: t.pop(name + "_scale_inv"), "F8_E4M3"),
         (lambda t: t.update({name + "_scale_inv": torch.ones(1, 1)}), "_scale_inv has shape"),
         (lambda t: t.update({name: plain[name].to(torch.int8)}), "I8"),
+        (lambda t: t.update({name: plain[name]}), "F32"),  # whose scale would not be used
     ):
         edit_tensors(tmp_path / "fp8", spoil)
         with pytest.raises(ValueError, match=words):
             slim.load(tmp_path / "fp8", "cpu")
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {  # what a file of a model with a tied head holds: (how, whether the head is one of its own)
+    "another head": (lambda t: t.update({HEAD: t[EMBED].flip(0)}), True),
+    "a head that differs in the last bit": (
+        lambda t: t.update(
+            {HEAD: torch.cat([t[EMBED][:-1], t[EMBED][-1:].nextafter(t[EMBED][0])])}
+        ),
+        True,
+    ),
+    "the same twice": (lambda t: t.update({HEAD: t[EMBED].clone()}), False),
+    "the head alone": (lambda t: t.update({HEAD: t.pop(EMBED)}), False),
+}
+
+
+@pytest.mark.parametrize("what", TIED)
+def test_a_tied_head_is_compared_and_used_as_transformers_does(checkpoints, tmp_path, what):
+    """A head that differs from the embedding was dropped silently: logits were off by 18."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["llama3.2-tied"][0], folder)
+    change, own = TIED[what]
+    edit_tensors(folder, change)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = draw(50)
+    with torch.no_grad():
+        want = reference(torch.tensor([ids])).logits[0, -1]
+    engine = slim.load(folder, "cpu", "float32", "dense")
+    torch.testing.assert_close(engine.prefill(ids), want, atol=ATOL[torch.float32], rtol=0)
+    assert engine.config.tied is not own
+    assert (engine.model.weights.head is engine.model.weights.embed) is not own
+    engine.save(tmp_path / "talk.slim")
+    slim.load(folder, "cpu", "float32", "dense").resume(tmp_path / "talk.slim")
+
+
+def test_a_tied_head_of_another_shape_or_dtype_is_no_tied_head(checkpoints, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["llama3.2-tied"][0], folder)
+    edit_tensors(folder, lambda t: t.update({HEAD: t[EMBED].to(torch.float64)}))
+    assert not slim.load(folder, "cpu").config.tied
+    for wrong in (torch.ones(3, 4), torch.ones(()), torch.ones(64, 32, 1)):
+        edit_tensors(folder, lambda t, wrong=wrong: t.update({HEAD: wrong}))
+        with pytest.raises(ValueError, match="lm_head.weight has shape"):
+            slim.load(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vision.lm_head.weight", "visual.rotary_emb.inv_freq", "model.layers.0.self_attn.sinks"],
+)
+def test_no_tensor_is_dropped_for_how_its_name_ends(checkpoints, tmp_path, name):
+    """Only what config.json determines is left unread, and that by its whole name."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["llama3.2-tied"][0], folder)
+    for known in ("model.", "model.layers.0.self_attn."):
+        edit_tensors(
+            folder, lambda t, k=known: t.update({f"{k}rotary_emb.inv_freq": torch.ones(4)})
+        )
+    slim.load(folder, "cpu")
+    edit_tensors(folder, lambda t: t.update({name: torch.ones(4)}))
+    with pytest.raises(ValueError, match=f"unexpected {name}"):
+        slim.load(folder, "cpu")
+
+
+def test_what_would_not_be_applied_is_refused(tiny, tmp_path):
+    """One tensor in two files, and an adapter beside the weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({HEAD: torch.ones(64, 32)}, folder / "b.safetensors")
+    index = {"weight_map": {EMBED: "a.safetensors", HEAD: "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="a.safetensors both hold lm_head.weight"):
+        slim.load(folder, "cpu")
+    (folder / "a.safetensors").rename(folder / "model.safetensors")
+    slim.load(folder, "cpu")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter"):
+        slim.load(folder, "cpu")
+
+
+def test_a_checkpoint_made_under_the_repository_is_found_from_anywhere(tmp_path, monkeypatch):
+    """The folder `checkpoints` of the current directory comes first."""
+    for folder in ("repository", "here"):
+        (tmp_path / folder / "checkpoints" / "made").mkdir(parents=True)
+    monkeypatch.setattr(find, "ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_checkpoint("made").resolve() == tmp_path / "here" / "checkpoints" / "made"
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("made") == tmp_path / "repository" / "checkpoints" / "made"
 
 
 def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeypatch):

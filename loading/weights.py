@@ -1,8 +1,13 @@
-"""Safetensors files, memory-mapped: checked by name, shape and dtype, then copied once to where they are used."""
+"""Safetensors files, memory-mapped: checked by name, shape and dtype, then copied once.
+
+Every tensor of a checkpoint is used, is known to be harmless, or is refused by name.
+"""
 
 import hashlib
 import math
 import os
+import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -13,8 +18,14 @@ from loading.files import read_json
 from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
-MAPPED_BYTES = 2**23  # of a file, read before it is mapped anew
+FLOATS = ("F64", "F32", "F16", "BF16")
+HARMLESS = re.compile(  # computed from config.json, as transformers does
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+)
+MAPPED_BYTES = 2**23  # bytes read of a file before it is mapped anew
 
 
 def stamp(path) -> tuple:
@@ -23,198 +34,304 @@ def stamp(path) -> tuple:
 
 
 class MappedFile:
-    """A safetensors file. What is read of a mapped file counts as this process's memory, so it is mapped anew at times.
+    """A safetensors file, mapped anew now and then: pages that were read count as our memory.
 
     Raises SafetensorError or OSError if it cannot be opened, ValueError if it changed meanwhile.
     """
 
     def __init__(self, path):
-        self.path, self.version = path, stamp(path)
-        self.file, self.read = safe_open(path, framework="pt", device="cpu"), math.inf
-        self.keys, self.metadata, self.get_slice = (
-            self.file.keys,
-            self.file.metadata,
-            self.file.get_slice,
-        )
+        self.path = path
+        self.version = stamp(path)
+        self.file = safe_open(path, framework="pt", device="cpu")
+        self.keys = self.file.keys
+        self.metadata = self.file.metadata
+        self.aliases = {}  # name asked for -> name in the file
+        self.read = math.inf
+
+    def get_slice(self, name: str):
+        return self.file.get_slice(self.aliases.get(name, name))
 
     def get_tensor(self, name: str) -> Tensor:
         """Return a tensor, mapped, not read yet."""
         if self.read > MAPPED_BYTES:
             if stamp(self.path) != self.version:
                 raise ValueError(f"{self.path} changed while it was read; try again")
-            self.part, self.read = safe_open(self.path, framework="pt", device="cpu"), 0
-        tensor = self.part.get_tensor(name)
+            self.part = safe_open(self.path, framework="pt", device="cpu")
+            self.read = 0
+        tensor = self.part.get_tensor(self.aliases.get(name, name))
         self.read += tensor.nbytes
         return tensor
 
 
-def tensor_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+# ---- what a checkpoint must have ----------------------------------------------------------
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a checkpoint of this config must have."""
-    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    shapes = {"model.embed_tokens.weight": (c.vocab_size, c.dim), "model.norm.weight": (c.dim,)}
-    if not c.tied:
-        shapes["lm_head.weight"] = (c.vocab_size, c.dim)
-    heads, ffn = {"q": q, "k": kv, "v": kv}, {"gate": c.hidden_dim, "up": c.hidden_dim}
-    if c.fused:
-        heads, ffn = {"qkv": q + 2 * kv}, {"gate_up": 2 * c.hidden_dim}
-    for i in range(c.n_layers):
-        p = f"model.layers.{i}."
-        shapes |= {
-            p + "input_layernorm.weight": (c.dim,),
-            p + "post_attention_layernorm.weight": (c.dim,),
-        }
-        shapes |= {p + f"self_attn.{n}_proj.weight": (rows, c.dim) for n, rows in heads.items()}
-        shapes |= {
-            p + f"self_attn.{n}_proj.bias": (rows,) for n, rows in heads.items() if c.qkv_bias
-        }
-        shapes |= {p + f"self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk" if c.qk_norm}
-        shapes |= {p + "self_attn.o_proj.bias": (c.dim,)} if c.o_bias else {}
-        shapes[p + "self_attn.o_proj.weight"] = (c.dim, q)
-        shapes |= {p + f"mlp.{n}_proj.weight": (rows, c.dim) for n, rows in ffn.items()}
-        shapes[p + "mlp.down_proj.weight"] = (c.dim, c.hidden_dim)
+    shapes = {EMBED: (config.vocab_size, config.dim), "model.norm.weight": (config.dim,)}
+    if not config.tied:
+        shapes[HEAD] = (config.vocab_size, config.dim)
+    of_layer = layer_shapes(config)
+    for i in range(config.n_layers):
+        for name, shape in of_layer.items():
+            shapes[f"model.layers.{i}.{name}"] = shape
+    return shapes
+
+
+def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of one layer, by its name within the layer."""
+    dim = config.dim
+    q_rows = config.n_heads * config.head_dim
+    kv_rows = config.n_kv_heads * config.head_dim
+    heads = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+    ffn = {"gate": config.hidden_dim, "up": config.hidden_dim}
+    if config.fused:
+        heads = {"qkv": q_rows + 2 * kv_rows}
+        ffn = {"gate_up": 2 * config.hidden_dim}
+    shapes = {
+        "input_layernorm.weight": (dim,),
+        "self_attn.o_proj.weight": (dim, q_rows),
+        "post_attention_layernorm.weight": (dim,),
+        "mlp.down_proj.weight": (dim, config.hidden_dim),
+    }
+    for name, rows in heads.items():
+        shapes[f"self_attn.{name}_proj.weight"] = (rows, dim)
+        if config.qkv_bias:
+            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+    for name, rows in ffn.items():
+        shapes[f"mlp.{name}_proj.weight"] = (rows, dim)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    if config.o_bias:
+        shapes["self_attn.o_proj.bias"] = (dim,)
     return shapes
 
 
 def scale_shape(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ...]:
     """Return how many tiles a tensor of FP8 weights has; each has one scale."""
-    return tuple(-(-n // size) for n, size in zip(shape, tile))
+    return tuple(math.ceil(n / size) for n, size in zip(shape, tile))
 
 
-def weight_bytes(c: Config, dtype: torch.dtype) -> int:
-    return sum(torch.Size(shape).numel() for shape in tensor_shapes(c).values()) * dtype.itemsize
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
+    shapes = tensor_shapes(config).values()
+    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
 
 
-def open_shards(folder: Path) -> dict[str, object]:
+# ---- what it has --------------------------------------------------------------------------
+
+
+def open_shards(folder: Path) -> dict[str, MappedFile]:
     """Open every safetensors file of a folder, memory-mapped; return {tensor name: open file}."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which would not be applied; "
+            "merge it into the weights, or take its files away"
+        )
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
         names = shard_names(index)
     tensors = {}
     for name in names:
-        path = folder / name
-        if not path.is_file():
-            where = f"named by {index.name}" if index.is_file() else "the only format read"
-            raise FileNotFoundError(
-                f"{path} does not exist ({where}); download the checkpoint again or convert it to safetensors"
-            )
-        try:
-            shard = MappedFile(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is truncated or not safetensors ({error}); download it again"
-            ) from None
-        tensors |= dict.fromkeys(shard.keys(), shard)
+        shard = open_shard(folder / name, index)
+        for tensor in shard.keys():
+            if tensor in tensors:
+                raise ValueError(
+                    f"{shard.path} and {tensors[tensor].path.name} both hold {tensor}; "
+                    "download the checkpoint again"
+                )
+            tensors[tensor] = shard
     return tensors
+
+
+def open_shard(path: Path, index: Path) -> MappedFile:
+    if not path.is_file():
+        where = f"named by {index.name}" if index.is_file() else "the only format read"
+        raise FileNotFoundError(
+            f"{path} does not exist ({where}); "
+            "download the checkpoint again or convert it to safetensors"
+        )
+    try:
+        return MappedFile(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is truncated or not safetensors ({error}); download it again"
+        ) from None
 
 
 def shard_names(index: Path) -> list[str]:
     """Return the files that an index names; raise ValueError for one outside the index's folder."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
+    given = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in given):
         raise ValueError(
             f"{index}: key 'weight_map' does not map tensor names to file names; download it again"
         )
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(given))
     for name in names:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name:
             raise ValueError(
-                f"{index} names {name!r:.60}, outside its folder; only files in that folder are read"
+                f"{index} names {name!r:.60}, outside its folder; "
+                "only files in that folder are read"
             )
     return names
 
 
-def check_tensors(folder: Path, c: Config, tensors: dict) -> None:
+def settle_head(config: Config, tensors: dict[str, MappedFile]) -> Config:
+    """Compare a tied head with the embedding, and return the config with `tied` as it truly is.
+
+    A head that differs is used, as transformers does. A tied tensor may be stored under either
+    name; afterwards `tensors` has it under the embedding's alone.
+    """
+    if not config.tied or HEAD not in tensors:
+        return config
+    if EMBED not in tensors:
+        tensors[HEAD].aliases[EMBED] = HEAD
+        tensors[EMBED] = tensors.pop(HEAD)
+        return config
+    if not same_values(tensors, (config.vocab_size, config.dim)):
+        return replace(config, tied=False)
+    del tensors[HEAD]
+    return config
+
+
+def same_values(tensors: dict[str, MappedFile], shape: tuple[int, int]) -> bool:
+    """Return whether head and embedding are equal in every byte; compare some rows at a time."""
+    embed = tensors[EMBED].get_slice(EMBED)
+    head = tensors[HEAD].get_slice(HEAD)
+    if not embed.get_shape() == head.get_shape() == list(shape):
+        return False  # `check_tensors` names the wrong one
+    if embed.get_dtype() != head.get_dtype():
+        return False
+    n_rows = max(1, MAPPED_BYTES // (8 * shape[1]))
+    for start in range(0, shape[0], n_rows):
+        rows = slice(start, start + n_rows)
+        if not torch.equal(embed[rows].view(torch.uint8), head[rows].view(torch.uint8)):
+            return False
+    return True
+
+
+def check_tensors(folder: Path, config: Config, tensors: dict[str, MappedFile]) -> None:
     """Raise ValueError that lists every missing, unexpected, mis-shaped or quantised tensor."""
-    needed, problems = tensor_shapes(c), []
-    kinds = ("F64", "F32", "F16", "BF16")
-    scales = [name for name in needed if name + SCALE in tensors] if c.tile else []
-    for name, shape in [
-        *needed.items(),
-        *((name + SCALE, scale_shape(needed[name], c.tile)) for name in scales),
-    ]:
-        if name not in tensors:
-            problems.append(f"missing {name}")
-        elif (found := tuple(tensors[name].get_slice(name).get_shape())) != shape:
-            problems.append(f"{name} has shape {found}, config.json asks for {shape}")
-        elif (kind := tensors[name].get_slice(name).get_dtype()) not in (
-            *kinds,
-            "F8_E4M3" if name in scales else "",
-        ):
-            problems.append(f"{name} has dtype {kind}, quantised weights are not supported")
-    harmless = (
-        ("rotary_emb.inv_freq", "lm_head.weight") if c.tied else ("rotary_emb.inv_freq",)
-    )  # derived or shared
-    problems += [
-        f"unexpected {name}"
-        for name in sorted(tensors)
-        if name not in needed
-        and not name.endswith(harmless)
-        and name.removesuffix(SCALE) not in scales
-    ]
+    needed = tensor_shapes(config)
+    scales = {}
+    if config.tile:
+        for name, shape in needed.items():
+            if name + SCALE in tensors:
+                scales[name + SCALE] = scale_shape(shape, config.tile)
+    problems = []
+    for name, shape in (needed | scales).items():
+        kinds = ("F8_E4M3",) if name + SCALE in scales else FLOATS
+        problems += tensor_problem(name, tensors, shape, kinds)
+    for name in sorted(tensors.keys() - needed.keys() - scales.keys()):
+        if not HARMLESS.fullmatch(name):
+            problems.append(f"unexpected {name}")
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
 
 
+def tensor_problem(name: str, tensors, shape: tuple[int, ...], kinds: tuple[str, ...]) -> list[str]:
+    """Return what is wrong with a tensor, or nothing."""
+    if name not in tensors:
+        return [f"missing {name}"]
+    part = tensors[name].get_slice(name)
+    found = tuple(part.get_shape())
+    if found != shape:
+        return [f"{name} has shape {found}, config.json asks for {shape}"]
+    if part.get_dtype() not in kinds:
+        return [f"{name} has dtype {part.get_dtype()}, but only {', '.join(kinds)} can be read"]
+    return []
+
+
+# ---- loading ------------------------------------------------------------------------------
+
+
 def load_weights(
-    tensors: dict, c: Config, device: torch.device, dtype: torch.dtype, progress=None
+    tensors: dict, config: Config, device: torch.device, dtype: torch.dtype, progress=None
 ) -> Weights:
-    """Copy each tensor from its mapped file to the device; QKV and gate/up become one matrix each."""
-    done, total = 0, weight_bytes(c, dtype)
+    """Copy each tensor from its mapped file to the device; QKV and gate/up become one matrix each.
 
-    def fuse(*names: str) -> Tensor:
-        nonlocal done
-        parts = [tensors[name].get_tensor(name) for name in names]  # mapped, not read yet
-        fused = torch.empty(
-            sum(len(p) for p in parts), *parts[0].shape[1:], dtype=dtype, device=device
-        )
-        for name, part, rows in zip(names, parts, fused.split([len(p) for p in parts])):
-            if part.dtype != torch.float8_e4m3fn:
-                rows.copy_(part)
-                continue
-            (high, wide), scale = c.tile, tensors[name + SCALE].get_tensor(name + SCALE).float()
-            for some, to, by in zip(
-                part.split(high), rows.split(high), scale
-            ):  # a row of tiles at a time
-                to.copy_(some.float() * by.repeat_interleave(wide)[: part.shape[1]])
-        done += fused.nbytes
-        if progress:
-            progress(done, total)
-        return fused
-
-    def layer(i: int) -> Layer:
-        attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        qkv, gate_up = (["qkv"], ["gate_up"]) if c.fused else ("qkv", ["gate", "up"])
-        return Layer(
-            attn_norm=fuse(f"model.layers.{i}.input_layernorm.weight"),
-            wqkv=fuse(*(f"{attn}{n}_proj.weight" for n in qkv)),
-            bqkv=fuse(*(f"{attn}{n}_proj.bias" for n in qkv)) if c.qkv_bias else None,
-            q_norm=fuse(attn + "q_norm.weight") if c.qk_norm else None,
-            k_norm=fuse(attn + "k_norm.weight") if c.qk_norm else None,
-            wo=fuse(attn + "o_proj.weight"),
-            bo=fuse(attn + "o_proj.bias") if c.o_bias else None,
-            ffn_norm=fuse(f"model.layers.{i}.post_attention_layernorm.weight"),
-            w_gate_up=fuse(*(f"{mlp}{n}_proj.weight" for n in gate_up)),
-            w_down=fuse(mlp + "down_proj.weight"),
-        )
-
-    embed = fuse("model.embed_tokens.weight")
-    head = embed if c.tied else fuse("lm_head.weight")
-    inv_freq = torch.stack([inverse_frequencies(c, long) for long in (False, True)]).to(device)
+    progress(done, total) is called after each matrix, in bytes.
+    """
+    loader = Loader(tensors, config, device, dtype, progress)
+    embed = loader.fuse([EMBED])
+    head = embed if config.tied else loader.fuse([HEAD])
+    inv_freq = [inverse_frequencies(config, long) for long in (False, True)]
     return Weights(
-        embed, [layer(i) for i in range(c.n_layers)], fuse("model.norm.weight"), head, inv_freq
+        embed=embed,
+        layers=[loader.layer(i) for i in range(config.n_layers)],
+        norm=loader.fuse(["model.norm.weight"]),
+        head=head,
+        inv_freq=torch.stack(inv_freq).to(device),
     )
 
 
-def fingerprint(c: Config, tensors: dict) -> str:
-    """Hash the config and every tensor's name, shape and first row: tells checkpoints apart without reading them."""
-    digest = hashlib.sha256(repr(c).encode())
-    for name in sorted(tensor_shapes(c)):
+class Loader:
+    """Copies tensors to a device and counts the bytes."""
+
+    def __init__(self, tensors: dict, config: Config, device, dtype, progress):
+        self.tensors = tensors
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.progress = progress
+        self.done = 0
+        self.total = weight_bytes(config, dtype)
+
+    def fuse(self, names: list[str]) -> Tensor:
+        """Return tensors, one below the other, as one."""
+        parts = [self.tensors[name].get_tensor(name) for name in names]  # mapped, not read yet
+        sizes = [len(part) for part in parts]
+        shape = (sum(sizes), *parts[0].shape[1:])
+        fused = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for name, part, rows in zip(names, parts, fused.split(sizes)):
+            if part.dtype == torch.float8_e4m3fn:
+                scale = self.tensors[name + SCALE].get_tensor(name + SCALE)
+                copy_scaled(rows, part, scale, self.config.tile)
+            else:
+                rows.copy_(part)
+        self.done += fused.nbytes
+        if self.progress:
+            self.progress(self.done, self.total)
+        return fused
+
+    def layer(self, i: int) -> Layer:
+        config = self.config
+        layer = f"model.layers.{i}."
+        attn = layer + "self_attn."
+        mlp = layer + "mlp."
+        qkv = ["qkv"] if config.fused else ["q", "k", "v"]
+        gate_up = ["gate_up"] if config.fused else ["gate", "up"]
+        biases = [f"{attn}{name}_proj.bias" for name in qkv]
+        return Layer(
+            attn_norm=self.fuse([layer + "input_layernorm.weight"]),
+            wqkv=self.fuse([f"{attn}{name}_proj.weight" for name in qkv]),
+            bqkv=self.fuse(biases) if config.qkv_bias else None,
+            q_norm=self.fuse([attn + "q_norm.weight"]) if config.qk_norm else None,
+            k_norm=self.fuse([attn + "k_norm.weight"]) if config.qk_norm else None,
+            wo=self.fuse([attn + "o_proj.weight"]),
+            bo=self.fuse([attn + "o_proj.bias"]) if config.o_bias else None,
+            ffn_norm=self.fuse([layer + "post_attention_layernorm.weight"]),
+            w_gate_up=self.fuse([f"{mlp}{name}_proj.weight" for name in gate_up]),
+            w_down=self.fuse([mlp + "down_proj.weight"]),
+        )
+
+
+def copy_scaled(rows: Tensor, part: Tensor, scale: Tensor, tile: tuple[int, int]) -> None:
+    """Write FP8 weights times the scale of their tile to rows, one row of tiles at a time."""
+    height, width = tile
+    for target, source, factors in zip(rows.split(height), part.split(height), scale.float()):
+        target.copy_(source.float() * factors.repeat_interleave(width)[: part.shape[1]])
+
+
+def fingerprint(config: Config, tensors: dict[str, MappedFile]) -> str:
+    """Hash the config and each tensor's name, shape and first row, to tell models apart quickly."""
+    digest = hashlib.sha256(repr(config).encode())
+    for name in sorted(tensor_shapes(config)):
         part = tensors[name].get_slice(name)
-        first = part[:1].contiguous().view(torch.uint8).numpy().tobytes()
-        digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode() + first)
+        digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode())
+        digest.update(part[:1].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,29 +1,33 @@
-"""One model on several GPUs: tensor parallelism under torchrun. Without torchrun nothing here is imported.
+"""One model on several GPUs: tensor parallelism under torchrun.
 
     torchrun --nproc-per-node 4 slim.py --ckpt llama3.3-70b-instruct --prompt file.txt
 
-Each of R ranks has H/R query heads with their KV heads and F/R columns of the FFN, in every layer: its rows of q, k,
-v, gate and up, its columns of o and down, its slabs and homes. What a rank adds to the hidden states x (T, C) is a
-part, and the parts are summed (`Model.add`), once after attention and once after the FFN, so that x, and with it
-every decision, is the same on every rank. The engine above and the cache below do not know: they have a model of fewer
-heads and fewer columns.
+Each of R ranks has H/R query heads with their KV heads and F/R columns of the FFN, in every layer:
+its rows of q, k, v, gate and up, its columns of o and down, its slabs and homes. Each rank adds a
+part to the hidden states x (T, C), and the parts are summed (`Model.add`), once after attention and
+once after the FFN. So x, and with it every decision, is the same on every rank. The engine and the
+cache do not know about ranks: theirs is a model of fewer heads and fewer columns.
 
-- Embedding and head are cut by rows from VOCABULARY_BYTES each: at 2 TB/s a GPU reads 32 MiB in 17 us, the price of
-  one more call (both assumed). Of Llama 3.3 70B (2 GiB each), 4 ranks save 3 GiB each and read 1.5 GiB less a token.
+- Embedding and head are cut by rows from VOCABULARY_BYTES each: at 2 TB/s a GPU reads 32 MiB in
+  17 us, the price of one more call (both assumed). Of Llama 3.3 70B (2 GiB each), 4 ranks save
+  3 GiB each and read 1.5 GiB less a token.
 - KV heads fewer than ranks are repeated: R must be a multiple of their number, or divide it.
-- Scores: a rule says how those of a rank's heads are joined (`prune.Rule.heads`). A maximum is exact in any order;
-  anything else is decided by rank 0. So is every choice of blocks, bit for bit.
-- aux is cut by columns. Replicated it would take T x C on every rank, of 70B at 128k tokens 2 GiB, 16 on a
-  host with 8 GPUs, all of it over every GPU's link; cut it is 2 in all. A block that returns is put together in one
-  call for its 64 x C numbers, 1 MiB.
+- A rule says how the scores of all heads are found (`prune.Rule.join`). A maximum is exact in any
+  order; any other rule gets all heads, and rank 0's scores count. So every choice of blocks is the
+  same on every rank, bit for bit.
+- aux is cut by columns. Whole on every rank it would take T x C each, for 70B at 128k tokens 2 GiB,
+  16 GiB on a host with 8 GPUs, all of it over every GPU's link; cut, it is 2 GiB in all. A block
+  that returns is put together in one call for its 64 x C numbers, 1 MiB.
 - A saved file holds all heads, so it opens on any number of ranks; on the same number, bit for bit.
 
-Shapes as in model.py; R ranks.
+A script under torchrun calls `parallel.load` on every rank; with `slim.load` each rank has a whole
+engine of its own. Without torchrun nothing here is imported. Shapes as in model.py; R ranks.
 """
 
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
@@ -47,60 +51,52 @@ VOCABULARY_BYTES = 2**25
 
 @functools.cache
 def connect() -> Ranks:
-    """Return this process among the others, once it has met them."""
+    """Connect this process to the other ranks, once."""
     return Ranks()
 
 
 def main(program) -> int:
-    """Run the command line on rank 0, and workers on the others; never returns."""
+    """Run the command line on rank 0, and workers on the other ranks; never returns."""
     try:
         ranks = connect()
         code = ranks.follow(start_worker) if ranks.rank else ranks.lead(program)
     except ValueError as error:
         code = 2
-        if (
-            os.environ.get("RANK", "0") == "0" or not dist.is_torchelastic_launched()
-        ):  # nobody else would say it
+        first = os.environ.get("RANK", "0") == "0"
+        if first or not dist.is_torchelastic_launched():  # no other process would print it
             print_error(error)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)  # threads wait for connections, and torch would wait for the threads
 
 
-def load(
-    ckpt,
-    device="auto",
-    dtype="auto",
-    schedule="auto",
-    score="peak",
-    n_prompt=1,
-    n_new=0,
-    progress=None,
-    **settings,
-) -> "Engine":
-    """Load this rank's part of a checkpoint; every rank of torchrun calls it alike. See `slim.load`."""
-    return start(
-        Checkpoint.open(ckpt, device, dtype, schedule, score, **settings), n_prompt, n_new, progress
-    )
+def load(*args, n_prompt=1, n_new=0, progress=None, **settings) -> "Engine":
+    """Load this rank's part of a checkpoint; every rank calls it alike. See `slim.load`.
+
+    Raises ValueError on every rank if one cannot, if ranks disagree, or without torchrun.
+    """
+    ckpt = connect().together(lambda: Checkpoint.open(*args, **settings))
+    return start(ckpt, n_prompt, n_new, progress)
 
 
 def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
-    """Load this rank's part of a checkpoint; see `slim.start`. Raises ValueError on all ranks if one cannot."""
+    """Load this rank's part of a checkpoint that was opened; see `load`."""
     ranks = connect()
     recipe = dict(
-        ckpt=str(ckpt.folder.resolve()),
         device=ckpt.device.type,
         dtype=dtype_name(ckpt.dtype),
         schedule=ckpt.schedule,
         score=ckpt.rule.name,
         **asdict(ckpt.settings),
     )
-    with ranks.command("start", recipe, n_prompt, n_new):
+    place = str(ckpt.folder.resolve())
+    given = (recipe, n_prompt, n_new)
+    with ranks.command("start", (place, *given), given):
         return start_together(ranks, lambda: ckpt, n_prompt, n_new, progress)
 
 
-def start_worker(recipe: dict, n_prompt: int, n_new: int) -> "Engine":
-    return start_together(connect(), lambda: Checkpoint.open(**recipe), n_prompt, n_new)
+def start_worker(place: str, recipe: dict, n_prompt: int, n_new: int) -> "Engine":
+    return start_together(connect(), lambda: Checkpoint.open(place, **recipe), n_prompt, n_new)
 
 
 def start_together(ranks: Ranks, opened, n_prompt: int, n_new: int, progress=None) -> "Engine":
@@ -113,25 +109,34 @@ def start_together(ranks: Ranks, opened, n_prompt: int, n_new: int, progress=Non
 # ---- a rank's part of a checkpoint --------------------------------------------------------
 
 
-def span(n: int, rank: int, ranks: int) -> slice:
+def span(n: int, rank: int, n_ranks: int) -> slice:
     """Return a rank's part of n things; of KV heads fewer than ranks, the one that it shares."""
-    start = n * rank // ranks
-    return slice(start, max(start + 1, n * (rank + 1) // ranks))
+    start = n * rank // n_ranks
+    stop = n * (rank + 1) // n_ranks
+    return slice(start, max(start + 1, stop))
 
 
-def counts(c: Config) -> list[int]:
-    """Return the numbers of ranks that a model's heads can be cut for."""
-    h, g = c.n_heads, c.n_kv_heads
-    return [n for n in range(1, h + 1) if h % n == 0 and (g % n == 0 or n % g == 0)]
+def scaled(part: slice, n: int) -> slice:
+    """Return the rows of a part of heads, n rows each."""
+    return slice(n * part.start, n * part.stop)
+
+
+def shifted(part: slice, n: int) -> slice:
+    """Return a part of rows that begin after n others in the same tensor."""
+    return slice(n + part.start, n + part.stop)
+
+
+def length(part: slice) -> int:
+    return part.stop - part.start
 
 
 @dataclass(frozen=True)
 class Part(Checkpoint):
-    """A rank's part of a checkpoint, which looks like one of a smaller model."""
+    """A rank's part of a checkpoint, which looks like the checkpoint of a smaller model."""
 
     full: Checkpoint  # of all ranks
-    q: slice  # heads
-    kv: slice
+    q: slice  # of H heads
+    kv: slice  # of G KV heads
     hidden: slice  # of F
     vocab: slice  # of V
     columns: slice  # of C, in aux
@@ -142,138 +147,174 @@ class Part(Checkpoint):
 
     @property
     def aux_dim(self) -> int:
-        return self.columns.stop - self.columns.start
+        return length(self.columns)
 
     def pieces(self, name: str) -> tuple[int, list[slice]]:
-        """Return along which dimension a tensor is cut, and the pieces of it that this rank has."""
-        c, f, (q, kv) = (
-            self.full.config,
-            self.hidden,
-            (by(self.full.config.head_dim, s) for s in (self.q, self.kv)),
-        )
-        n_q, n_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        rows = {"q": [q], "k": [kv], "v": [kv], "gate": [f], "up": [f]}
-        rows |= {
-            "qkv": [q, after(n_q, kv), after(n_q + n_kv, kv)],
-            "gate_up": [f, after(c.hidden_dim, f)],
+        """Return the dimension along which a tensor is cut, and this rank's pieces; [] for all."""
+        config = self.full.config
+        q = scaled(self.q, config.head_dim)
+        kv = scaled(self.kv, config.head_dim)
+        n_q = config.n_heads * config.head_dim
+        n_kv = config.n_kv_heads * config.head_dim
+        columns = {"o": [q], "down": [self.hidden]}
+        rows = {
+            "q": [q],
+            "k": [kv],
+            "v": [kv],
+            "qkv": [q, shifted(kv, n_q), shifted(kv, n_q + n_kv)],
+            "gate": [self.hidden],
+            "up": [self.hidden],
+            "gate_up": [self.hidden, shifted(self.hidden, config.hidden_dim)],
+            "embed_tokens": [self.vocab],
+            "lm_head": [self.vocab],
         }
-        rows |= {"embed_tokens": [self.vocab], "lm_head": [self.vocab]}
         kind = name.split(".")[-2].removesuffix("_proj")
-        if kind in ("o", "down") and name.endswith(("weight", SCALE)):
-            return 1, [q if kind == "o" else f]
+        if kind in columns and name.endswith(("weight", SCALE)):
+            return 1, columns[kind]
         return 0, rows.get(kind, [])
-
-
-def by(n: int, s: slice) -> slice:
-    return slice(n * s.start, n * s.stop)
-
-
-def after(n: int, s: slice) -> slice:
-    return slice(n + s.start, n + s.stop)
 
 
 @dataclass
 class PartFile:
-    """An open file of which a rank sees its part alone. The file is mapped, so the rest is not read."""
+    """An open file that shows a rank its part alone; it is mapped, so the rest is not read."""
 
     file: object
-    part: Part | None = None
+    part: Part
 
     def get_tensor(self, name: str) -> Tensor:
         tensor = self.file.get_tensor(name)
         dim, pieces = self.part.pieces(name)
+        if not pieces:
+            return tensor
         if name.endswith(SCALE):
             tile = self.part.config.tile[dim]
-            pieces = [slice(p.start // tile, -(-p.stop // tile)) for p in pieces]
-        pieces = [tensor.narrow(dim, p.start, p.stop - p.start) for p in pieces]
-        return torch.cat(pieces, dim) if len(pieces) > 1 else (pieces or [tensor])[0]
+            pieces = [slice(piece.start // tile, -(-piece.stop // tile)) for piece in pieces]
+        parts = [tensor.narrow(dim, piece.start, length(piece)) for piece in pieces]
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
-    """Return this rank's part of a checkpoint; raise ValueError if it cannot be cut for so many."""
-    c, device, (r, n) = ckpt.config, ckpt.device, (ranks.rank, ranks.n)
-    if n not in counts(c):
-        known = ", ".join(map(str, counts(c)))
-        raise ValueError(
-            f"{n} ranks cannot share {c.n_heads} heads and {c.n_kv_heads} KV heads; --nproc-per-node can be {known}"
-        )
-    if n > (least := min(c.hidden_dim, c.vocab_size, c.dim)):
-        raise ValueError(
-            f"{n} ranks cannot share {least} columns of an FFN, of x or of the vocabulary; start fewer"
-        )
-    if device.type == "cuda":
-        local = env_number("LOCAL_RANK", r, least=0)
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"there are {torch.cuda.device_count()} GPUs here; start one rank for each, not more"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    q, kv, hidden = (span(k, r, n) for k in (c.n_heads, c.n_kv_heads, c.hidden_dim))
-    large = c.vocab_size * c.dim * ckpt.dtype.itemsize >= VOCABULARY_BYTES
-    vocab = span(c.vocab_size, r, n) if large else slice(0, c.vocab_size)
-    check_tiles(c, n, (by(c.head_dim, q), by(c.head_dim, kv), hidden))
-    local = replace(
-        c,
-        n_heads=q.stop - q.start,
-        n_kv_heads=kv.stop - kv.start,
-        hidden_dim=hidden.stop - hidden.start,
-        vocab_size=vocab.stop - vocab.start,
+    """Return this rank's part of a checkpoint; raise ValueError if the ranks cannot share it."""
+    config = ckpt.config
+    check_ranks(config, ranks.n)
+    own = partial(span, rank=ranks.rank, n_ranks=ranks.n)
+    q = own(config.n_heads)
+    kv = own(config.n_kv_heads)
+    hidden = own(config.hidden_dim)
+    check_tiles(config, ranks.n, q, kv, hidden)
+    vocab_bytes = config.vocab_size * config.dim * ckpt.dtype.itemsize
+    cut = vocab_bytes >= VOCABULARY_BYTES
+    vocab = own(config.vocab_size) if cut else slice(0, config.vocab_size)
+    smaller = replace(
+        config,
+        n_heads=length(q),
+        n_kv_heads=length(kv),
+        hidden_dim=length(hidden),
+        vocab_size=length(vocab),
     )
-    rule = replace(ckpt.rule, score=joined(ckpt.rule, ranks, c.n_kv_heads))
-    fields = vars(ckpt) | dict(config=local, device=device, rule=rule, tensors={})
+    rule = replace(ckpt.rule, score=joined(ckpt.rule, ranks, config.n_kv_heads))
+    fields = vars(ckpt) | dict(config=smaller, device=own_device(ckpt.device, ranks.rank))
+    fields |= dict(rule=rule, tensors={})
     fields.pop("weights_hash", None)
-    part = Part(
-        **fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=span(c.dim, r, n)
-    )
-    part.tensors.update({name: PartFile(ckpt.tensors[name], part) for name in ckpt.tensors})
+    columns = own(config.dim)
+    part = Part(**fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=columns)
+    for name in ckpt.tensors:
+        part.tensors[name] = PartFile(ckpt.tensors[name], part)
     return part
 
 
-def check_tiles(c: Config, n: int, parts: tuple[slice, slice, slice]) -> None:
-    """Raise ValueError if a rank's rows of q, of k and v, or of the FFN end inside a tile of FP8 weights."""
-    ends = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.hidden_dim)
-    for part, end, tile in zip(parts, ends, (c.tile, c.tile[:1], c.tile) if c.tile else ()):
-        edges = {part.start, part.stop} - (
-            set() if c.fused else {end}
-        )  # the end is no cut, unless more follows in it
-        if wrong := [e for e in sorted(edges) if any(e % size for size in tile)]:
-            raise ValueError(
-                f"{n} ranks would cut through the FP8 tiles of {c.tile[0]} x {c.tile[1]} weights, at {wrong[0]}; "
-                "start fewer"
-            )
+def check_ranks(config: Config, n_ranks: int) -> None:
+    """Raise ValueError if a model cannot be cut for n_ranks."""
+    heads = config.n_heads
+    kv_heads = config.n_kv_heads
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    possible = [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
+    if n_ranks not in possible:
+        raise ValueError(
+            f"{n_ranks} ranks cannot share {heads} heads and {kv_heads} KV heads; "
+            f"--nproc-per-node can be {', '.join(map(str, possible))}"
+        )
+    least = min(config.hidden_dim, config.vocab_size, config.dim)
+    if n_ranks > least:
+        raise ValueError(
+            f"{n_ranks} ranks cannot share {least} columns of an FFN, of x or of the vocabulary; "
+            "start fewer"
+        )
+
+
+def check_tiles(config: Config, n_ranks: int, q: slice, kv: slice, hidden: slice) -> None:
+    """Raise ValueError if a rank's rows of q, of k and v, or of the FFN end inside an FP8 tile."""
+    if config.tile is None:
+        return
+    height, width = config.tile
+    parts = (  # a part, where the last one ends, the sides of tiles that it must not cut
+        (scaled(q, config.head_dim), config.n_heads * config.head_dim, (height, width)),
+        (scaled(kv, config.head_dim), config.n_kv_heads * config.head_dim, (height,)),
+        (hidden, config.hidden_dim, (height, width)),
+    )
+    for part, end, sides in parts:
+        for edge in (part.start, part.stop):
+            if edge == end and not config.fused:  # nothing follows, so nothing is cut
+                continue
+            if any(edge % side for side in sides):
+                raise ValueError(
+                    f"{n_ranks} ranks would cut through the FP8 tiles of {height} x {width} "
+                    f"weights, at {edge}; start fewer"
+                )
+
+
+def own_device(device: torch.device, rank: int) -> torch.device:
+    """Return the CPU, or this rank's GPU; raise ValueError for another GPU, or if there is none."""
+    if device.type != "cuda":
+        return device
+    number = env_number("LOCAL_RANK", rank, least=0)
+    if device.index not in (0, number):
+        raise ValueError(
+            f"--device '{device}': under torchrun each rank takes the GPU of its own; "
+            "use --device cuda"
+        )
+    n_devices = torch.cuda.device_count()
+    if number >= n_devices:
+        raise ValueError(f"there are {n_devices} GPUs here; start one rank for each, not more")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
 
 
 def joined(rule: prune.Rule, ranks: Ranks, n_kv_heads: int):
-    """Return a rule's function, given this rank's heads: the scores of all ranks' heads, the same on every rank.
+    """Return a rule's function for one rank's heads: it gives the same scores on every rank.
 
-    Scores of weights that a maximum joins are left to `Model.score_layer`, which joins those of many layers at once.
+    A maximum of weights is left to `Model.join_scores`, which joins those of many layers at once.
     """
 
-    def every(x: Tensor, dim: int, n: int) -> Tensor:
-        """Return the heads of all ranks (n), each once."""
-        parts = [torch.empty_like(x) for _ in range(ranks.n)]
-        ranks.meet(lambda x, group: dist.all_gather(parts, x, group), x)
-        return torch.cat(parts[:: max(1, ranks.n // n)], dim)
+    def all_heads(part: Tensor, dim: int, n_heads: int) -> Tensor:
+        """Return the heads of all ranks (n_heads along dim), each once."""
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(ranks.n)]
+        ranks.meet(lambda part, group: dist.all_gather(parts, part, group), part)
+        repeats = max(1, ranks.n // n_heads)  # ranks that share a KV head
+        return torch.cat(parts[::repeats], dim)
 
-    def score(*seen) -> Tensor:
-        if rule.heads == "max" and rule.sees == "weights":
-            return rule.score(*seen)
-        if rule.heads == "all":
-            heads = [(seen[0].contiguous(), seen[0].shape[1] * ranks.n)]
-            if rule.sees == "keys":
-                heads.append((seen[1].contiguous(), n_kv_heads))
-            dims = [1, 2]
-            seen = *(every(x, dim, n) for (x, n), dim in zip(heads, dims)), *seen[len(heads) :]
+    def score_maximum(*seen) -> Tensor:
         scores = rule.score(*seen)
-        if not isinstance(scores, Tensor) or not scores.is_floating_point():
-            return scores  # the engine says what is wrong with it
-        scores = scores.contiguous()
-        if rule.heads == "max":
-            return ranks.max(scores)
-        return ranks.first(ranks.sum(scores) / ranks.n if rule.heads == "mean" else scores)
+        if rule.sees == "weights" or not is_scores(scores):
+            return scores
+        return ranks.max(scores.contiguous())
 
-    return score
+    def score_all(seen: Tensor, *rest) -> Tensor:
+        seen = all_heads(seen, 1, seen.shape[1] * ranks.n)  # weights (W, H, N, B) or queries
+        if rule.sees == "keys":
+            keys, *rest = rest
+            rest = [all_heads(keys, 2, n_kv_heads), *rest]  # (N, B, G, D)
+        scores = rule.score(seen, *rest)
+        return ranks.first(scores.contiguous()) if is_scores(scores) else scores
+
+    return score_maximum if rule.join == "max" else score_all
+
+
+def is_scores(scores) -> bool:
+    """Return whether a rule's result can be sent to other ranks; if not, the engine refuses it."""
+    return isinstance(scores, Tensor) and scores.is_floating_point()
 
 
 # ---- model, cache and engine of a rank ----------------------------------------------------
@@ -284,7 +325,9 @@ class Model(model.Model):
 
     def __init__(self, ranks: Ranks, part: Part, *args):
         super().__init__(*args)
-        self.ranks, self.part, self.vocab_size = ranks, part, part.full.config.vocab_size
+        self.ranks = ranks
+        self.part = part
+        self.vocab_size = part.full.config.vocab_size
         self.vocab_is_cut = part.config.vocab_size < self.vocab_size
 
     def add(self, x: Tensor, out: Tensor, w: Tensor) -> None:
@@ -296,24 +339,20 @@ class Model(model.Model):
     def embed(self, ids: Tensor) -> Tensor:
         if not self.vocab_is_cut:
             return super().embed(ids)
-        own = (ids >= self.part.vocab.start) & (ids < self.part.vocab.stop)
-        x = super().embed((ids - self.part.vocab.start).where(own, 0))
+        vocab = self.part.vocab
+        own = (ids >= vocab.start) & (ids < vocab.stop)
+        x = super().embed((ids - vocab.start).where(own, 0))
         return self.ranks.sum(x.masked_fill_(~own[:, None], 0))
 
     def head(self, x: Tensor) -> Tensor:
         logits = super().head(x)
-        return (
-            self.ranks.assemble(logits, 1, self.part.vocab, self.vocab_size)
-            if self.vocab_is_cut
-            else logits
-        )
+        if not self.vocab_is_cut:
+            return logits
+        return self.ranks.assemble(logits, 1, self.part.vocab, self.vocab_size)
 
-    def score_layer(
-        self, layer: int, stage, rows, n: int, queries: Tensor, weights, scores: Tensor
-    ) -> None:
-        """Join the maxima where they count: at the boundary, and in the prompt's step also where the map shows them."""
-        super().score_layer(layer, stage, rows, n, queries, weights, scores)
-        if self.rule.heads == "max" and (self.kv.length == 0 or layer == stage.layers[-1]):
+    def join_scores(self, scores: Tensor, at_boundary: bool) -> None:
+        """Join the maxima at a boundary; in the prompt's step in every layer, for the map."""
+        if self.rule.join == "max" and (at_boundary or self.kv.length == 0):
             self.ranks.max(scores)
 
 
@@ -322,103 +361,125 @@ class KVCache(kvcache.KVCache):
 
     def __init__(self, ranks: Ranks, part: Part, n_layers, n_kv_heads, head_dim, dim, *args):
         super().__init__(n_layers, n_kv_heads, head_dim, part.aux_dim, *args)
-        self.ranks, self.part, self.c = ranks, part, part.full.config
+        self.ranks = ranks
+        self.part = part
+        self.full_config = part.full.config
 
-    def offload(self, stage, x: Tensor, first_row: dict[int, int]) -> None:
-        super().offload(stage, x[:, self.part.columns], first_row)
+    def offload(self, stage, x: Tensor, place: dict[int, int]) -> None:
+        super().offload(stage, x[:, self.part.columns], place)
 
     def restore(self, stage, blocks: list[int]) -> Tensor:
-        return self.ranks.assemble(super().restore(stage, blocks), 1, self.part.columns, self.c.dim)
+        columns = super().restore(stage, blocks)
+        return self.ranks.assemble(columns, 1, self.part.columns, self.full_config.dim)
 
-    def place(self, name: str, n_dims: int) -> tuple[int, slice, int] | None:
-        """Return along which dimension a saved tensor is cut, this rank's part, and the whole; None if it is not."""
-        heads = self.part.kv, self.c.n_kv_heads
-        if name.startswith("layer."):
-            return 1, *heads  # (2, G, S, D)
-        if ".home." in name:
-            return 2, *heads  # (layers, 2, G, B, D)
-        if ".aux." in name:
-            return 1, self.part.columns, self.c.dim  # (B, C)
-        return (
-            (1, self.part.q, self.c.n_heads) if n_dims == 3 else None
-        )  # seen: queries (w, H, D), or scores (w, N)
+    def cut(self, name: str, n_dims: int) -> tuple[int, slice, int] | None:
+        """Return how a saved tensor is cut: dimension, this rank's part, size of the whole."""
+        if name.startswith("layer."):  # (2, G, S, D)
+            return 1, self.part.kv, self.full_config.n_kv_heads
+        if ".home." in name:  # (layers, 2, G, B, D)
+            return 2, self.part.kv, self.full_config.n_kv_heads
+        if ".aux." in name:  # (B, C)
+            return 1, self.part.columns, self.full_config.dim
+        if n_dims == 3:  # newest queries (W, H, D)
+            return 1, self.part.q, self.full_config.n_heads
+        return None  # newest scores (W, N)
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """As of one rank, with all heads and columns; on the others than rank 0 without the tensors."""
+        """Return the state of one rank with all heads and columns; tensors on rank 0 alone."""
         layout, tensors = super().state()
         for name, tensor in tensors.items():
-            if place := self.place(name, tensor.ndim):
-                dim, where, n = place
-                again = (
-                    where.start * self.ranks.n // n < self.ranks.rank
-                )  # a head that the rank before has too
-                part = tensor.narrow(dim, 0, 0) if again and n < self.ranks.n else tensor
-                tensor = self.ranks.assemble(part.cpu().contiguous(), dim, where, n)
+            cut = self.cut(name, tensor.ndim)
+            if cut is not None:
+                tensor = self.whole(tensor, *cut)
             tensors[name] = tensor if self.ranks.rank == 0 else None
         return layout, tensors
+
+    def whole(self, tensor: Tensor, dim: int, part: slice, n: int) -> Tensor:
+        """Return the tensor, n long along dim, of which each rank has a part."""
+        n_ranks = self.ranks.n
+        first_owner = part.start * n_ranks // n  # ranks that share a KV head all have it
+        if n < n_ranks and first_owner < self.ranks.rank:
+            tensor = tensor.narrow(dim, 0, 0)
+        return self.ranks.assemble(tensor.cpu().contiguous(), dim, part, n)
 
     def load_state(self, layout: dict, tensor, schedule, room: int = 0) -> None:
         def own(name: str) -> Tensor:
             saved = tensor(name)
-            place = self.place(name, saved.ndim)
-            return (
-                saved
-                if place is None
-                else saved.narrow(place[0], place[1].start, place[1].stop - place[1].start)
-            )
+            cut = self.cut(name, saved.ndim)
+            if cut is None:
+                return saved
+            dim, part, _ = cut
+            return saved.narrow(dim, part.start, length(part))
 
         super().load_state(layout, own, schedule, room)
 
 
-def commanded(method):
-    """Let the workers call the same method as the leader."""
+def commanded(method, compared=True):
+    """Let the workers call the same method; in a script, check that all ranks call it alike.
+
+    compared: the arguments must be the same on every rank; a path may differ where disks do.
+    """
 
     @functools.wraps(method)
     def call(self, *args, **options):
-        with self.ranks.command(method.__name__, self.pending, args, options):
+        args = [as_list(value) for value in args]
+        options = {key: as_list(value) for key, value in options.items()}
+        given = (self.pending, args, options)
+        with self.ranks.command(method.__name__, given, given if compared else None):
             return method(self, *args, **options)
 
     return call
 
 
+def as_list(value):
+    """Return token ids of any kind as a list, which can be sent and compared."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Iterator) else value
+
+
 class Engine(slim.Engine):
-    """A rank's engine. Every rank calls the same methods with the same arguments, or follows rank 0.
+    """A rank's engine. Every rank makes the same calls with the same arguments, or follows rank 0.
 
     Where ranks agree:
-    prefill: whether there is memory, before anything is given up (`check_room`); extend: the same (`lacks`).
-    Their step: x and the vocabulary, by sums; the blocks, by maxima or rank 0 (`joined`); logits, as rank 0 has them.
-    resume: memory, and that all have read the file. save: whether rank 0 could write all ranks' parts.
-    generate: the seed, where it samples. forget, rewind and stats: nowhere, they only follow what was agreed.
+    - at the start of every call, in a script: on the method and its arguments (`Ranks.command`)
+    - prefill, extend and resume: whether all have memory, before anything is given up
+    - in a step: x and the vocabulary, by sums; blocks, by maxima or as rank 0 has it (`joined`);
+      logits, as rank 0 has them
+    - resume: that all have read the file; save: whether rank 0 could write all ranks' parts
+    - generate: the seed, where it samples
     """
 
     def __init__(self, ranks: Ranks, part: Part, model: Model):
         super().__init__(part, model)
-        self.ranks, self.config = ranks, part.full.config
+        self.ranks = ranks
+        self.config = part.full.config
 
-    prefill, extend = commanded(slim.Engine.prefill), commanded(slim.Engine.extend)
-    forget, rewind = commanded(slim.Engine.forget), commanded(slim.Engine.rewind)
+    prefill = commanded(slim.Engine.prefill)
+    extend = commanded(slim.Engine.extend)
+    forget = commanded(slim.Engine.forget)
+    rewind = commanded(slim.Engine.rewind)
 
-    @commanded
+    @partial(commanded, compared=False)
     def resume(self, path, room: int = 0) -> dict:
         extra = super().resume(path, room)
-        self.ranks.gather(None)  # disks differ: the next step begins when all have read it
+        self.ranks.share_error(None)  # disks differ: the next step begins when all have read it
         return extra
 
-    @commanded
+    @partial(commanded, compared=False)
     def save(self, path, extra: dict | None = None) -> None:
         """Write one file of all ranks' parts, by rank 0."""
-        ready = self.usable and self.model.rule.name
+        refused = not self.usable or not self.model.rule.name  # by every rank, before it sends
         write = super().save
-        self.ranks.together(
-            lambda: write(path, extra) if self.ranks.rank == 0 or not ready else self.kv.state()
-        )
+        writes = self.ranks.rank == 0 or refused
+        self.ranks.together(lambda: write(path, extra) if writes else self.kv.state())
 
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))
 
-    def lacks(self, n_bytes: int, host: int) -> bool:
-        """Say whether any rank lacks what it needs: with an uneven FFN not all need the same."""
-        return bool(self.ranks.max(torch.tensor(float(super().lacks(n_bytes, host)))))
+    def check_growth(self, *args) -> None:
+        """Ask every rank at every step: some may have to allocate where others need not."""
+        self.ranks.together(lambda: slim.Engine.check_growth(self, *args))
 
     def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
         """Run a step; return rank 0's logits on every rank that may sample from them."""
@@ -428,8 +489,12 @@ class Engine(slim.Engine):
     def generate(
         self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, *args, **options
     ):
-        if seed is None and temperature and not self.ranks.role:
-            seed = int(self.ranks.first(torch.randint(2**62, (1,), device=self.kv.device)))
+        ids = as_list(ids)
+        if not self.ranks.role:
+            given = (ids, max_new_tokens, temperature, top_p, seed, args, options)
+            self.ranks.check_same("generate", given)
+            if seed is None and temperature:
+                seed = int(self.ranks.first(torch.randint(2**62, (1,), device=self.kv.device)))
         return super().generate(ids, max_new_tokens, temperature, top_p, seed, *args, **options)
 
     @property

@@ -1,17 +1,19 @@
-"""The processes that torchrun started, one a GPU (a rank each), and what they tell each other.
+"""The ranks: processes that torchrun started, one for each GPU, and what they send each other.
 
-Rank 0 is the command line's leader: it alone reads, samples and prints. The other ranks are workers and do to their
-part of the engine what the leader does to its own (`lead`, `follow`, `command`). In a script of the user's own, every
-rank runs the script and calls the engine alike. Tensors meet in torch's collectives, NCCL on GPUs, gloo on CPUs.
+On the command line rank 0 is the leader: it alone reads, samples and prints. The other ranks are
+workers and do to their part of the engine what the leader does to its own (`lead`, `follow`,
+`command`). A user's script runs on every rank and makes the same calls on each; this is checked
+(`check_same`). Tensors are summed or gathered by torch's collectives, NCCL on GPUs, gloo on CPUs.
 
-How all end. An error that a rank meets before a step is told to all and raised on all (`together`). One inside a
-step ends its rank; the connections to it then break, and every other rank ends on that, in a collective or in a
-thread that watches the connection (`watch`), which also sees a rank that was killed while others wait on a GPU. A
-line about it is printed once (`may_print`).
+How ranks end. An error of one rank before a step is raised on all ranks (`together`). An error
+inside a step ends its rank. The connections to it then break, and every other rank ends: in a
+collective, or in a thread that watches the connection (`watch`), which also notices a killed rank
+while others wait for a GPU. One rank prints one line about it (`may_print`).
 """
 
 import atexit
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -26,26 +28,22 @@ from torch import Tensor
 
 from loading.files import one_line
 
-IDLE = timedelta(
-    days=30
-)  # for objects: ranks wait for a person, and for a disk; a rank that ends ends this too
-STEP = timedelta(
-    minutes=10
-)  # for tensors: in a step, ranks wait for each other no longer than this
-MEET = timedelta(minutes=1)  # until all have started
-GRACE = 2.0  # seconds that a rank has to say itself why it ends
+IDLE = timedelta(days=30)  # wait for objects: a person or a disk may be slow; a lost rank ends it
+STEP = timedelta(minutes=10)  # wait for tensors in a step
+MEET = timedelta(minutes=1)  # wait until all ranks have started
+GRACE = 2.0  # seconds in which a rank may print its own error, before another rank does
 
 
 class Lost(RuntimeError):
-    """Another rank has ended, or a step was broken off, so that no rank can go on."""
+    """Raised when another rank has ended, or a step was interrupted: no rank can go on."""
 
 
 class Agreed(ValueError):
-    """What some rank could not do, raised on every rank, none of which has changed anything."""
+    """Raised on every rank when one rank cannot go on. No rank has changed state."""
 
 
 class Ranks:
-    """This process among the others: `rank` of `n`."""
+    """The connection of this process, `rank` of `n`, to the other ranks."""
 
     def __init__(self):
         try:
@@ -55,23 +53,24 @@ class Ranks:
             if not dist.is_initialized():
                 dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=STEP)
                 atexit.register(leave)
-            self.rank, self.n = dist.get_rank(), dist.get_world_size()
-            self.tensors = dist.new_group(
-                backend=backend, timeout=STEP
-            )  # a script's own group may lack CPU or GPU
-            self.objects = dist.new_group(
-                backend="gloo", timeout=IDLE
-            )  # on the CPU; breaks with any rank
+            self.rank = dist.get_rank()
+            self.n = dist.get_world_size()
+            # groups of our own: a script's group may lack CPU or GPU
+            self.tensors = dist.new_group(backend=backend, timeout=STEP)
+            self.objects = dist.new_group(backend="gloo", timeout=IDLE)  # of the CPU
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"the ranks do not reach each other: {first_line(error)}; start them with torchrun, or unset "
-                "WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT to run one process"
+                f"the ranks do not reach each other: {first_line(error)}; start them with "
+                "torchrun, or unset WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT to run one "
+                "process, which a script loads with slim.load"
             ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"slim/{attempt}", store)
-        self.role = ""  # "leader" or "worker"; in a user's own script neither
-        self.inside = self.broken = False  # a command is under way; one was broken off
-        self.calls = self.bytes = 0  # of tensors that met so far
+        self.role = ""  # "leader" or "worker" on the command line; "" in a user's script
+        self.inside = False  # a command is under way
+        self.broken = False  # a command was interrupted
+        self.calls = 0  # collectives on tensors so far
+        self.bytes = 0  # of their tensors
 
     # ---- tensors ----------------------------------------------------------------------
 
@@ -96,7 +95,7 @@ class Ranks:
         return x
 
     def assemble(self, part: Tensor, dim: int, where: slice, n: int) -> Tensor:
-        """Return the tensor of which every rank has a part: `where` along dim, n long; an empty part adds nothing."""
+        """Return the tensor, n long along dim, of which a rank has the part `where`, or nothing."""
         shape = list(part.shape)
         shape[dim] = n
         out = part.new_zeros(shape)
@@ -120,42 +119,76 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
+    def max_number(self, *numbers: int) -> list[int]:
+        """Return each number's maximum over ranks; a third of the time that objects take."""
+        box = torch.tensor(numbers, dtype=torch.int64)
+        with self.connection():
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.objects)
+        return box.tolist()
+
+    # ---- agreement --------------------------------------------------------------------
+
     def together(self, work):
-        """Return what work() does on this rank; if it fails on any rank, raise on all what the first of them met."""
-        result, error = None, None
+        """Return work() of this rank; if it fails on any rank, raise that error on all ranks."""
+        result = None
+        error = None
         try:
             result = work()
+        except (Lost, Agreed):
+            raise
         except (ValueError, OSError, MemoryError, RuntimeError) as caught:
-            if isinstance(caught, Lost):
-                raise
             error = caught
-        errors = self.gather(None if error is None else " ".join(str(error).split()))
-        for rank, text in enumerate(errors):
-            if text is not None:
-                raise Agreed(f"rank {rank}: {text}" if rank else text) from error
+        self.share_error(error)
         return result
 
+    def share_error(self, error: Exception | None) -> None:
+        """Raise an error of any rank on all ranks; each rank gives its own, or None."""
+        if self.max_number(int(error is not None)) == [0]:
+            return
+        texts = self.gather(None if error is None else " ".join(str(error).split()))
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise Agreed(f"rank {rank}: {text}" if rank else text) from error
+
+    def check_same(self, name: str, arguments) -> None:
+        """Raise ValueError on every rank unless all make the same call with the same arguments."""
+        text = repr((name, arguments)).encode()
+        digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+        largest, smallest = self.max_number(digest, -digest)
+        if largest == -smallest:
+            return
+        calls = self.gather((name, digest))
+        rank = next(i for i, call in enumerate(calls) if call != calls[0])
+        raise Agreed(
+            f"rank {rank}'s call of {calls[rank][0]} differs from rank 0's of {calls[0][0]}; give "
+            "every rank the same ids and settings, or each an engine of its own with slim.load"
+        )
+
     @contextlib.contextmanager
-    def command(self, name: str, *arguments):
+    def command(self, name: str, arguments: tuple, compared: tuple | None):
         """Do something on this rank; the leader has the workers do it too.
 
-        An error about the input, a ValueError, leaves all as they were. A rank that meets one alone, before
-        its step, says so where the others are: where they ask each other whether to begin.
+        In a script, the name and what is compared must be the same on every rank. A ValueError
+        leaves all ranks as they were. A rank that raises one alone, before its step, shares it in
+        the place where the other ranks ask for errors.
         """
         if self.inside:
             yield
             return
         if self.broken:
-            raise Lost("a step was broken off, and the other ranks are still in it; start again")
+            raise Lost("a step was interrupted, and the other ranks are still in it; start again")
         self.inside = self.broken = True
         if self.role == "leader":
             self.broadcast(name, *arguments)
         try:
+            if not self.role:
+                self.check_same(name, compared)
             yield
             self.broken = False
         except ValueError as error:
             if not isinstance(error, Agreed):
-                self.gather(" ".join(str(error).split()))
+                with contextlib.suppress(Agreed):
+                    self.share_error(error)
             self.broken = False
             raise
         finally:
@@ -185,7 +218,7 @@ class Ranks:
                 print_error(f"{self.wait_for_cause() or 'ended by SIGTERM'}; all ranks end")
         except BaseException:
             traceback.print_exc()
-        self.may_print()  # whatever the others meet now, all is said
+        self.may_print()  # from now on no other rank prints
         if not self.broken:
             with contextlib.suppress(Lost):
                 self.broadcast("end", code)
@@ -196,10 +229,7 @@ class Ranks:
         """Carry out the leader's commands until it ends; return its exit code."""
         engine = None
         self.begin("worker")
-        for ending in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # Ctrl-C under torchrun reaches every rank, and ends them all
+        for ending in (signal.SIGINT, signal.SIGTERM):  # torchrun sends Ctrl-C to every rank
             signal.signal(ending, signal.SIG_DFL)
         while True:
             try:
@@ -213,7 +243,7 @@ class Ranks:
                     engine.pending, args, options = arguments
                     getattr(engine, name)(*args, **options)
             except ValueError:
-                pass  # the leader has it too, and prints it
+                pass  # the leader raises it too, and prints it
             except Lost as error:
                 if self.may_print(after=GRACE):
                     print_error(error)
@@ -222,22 +252,21 @@ class Ranks:
                 self.leave_cause(f"rank {self.rank}: {type(error).__name__}: {first_line(error)}")
                 return 2
 
-    # ---- how all end ------------------------------------------------------------------
+    # ---- how ranks end ----------------------------------------------------------------
 
     @contextlib.contextmanager
     def connection(self):
-        """Turn torch's error about a connection into ours, which says what happened if anybody knows."""
+        """Turn torch's error about a connection into Lost, with the cause if one is stored."""
         try:
             yield
         except RuntimeError as error:
             self.outlive_sigterm()
-            why = (
-                self.wait_for_cause() or f"the connection between ranks broke ({first_line(error)})"
-            )
-            raise Lost(f"{why}; all ranks end") from None
+            cause = self.wait_for_cause()
+            cause = cause or f"the connection between ranks broke ({first_line(error)})"
+            raise Lost(f"{cause}; all ranks end") from None
 
     def watch(self, peer: int) -> None:
-        """End this process soon after a peer that ended otherwise than it should."""
+        """End this process soon after a peer ends without `set_done`."""
         with contextlib.suppress(RuntimeError):
             dist.recv(torch.empty(1), src=peer, group=self.objects)  # never comes
         try:
@@ -248,23 +277,23 @@ class Ranks:
             pass
         time.sleep(
             2 * GRACE
-        )  # by now the main thread has met the loss, unless it waits for a GPU or a person
+        )  # the main thread ends by itself, unless it waits for a GPU or a person
         if self.may_print():
             print_error(f"{self.wait_for_cause() or f'rank {peer} was lost'}; all ranks end")
         os._exit(2)
 
     def outlive_sigterm(self) -> None:
-        """Ignore SIGTERM from now on: torchrun is about to send it, but this rank ends by itself and first says why."""
+        """Ignore SIGTERM, which torchrun is about to send: this rank prints why, then ends."""
         if self.role:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def leave_cause(self, why: str) -> None:
-        """Tell the others why ranks end, unless one has."""
+        """Store why ranks end, for the others, unless a rank already has."""
         with contextlib.suppress(RuntimeError):
             self.store.compare_set("failed", "", why)
 
     def wait_for_cause(self) -> str:
-        """Return the cause that some rank has left, or leaves within half a second; "" if none does."""
+        """Return the cause that a rank has stored, or stores within half a second; else ""."""
         with contextlib.suppress(RuntimeError):
             for _ in range(10):
                 if self.store.check(["failed"]):
@@ -273,7 +302,7 @@ class Ranks:
         return ""
 
     def may_print(self, after: float = 0.0) -> bool:
-        """Say whether this rank is to print the line: the first that asks, rank 0 at once, others `after` seconds."""
+        """Return whether this rank prints the error: the first that asks, after `after` seconds."""
         try:
             end = time.monotonic() + after
             while time.monotonic() < end and not self.store.check(["spoken"]):
@@ -283,13 +312,13 @@ class Ranks:
             return self.rank == 1
 
     def set_done(self) -> None:
-        """Tell the others that this rank ends as it should."""
+        """Store that this rank ends as it should."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"done {self.rank}", "1")
 
 
 def leave() -> None:
-    """End torch's threads before Python ends, which now and then aborts a finished script otherwise."""
+    """End torch's threads before Python ends; otherwise a finished script sometimes aborts."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

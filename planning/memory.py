@@ -1,4 +1,4 @@
-"""How much memory a run needs, how much this machine has, and what to change when it is too little."""
+"""How much memory a run needs, how much there is, and what to change if it is too little."""
 
 import contextlib
 import os
@@ -15,18 +15,17 @@ from planning.checkpoint import Checkpoint
 from planning.schedule import auto_schedule, format_schedule
 from planning.settings import env_number
 
-KERNEL_BYTES = (
-    2**26
-)  # what kernels take for themselves, code and scratch, and the holes that malloc keeps
+KERNEL_BYTES = 2**26  # reserved for kernel code, scratch buffers and malloc fragmentation
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a run needs: on the device weights, KV slabs and the largest temporaries; on the host what is pruned."""
+    """Bytes that a run needs: on the device, and on the host for pruned blocks."""
 
     weights: int
     kv: int
     temporary: int
+    largest: str  # the name of the largest temporary
     host: int
 
     @property
@@ -34,81 +33,160 @@ class Plan:
         return self.weights + self.kv + self.temporary
 
     def __str__(self) -> str:
-        parts = ((self.weights, "weights"), (self.kv, "KV"), (self.temporary, "temporary"))
-        total = (
-            " + ".join(f"{format_bytes(n)} {name}" for n, name in parts)
-            + f" = {format_bytes(self.total)}"
+        text = (
+            f"{format_bytes(self.weights)} weights + {format_bytes(self.kv)} KV + "
+            f"{format_bytes(self.temporary)} temporary (for {self.largest}) = "
+            f"{format_bytes(self.total)}"
         )
-        return total + (f", and {format_bytes(self.host)} for what is pruned" if self.host else "")
+        if self.host:
+            text += f", and {format_bytes(self.host)} for pruned blocks"
+        return text
 
 
 def plan(
     ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0, homes: int | None = None
 ) -> Plan:
-    """Return what a prompt of n_prompt tokens, of which the last `tail` are never pruned, and n_new more will take.
+    """Return what a prompt and n_new more tokens take; its last `tail` tokens are never pruned.
 
-    homes: those of a saved conversation, whose prompt is not run again. Without it, one for every slot; an answer
-    for which more blocks return takes more, and is checked as it does (`KVCache.swap_bytes`).
+    homes: those of a saved conversation, whose prompt is not run again. Without it, one for every
+    slot; an answer for which more blocks return takes more, and is checked as it does
+    (`KVCache.swap_bytes`).
     """
-    c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
-    stages = stage_layout(c.n_layers, n_prompt - tail, ckpt.schedule, block_len)
-    n_last = last_block_len(n_prompt - tail, block_len) + tail
-    row = 2 * c.n_kv_heads * c.head_dim * item
-    kv = sum(len(layers) * (slots * block_len + n_last + n_new) for layers, slots in stages) * row
+    config = ckpt.config
+    block_len = ckpt.settings.block_len
+    item = ckpt.dtype.itemsize
+    row = 2 * config.n_kv_heads * config.head_dim * item  # keys and values of a token in a layer
+    stages = stage_layout(config.n_layers, n_prompt - tail, ckpt.schedule, block_len)
     slots = [n for _, n in stages]
-    host = max(homes or 0, sum(len(layers) * n for layers, n in stages[1:])) * block_len * row
+    n_last = last_block_len(n_prompt - tail, block_len) + tail
+    kv_rows = sum(len(layers) * (n * block_len + n_last + n_new) for layers, n in stages)
+    planned_homes = sum(len(layers) * n for layers, n in stages[1:])
+    host = max(homes or 0, planned_homes) * block_len * row
     host += aux_blocks(slots) * block_len * ckpt.aux_dim * item
-    first = step_bytes(ckpt, slots, n_last, n_last, first=True) if homes is None else 0
-    later = step_bytes(ckpt, slots, 1, n_last + n_new) if n_new else 0
-    return Plan(weight_bytes(c, ckpt.dtype), kv, max(first, later) + KERNEL_BYTES, host)
+    parts = [("kernels", 0)]
+    if homes is None:
+        parts += temporaries(ckpt, slots, n_last, n_last, first=True)
+    if n_new:
+        parts += temporaries(ckpt, slots, 1, n_last + n_new)
+    largest, temporary = max(parts, key=lambda part: part[1])
+    return Plan(
+        weights=weight_bytes(config, ckpt.dtype),
+        kv=kv_rows * row,
+        temporary=temporary + KERNEL_BYTES,
+        largest=largest,
+        host=host,
+    )
 
 
-def step_bytes(
+# ---- temporaries --------------------------------------------------------------------------
+
+
+def step_bytes(ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, **options) -> int:
+    """Return the most that a step's temporaries take at a time; arguments as in `temporaries`."""
+    return max(n for _, n in temporaries(ckpt, slots, n_rows, n_tail, **options))
+
+
+def temporaries(
     ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, first=False, n_logits: int = 1
-) -> int:
-    """Return the most that a step's temporaries take at a time.
+) -> list[tuple[str, int]]:
+    """Return (name, bytes) for each place in a step where its temporaries may be at their most.
 
-    slots: of every stage; n_rows: the step's rows in a tail of n_tail; first: the prompt's step, which has a row
-    for every token of a block. A later one is planned to revive as many blocks as can be.
+    slots: of every stage; n_rows: the step's rows in a tail of n_tail; first: the prompt's step,
+    which has a row for every token of a block. A later step may revive as many blocks as fit.
     """
-    c, item, block_len = ckpt.config, ckpt.dtype.itemsize, ckpt.settings.block_len
-    wide, row = max(4, item), c.dim * item
-    product = (
-        wide if ckpt.device.type == "cpu" and item < wide else 0
-    )  # a CPU multiplies half precision in float32
-    last = (
-        n_logits * c.vocab_size * (2 * wide if item == wide else item + 2 * wide)
-    )  # of the head, wide, a copy
-    most, below = last + n_rows * row, 0
-    for i, n in enumerate(slots):
-        revived = 0 if first or i == 0 else min(n, slots[0] - n) * block_len
-        rows, keys = n_rows + (n * block_len if first else revived), n * block_len + n_tail
-        x, chunk = rows * row, min(ckpt.chunk, rows)
-        places = rows * (c.rotary_dim * wide + 40)  # cos, sin, positions
-        places += (
-            2 * ckpt.window * c.n_heads * c.head_dim * wide
-        )  # newest queries, joined with those before
-        making = rows * c.rotary_dim // 2 * 5 * 8  # those in float64
-        if i:  # x of both stages and, with revived rows, those and all together; before it, the mean keys of units
-            units = slots[i - 1] * block_len // ckpt.settings.unit_len * (ckpt.rule.sees == "keys")
-            most = max(most, below + x + (2 * revived * row + below if revived else 0))
-            most = max(most, below + units * c.n_kv_heads * c.head_dim * 2 * wide)
+    parts = [("logits", logits_bytes(ckpt, n_rows, n_logits))]
+    below = None
+    for i, n_slots in enumerate(slots):
+        n_revived = 0 if first else min(n_slots, slots[0] - n_slots)
+        work = StageWork(ckpt, n_slots, n_rows, n_tail, n_slots if first else n_revived, n_revived)
+        ranked = i + 1 < len(slots) and ckpt.rule.sees == "weights"
+        if below is not None:
+            parts.append(("rows at a boundary", work.boundary_bytes(below)))
+            parts.append(("mean keys at a boundary", below.x_bytes + below.mean_key_bytes()))
+        held = work.x_bytes + work.position_bytes()
+        parts.append(("RoPE", work.x_bytes + work.rope_bytes()))
+        parts.append(("attention", held + work.attention_bytes()))
+        parts.append(("attention weights", held + work.weight_bytes(ranked)))
+        parts.append(("the feed-forward", held + work.ffn_bytes()))
+        parts.append(("moving blocks", held + work.move_bytes()))
+        below = work
+    return parts
+
+
+def logits_bytes(ckpt: Checkpoint, n_rows: int, n_logits: int) -> int:
+    """Return the bytes of the logits: of the head, in float32, and a copy; and of the last x."""
+    item = ckpt.dtype.itemsize
+    wide = max(4, item)
+    a_logit = 2 * wide if item == wide else item + 2 * wide
+    return n_logits * ckpt.config.vocab_size * a_logit + n_rows * ckpt.config.dim * item
+
+
+class StageWork:
+    """The temporaries of a step in one stage, in bytes: its rows of x, and what its layers make."""
+
+    def __init__(self, ckpt: Checkpoint, n_slots, n_rows, n_tail, n_blocks, n_revived):
+        """n_rows: in the tail; n_blocks: with rows in x, of which n_revived are revived."""
+        self.ckpt = ckpt
+        self.config = ckpt.config
+        self.item = ckpt.dtype.itemsize
+        self.wide = max(4, self.item)  # scores and the like are in float32 at least
+        block_len = ckpt.settings.block_len
+        self.slot_rows = n_slots * block_len
+        self.keys = self.slot_rows + n_tail
+        self.rows = n_rows + n_blocks * block_len
+        self.revived = n_revived * block_len
+        self.chunk = min(ckpt.chunk, self.rows)
+        self.row = self.config.dim * self.item
+        self.x_bytes = self.rows * self.row
+
+    def boundary_bytes(self, below: "StageWork") -> int:
+        """x of both stages; with revived rows, those and all together too."""
+        joined = 2 * self.revived * self.row + below.x_bytes if self.revived else 0
+        return below.x_bytes + self.x_bytes + joined
+
+    def mean_key_bytes(self) -> int:
+        """The mean keys of units, for a rule that sees keys."""
+        if self.ckpt.rule.sees != "keys":
+            return 0
+        units = self.slot_rows // self.ckpt.settings.unit_len
+        return units * self.config.n_kv_heads * self.config.head_dim * 2 * self.wide
+
+    def position_bytes(self) -> int:
+        """cos, sin and positions of every row; newest queries, joined with those before."""
+        c = self.config
+        queries = 2 * self.ckpt.window * c.n_heads * c.head_dim * self.wide
+        return self.rows * (c.rotary_dim * self.wide + 40) + queries
+
+    def rope_bytes(self) -> int:
+        """Angles, and cos and sin on their way to the dtype of a run."""
+        return self.rows * self.config.rotary_dim // 2 * 5 * self.wide
+
+    def attention_bytes(self) -> int:
+        """q, k, v; turned; output in two parts; a mask of revived rows, as bool and as numbers."""
+        c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
-        attention = chunk * (
-            row + heads * c.head_dim * (item + 3 * wide)
-        )  # q, k, v; turned; output in two parts
-        mask = min(chunk, revived) * keys * (1 + item)  # as bool and as numbers
-        scored = i + 1 < len(slots) and ckpt.rule.sees == "weights"
-        few = min(ckpt.window, rows_at_once(c.n_heads, keys)) if scored else 1
-        scores = few * c.n_heads * keys * 3 * wide  # products, softmax, a copy
-        scores += keys * c.n_kv_heads * c.head_dim * wide  # keys, widened or laid out anew
-        ffn = chunk * (row + max(3 * item, 2 * (item + product)) * c.hidden_dim)
-        moving = (
-            4 * revived * c.n_kv_heads * c.head_dim * item
-        )  # keys and values of a layer: gathered, laid out
-        most = max(most, x + making, x + places + max(attention + mask, scores, ffn, moving))
-        below = x
-    return most
+        mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
+        return self.chunk * (self.row + heads * c.head_dim * (self.item + 3 * self.wide)) + mask
+
+    def weight_bytes(self, ranked: bool) -> int:
+        """Products, softmax and a copy, of the rows that rank blocks or of one; keys widened."""
+        c = self.config
+        rows = min(self.ckpt.window, rows_at_once(c.n_heads, self.keys)) if ranked else 1
+        keys = self.keys * c.n_kv_heads * c.head_dim * self.wide
+        return rows * c.n_heads * self.keys * 3 * self.wide + keys
+
+    def ffn_bytes(self) -> int:
+        """Gate, up and their product; a CPU multiplies half precision in float32."""
+        widened = self.ckpt.device.type == "cpu" and self.item < self.wide
+        product = self.item + (self.wide if widened else 0)
+        return self.chunk * (self.row + max(3 * self.item, 2 * product) * self.config.hidden_dim)
+
+    def move_bytes(self) -> int:
+        """Keys and values of the blocks that move in a layer: gathered, and laid out."""
+        return 4 * self.revived * self.config.n_kv_heads * self.config.head_dim * self.item
+
+
+# ---- what fits ----------------------------------------------------------------------------
 
 
 class NoRoom(ValueError):
@@ -126,64 +204,73 @@ def check_memory(
 ) -> Plan:
     """Return the plan; raise NoRoom if it does not fit, naming a flag that helps if one does.
 
-    loaded, held: bytes that are there already, on the device and of what is pruned; the others as in `plan`.
+    loaded: bytes already on the device; held: bytes already taken by pruned blocks; the others as
+    in `plan`.
     """
 
-    def room(need: Plan) -> bool:
+    def has_room(need: Plan) -> bool:
         return fits(ckpt.device, need.total - loaded, need.host - held)
 
     need = plan(ckpt, n_prompt, n_new, tail, homes)
-    if room(need):
+    if has_room(need):
         return need
+    advice = "no flag makes it fit: use a shorter prompt or a smaller model"
     if homes is not None:
-        advice = "this conversation cannot go on with other settings: free memory, or read the document again"
-    elif found := [
-        flag for flag, way in smaller(ckpt).items() if room(plan(way, n_prompt, n_new, tail))
-    ]:
-        advice = f"it would fit with {found[0]}"
+        advice = (
+            "this conversation cannot go on with other settings: free memory, "
+            "or read the document again"
+        )
     else:
-        advice = "no flag makes it fit: use a shorter prompt or a smaller model"
+        for flag, way in smaller(ckpt).items():
+            if has_room(plan(way, n_prompt, n_new, tail)):
+                advice = f"it would fit with {flag}"
+                break
     free = format_bytes(free_bytes(ckpt.device))
     raise NoRoom(
-        f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}"
+        f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; "
+        f"{advice}"
     )
 
 
 def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
     """Return flags that make a run smaller, each with the run that it makes."""
-    default = auto_schedule(ckpt.config.n_layers)
-    small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
-    ways |= {
-        f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)
-    }
+    default = auto_schedule(ckpt.config.n_layers)
+    least = 2 * ckpt.settings.block_len
+    small = {layer: max(least, 1024 >> i) for i, layer in enumerate(default)}
+    for schedule in (default, small):
+        flag = f"--schedule {format_schedule(schedule)}"
+        ways[flag] = replace(ckpt, schedule=schedule)
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
     return ways
 
 
 def fits(device: torch.device, n_bytes: int, host: int) -> bool:
-    """Say whether n_bytes are free on the device, and `host` bytes on the CPU."""
+    """Return whether n_bytes are free on the device, and `host` bytes on the CPU."""
     if device.type == "cpu":
         return n_bytes + host <= free_bytes(device)
     return n_bytes <= free_bytes(device) and host <= free_bytes(torch.device("cpu"))
 
 
+# ---- what this machine has ----------------------------------------------------------------
+
+
 def free_bytes(device: torch.device) -> int:
-    """Return the memory a device can still give, in bytes; what torch holds but does not use counts as free."""
+    """Return the bytes a device can still give; what torch holds unused counts as free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration):  # not Linux: all there is
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(free, free_in_cgroup()) // env_number(
-        "LOCAL_WORLD_SIZE"
-    )  # of torchrun: all share it
+    free = min(available_bytes(), free_in_cgroup())
+    return free // env_number("LOCAL_WORLD_SIZE")  # all processes of torchrun share it
+
+
+def available_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: all there is
 
 
 def free_in_cgroup(
@@ -192,33 +279,35 @@ def free_in_cgroup(
     """Return the bytes that a container's or slice's limits leave, infinity without limits."""
     free = float("inf")
     try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        lines = own.read_text().splitlines()
     except OSError:
         return free
-    for _, kind, path in lines:
-        v1 = "memory" in kind.split(",")
-        if not v1 and kind:
+    for line in lines:
+        _, kind, path = line.split(":", 2)
+        if not kind:
+            top = root
+            names = ("memory.max", "memory.current")
+        elif "memory" in kind.split(","):  # the older version
+            top = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
             continue
-        top = root / "memory" if v1 else root
-        limit, used = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if v1
-            else ("memory.max", "memory.current")
-        )
         folder = top / path.strip("/")
-        for place in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit here: no file, or "max"
-                left = int((place / limit).read_text()) - int((place / used).read_text())
-                free = min(free, left + file_cache(place / "memory.stat"))
-            if place == top:
+        for group in (folder, *folder.parents):
+            free = min(free, free_in_group(group, *names))
+            if group == top:
                 break
     return free
 
 
-def file_cache(stat: Path) -> int:
-    """Return the bytes of a group's file cache that the kernel can free; 0 if unknown."""
+def free_in_group(folder: Path, limit: str, used: str) -> float:
+    """Return what one group's limit leaves; the kernel can free its file cache."""
     try:
-        numbers = dict(line.split() for line in stat.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+    except (OSError, ValueError):  # no limit here: no file, or "max"
+        return float("inf")
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "memory.stat").read_text().splitlines()
+        numbers = dict(line.split() for line in lines)
+        left += int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
+    return left

@@ -1,4 +1,4 @@
-"""OpenAI's API as data: a request's JSON becomes a Request, an answer becomes JSON, all that is wrong an ApiError."""
+"""OpenAI's API as data: a request's JSON becomes a Request, an answer becomes JSON, whatever is wrong an ApiError."""
 
 import time
 import uuid
@@ -10,22 +10,14 @@ MOST_STOPS = 16
 class ApiError(Exception):
     """What a client is told: an HTTP status, and OpenAI's error object."""
 
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ):
+    def __init__(self, status: int, message: str, param: str | None = None, code=None):
         kind = "invalid_request_error" if status < 500 else "server_error"
+        message = " ".join(message.split())
         self.status = status
-        self.body = {
-            "error": {
-                "message": " ".join(message.split()),
-                "type": kind,
-                "param": param,
-                "code": code,
-            }
-        }
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Request:
     """One answer to be written, checked."""
 
@@ -45,8 +37,9 @@ class Request:
 
 # ---- from JSON ----------------------------------------------------------------------------
 
-WANTED = "model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"
-# What asks for no other answer; a value elsewhere than here is refused, so that nobody waits for what never comes.
+USED = "model max_tokens temperature top_p seed stop stream stream_options".split()
+# Parameters that Slim does not have, with the values that change nothing. Other values are
+# refused, so that nobody waits for what never comes.
 HARMLESS = {
     "n": (1,),
     "best_of": (1,),
@@ -65,15 +58,17 @@ HARMLESS = {
     "response_format": ({"type": "text"},),
 }
 IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "parallel_tool_calls",
-    "prompt_cache_retention",
-)
+    "user metadata store service_tier safety_identifier "
+    "prompt_cache_key prompt_cache_retention parallel_tool_calls"
+).split()
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    str: "a string",
+}
 
 
 def parse(chat: bool, body, tok, model: str, max_len: int, defaults) -> Request:
@@ -85,87 +80,85 @@ def parse(chat: bool, body, tok, model: str, max_len: int, defaults) -> Request:
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     body = {key: value for key, value in body.items() if value is not None}
-    extra = ("messages", "max_completion_tokens") if chat else ("prompt",)
+    check_names(body, chat)
+    check_model(get(body, "model", str, None), model)
+    if chat:
+        ids = chat_ids(tok, get(body, "messages", list, []))
+    else:
+        ids = prompt_ids(tok, body.get("prompt", ""))
+    check_length(len(ids), max_len, "messages" if chat else "prompt")
+    max_tokens = get(body, "max_tokens", int, defaults.max_new_tokens, 1)
+    if chat:
+        max_tokens = get(body, "max_completion_tokens", int, max_tokens, 1)
+    temperature = float(get(body, "temperature", (int, float), defaults.temperature, 0, 2))
+    top_p = float(get(body, "top_p", (int, float), defaults.top_p, 0, 1))
+    seed = get(body, "seed", int, defaults.seed)
+    options = get(body, "stream_options", dict, {})
+    return Request(
+        chat=chat,
+        model=model,
+        ids=ids,
+        max_tokens=min(max_tokens, max_len - len(ids)),
+        temperature=temperature if temperature >= 1e-6 else 0.0,
+        top_p=max(1e-6, top_p),
+        seed=None if seed is None else seed % 2**63,
+        stop=read_stop(body.get("stop", defaults.stop)),
+        stream=get(body, "stream", bool, False),
+        include_usage=get(options, "include_usage", bool, False),
+    )
+
+
+def check_names(body: dict, chat: bool) -> None:
+    """Refuse parameters that are unknown, or that ask for what Slim does not do."""
+    prompt = ("messages", "max_completion_tokens") if chat else ("prompt",)
     for key, value in body.items():
-        if key in HARMLESS and not any(
-            value == ok and type(value) in (type(ok), float) for ok in HARMLESS[key]
-        ):
-            raise ApiError(
-                400, f"{key} {value!r:.60} is not supported; leave it out", key, "unsupported_value"
-            )
-        if key not in (*WANTED, *extra, *HARMLESS, *IGNORED):
-            raise ApiError(
-                400, f"unknown parameter {key!r:.60}; leave it out", key[:60], "unknown_parameter"
-            )
-    name = get(body, "model", str, None)
+        if key in HARMLESS and not changes_nothing(value, HARMLESS[key]):
+            message = f"{key} {value!r:.60} is not supported; leave it out"
+            raise ApiError(400, message, key, "unsupported_value")
+        if key not in (*USED, *prompt, *HARMLESS, *IGNORED):
+            message = f"unknown parameter {key!r:.60}; leave it out"
+            raise ApiError(400, message, key[:60], "unknown_parameter")
+
+
+def changes_nothing(value, harmless: tuple) -> bool:
+    """Tell whether a value is a harmless one; a float may stand for a whole number, True not for 1."""
+    return any(value == ok and type(value) in (type(ok), float) for ok in harmless)
+
+
+def check_model(name: str | None, model: str) -> None:
     if name is None:
         raise ApiError(400, f"model is missing; this server has {model!r}", "model")
     if name != model:
-        raise ApiError(
-            404,
-            f"the model {name!r:.60} does not exist; this server has {model!r}",
-            "model",
-            "model_not_found",
+        message = f"the model {name!r:.60} does not exist; this server has {model!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+def check_length(n_prompt: int, max_len: int, param: str) -> None:
+    if n_prompt >= max_len:
+        message = (
+            f"the prompt has {n_prompt:,} tokens; this model's context is {max_len:,}, "
+            "the answer included"
         )
-    ids = (
-        chat_ids(tok, get(body, "messages", list, []))
-        if chat
-        else prompt_ids(tok, body.get("prompt", ""))
-    )
-    if len(ids) >= max_len:
-        raise ApiError(
-            400,
-            f"the prompt has {len(ids):,} tokens; this model's context is {max_len:,}, the answer included",
-            "messages" if chat else "prompt",
-            "context_length_exceeded",
-        )
-    asked = get(body, "max_tokens", int, defaults.max_new_tokens, 1)
-    if chat:
-        asked = get(body, "max_completion_tokens", int, asked, 1)
-    stop = body.get("stop", defaults.stop)
-    stop = [stop] if isinstance(stop, str) else stop
-    if (
-        not isinstance(stop, list)
-        or len(stop) > MOST_STOPS
-        or not all(isinstance(s, str) and s for s in stop)
-    ):
-        raise ApiError(
-            400,
-            f"stop must be a string, or a list of up to {MOST_STOPS}, none of them empty",
-            "stop",
-        )
-    temperature = float(get(body, "temperature", (int, float), defaults.temperature, 0, 2))
-    seed = get(body, "seed", int, defaults.seed)
-    return Request(
-        chat,
-        model,
-        ids,
-        min(asked, max_len - len(ids)),
-        temperature if temperature >= 1e-6 else 0.0,
-        max(1e-6, float(get(body, "top_p", (int, float), defaults.top_p, 0, 1))),
-        None if seed is None else seed % 2**63,
-        stop,
-        get(body, "stream", bool, False),
-        get(get(body, "stream_options", dict, {}), "include_usage", bool, False),
-    )
+        raise ApiError(400, message, param, "context_length_exceeded")
+
+
+def read_stop(stop) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else stop
+    good = isinstance(stops, list) and len(stops) <= MOST_STOPS
+    if not good or not all(isinstance(text, str) and text for text in stops):
+        message = f"stop must be a string, or a list of up to {MOST_STOPS}, none of them empty"
+        raise ApiError(400, message, "stop")
+    return stops
 
 
 def get(body: dict, key: str, kind, default, least=float("-inf"), most=float("inf")):
     """Return a value of the body, of the right kind and within its limits, or the default."""
-    if body.get(key) is None:
+    value = body.get(key)
+    if value is None:
         return default
-    value, kinds = body[key], kind if isinstance(kind, tuple) else (kind,)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in kinds:
-        names = {
-            int: "a whole number",
-            float: "a number",
-            list: "a list",
-            dict: "an object",
-            bool: "true or false",
-        }
-        raise ApiError(
-            400, f"{key} is {value!r:.60}; it must be {names.get(kinds[-1], 'a string')}", key
-        )
+        raise ApiError(400, f"{key} is {value!r:.60}; it must be {KINDS[kinds[-1]]}", key)
     if least > float("-inf") and not least <= value <= most:
         raise ApiError(400, f"{key} is {value!r:.60}; it must be within {least}..{most}", key)
     return value
@@ -181,106 +174,106 @@ def prompt_ids(tok, prompt) -> list[int]:
             return bos + tok.encode(prompt, after=bos)
         except ValueError as error:  # a token that the model lacks
             raise ApiError(400, str(error), "prompt") from None
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(type(i) is int and 0 <= i < tok.vocab_size for i in prompt)
-    ):
-        return prompt
-    raise ApiError(
-        400,
-        f"prompt must be one text, or one list of ids below {tok.vocab_size}, and not empty",
-        "prompt",
-    )
+    if isinstance(prompt, list) and prompt:
+        if all(type(token) is int and 0 <= token < tok.vocab_size for token in prompt):
+            return prompt
+    message = f"prompt must be one text, or one list of ids below {tok.vocab_size}, and not empty"
+    raise ApiError(400, message, "prompt")
 
 
 def chat_ids(tok, messages) -> list[int]:
-    """Return the ids of a conversation, ready for the answer; an assistant's message at the end is the answer's start.
+    """Return the ids of a conversation, ready for the answer; a last message of the assistant begins the answer.
 
     By the model's own chat template; without one, the texts follow each other, a line each.
     """
-    said = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    begun = said.pop()[1] if said and said[-1][0] == "assistant" else ""
-    if not any(role == "user" for role, _ in said):
+    turns = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    begun = ""
+    if turns and turns[-1]["role"] == "assistant":
+        begun = turns.pop()["content"]
+    if not any(turn["role"] == "user" for turn in turns):
         raise ApiError(400, "messages must be a list with a user's message in it", "messages")
     try:
         if tok.template is None:
-            ids = tok.chat("\n".join(text for _, text in said))
+            ids = tok.chat("\n".join(turn["content"] for turn in turns))
         else:
-            ids = tok.chat_messages([{"role": role, "content": text} for role, text in said])
+            ids = tok.chat_messages(turns)
         return ids + tok.encode(begun, after=ids)
     except ValueError as error:  # of the template, or a token that the model lacks
         raise ApiError(400, str(error), "messages") from None
 
 
-def read_message(message, name: str) -> tuple[str, str]:
+def read_message(message, name: str) -> dict[str, str]:
     """Return role and text of a message, whose content may be a list of text parts."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ApiError(400, f"{name} must be an object with a role and content", "messages")
     parts = message.get("content")
     if isinstance(parts, str):
         parts = [{"type": "text", "text": parts}]
-    good = isinstance(parts, list) and all(
+    if not isinstance(parts, list) or not all(map(is_text, parts)) or message.get("tool_calls"):
+        problem = f"{name} must have text for content; nothing else can be read"
+        raise ApiError(400, problem, "messages")
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {"role": role, "content": "".join(part["text"] for part in parts)}
+
+
+def is_text(part) -> bool:
+    return (
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in parts
     )
-    if not good or message.get("tool_calls"):
-        raise ApiError(
-            400, f"{name} must have text for content; nothing else can be read", "messages"
-        )
-    role = {"developer": "system"}.get(message["role"], message["role"])
-    return role, "".join(part["text"] for part in parts)
 
 
 # ---- to JSON ------------------------------------------------------------------------------
 
 
-def usage(r: Request, n_new: int, n_cached: int) -> dict:
+def usage(request: Request, n_new: int, n_cached: int) -> dict:
+    n_prompt = len(request.ids)
     return {
-        "prompt_tokens": len(r.ids),
+        "prompt_tokens": n_prompt,
         "completion_tokens": n_new,
-        "total_tokens": len(r.ids) + n_new,
+        "total_tokens": n_prompt + n_new,
         "prompt_tokens_details": {"cached_tokens": n_cached},
     }
 
 
-def whole(r: Request, text: str, finish: str, used: dict) -> dict:
+def whole(request: Request, text: str, finish: str, used: dict) -> dict:
     """Return the answer to a request that is not streamed."""
-    said = (
-        {"message": {"role": "assistant", "content": text, "refusal": None}}
-        if r.chat
-        else {"text": text}
-    )
-    kind = "chat.completion" if r.chat else "text_completion"
-    return head(r, kind) | {"choices": [choice(said, finish)], "usage": used}
+    if request.chat:
+        head = answer_head(request, "chat.completion")
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+    else:
+        head = answer_head(request, "text_completion")
+        content = {"text": text}
+    return head | {"choices": [choice(content, finish)], "usage": used}
 
 
-def chunk(
-    r: Request, text: str | None = None, finish: str | None = None, used: dict | None = None
-) -> dict:
-    """Return one event of a stream: a piece of text, the end, or what was used; of a chat, no text: its first event."""
-    said = {"text": text or ""}
-    if r.chat:
-        said = {
-            "delta": {}
-            if finish
-            else {"role": "assistant", "content": ""}
-            if text is None
-            else {"content": text}
-        }
-    event = head(r, "chat.completion.chunk" if r.chat else "text_completion")
-    event["choices"] = [] if used else [choice(said, finish)]
-    return event | ({"usage": used} if r.include_usage else {})
+def chunk(request: Request, text: str | None = None, finish=None, used=None) -> dict:
+    """Return one event of a stream: a piece of text, the finish reason, or what was used.
+
+    Without any of them: the first event of a chat, which names the role.
+    """
+    if not request.chat:
+        content = {"text": text or ""}
+    elif finish:
+        content = {"delta": {}}
+    elif text is None:
+        content = {"delta": {"role": "assistant", "content": ""}}
+    else:
+        content = {"delta": {"content": text}}
+    event = answer_head(request, "chat.completion.chunk" if request.chat else "text_completion")
+    event["choices"] = [] if used else [choice(content, finish)]
+    if request.include_usage:
+        event["usage"] = used
+    return event
 
 
-def head(r: Request, kind: str) -> dict:
+def answer_head(request: Request, kind: str) -> dict:
     return {
-        "id": ("chatcmpl-" if r.chat else "cmpl-") + r.id,
+        "id": ("chatcmpl-" if request.chat else "cmpl-") + request.id,
         "object": kind,
-        "created": r.created,
-        "model": r.model,
+        "created": request.created,
+        "model": request.model,
     }
 
 
-def choice(said: dict, finish: str | None) -> dict:
-    return {"index": 0} | said | {"logprobs": None, "finish_reason": finish}
+def choice(content: dict, finish: str | None) -> dict:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": finish}

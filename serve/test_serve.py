@@ -1,12 +1,14 @@
-"""The server: what is read once, what it answers, what it refuses, and that nobody is lost or held up.
+"""The server: what is read once, what it answers and refuses, and that nobody is lost or held up.
 
 $SLIM_REQUESTS sets how many mixed requests the long test sends (120; 1,000 takes some minutes).
 """
 
+import collections
 import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +33,10 @@ from conftest import HERE, draw, set_free
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
 from planning.settings import check_sampling
-from serve import Disconnected, Job, Server, answer, check_place
 from serve.api import ApiError, chat_ids, parse
-from serve.texts import Texts, common
+from serve.http import Handler, Server, check_place
+from serve.texts import Texts, check_folder, common, unpruned_end
+from serve.worker import ROOM, Disconnected, Job, Tokens, answer
 
 PRUNED = {"schedule": {2: 256, 3: 128}, "block_len": 32}
 TEXT = "ABBA CAB " * 200
@@ -45,23 +49,21 @@ MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
 @given(seed=st.integers(0, 10**6), pruned=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_path_factory):
-    """Requests that share beginnings of any length: dense, the answers of a fresh engine; pruned, the same ids."""
-    rng, options = random.Random(seed), PRUNED if pruned else {"schedule": "dense", "block_len": 32}
-    engine, fresh = slim.load(tiny, "cpu", **options), slim.load(tiny, "cpu", **options)
-    texts, asked = (
-        Texts(engine, tmp_path_factory.mktemp("texts") if rng.random() < 0.5 else None),
-        [draw(1200, seed)],
-    )
+    """Going on never changes what is run: dense, the answers are a fresh engine's; pruned, the ids."""
+    rng = random.Random(seed)
+    options = PRUNED if pruned else {"schedule": "dense", "block_len": 32}
+    engine = slim.load(tiny, "cpu", **options)
+    fresh = slim.load(tiny, "cpu", **options)
+    texts = Texts(engine, tmp_path_factory.mktemp("texts") if rng.random() < 0.5 else None)
+    asked = [draw(1200, seed)]
     for i in range(6):
         old = rng.choice(asked)
         ids = old[: rng.randint(1, len(old))] + draw(rng.randint(1, 200), seed + i)
         cached, tail = texts.reuse(ids, 3)
-        assert (
-            0 <= cached < len(ids)
-            and cached == 0
-            or ids[:cached] == (engine.ids + engine.pending)[:cached]
-        )
-        answer = list(engine.generate(ids[cached:], 3, follow_up=cached > 0, tail=tail))
+        assert 0 <= cached < len(ids)
+        if cached:
+            assert ids[:cached] == engine.ids + engine.pending
+        answer = list(engine.generate(ids[cached:], 3, follow_up=cached > 0, keep_last=tail))
         assert engine.ids[: len(ids)] == ids
         asked.append(ids + answer)
         if not pruned:
@@ -79,12 +81,12 @@ def test_another_question_on_the_same_text_reads_itself_alone(tiny):
     kept = []
     for ids in ask:
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         kept.append(cached // 10)
-    # the first is read; the second goes on; so does a long question, up to where it parts from the second; a
-    # fourth parts there too; all is in the tail by then
+    # The first is read; the second goes on; so does a long question, up to where it parts from the
+    # second; a fourth parts there too; all is in the tail by then.
     assert kept == [0, 200, 200, 200, 200]
-    assert engine.kv.tail_start < 2000 and engine.stats["prompt_tokens"] < 2000
+    assert engine.kv.tail_start < engine.kv.n_prunable < 2000
 
 
 def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
@@ -93,7 +95,7 @@ def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
     for seed in (1, 2, 3):
         ids = text + draw(900, seed)
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         kept.append(cached)
     assert kept[:2] == [0, 0] and kept[2] >= 2000
 
@@ -114,7 +116,7 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
     def read(i, question):
         ids = docs[i] + draw(20, question)
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         return cached
 
     assert [read(i, 7) for i in (0, 1, 2)] == [0, 0, 0] and len(texts.files()) == 2
@@ -127,10 +129,15 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
     )  # other settings: not for them
     assert other.reuse(docs[1] + draw(20, 9))[0] == 0
     for path in texts.files():
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert read(1, 8) == 0
+    assert len(said) == 1 and "damaged" in said[0]
+    for path in texts.files():
         path.write_bytes(path.read_bytes()[:-9])
-    assert read(1, 8) == 0 and "damaged" in said[0] or "truncated" in said[0]
-    texts.most = 2 * texts.files()[0].stat().st_size
-    assert read(2, 3) == 0 and read(0, 3) == 0 and len(texts.files()) <= 2
+    assert read(2, 8) == 0
+    assert "cannot be read" in said[1]
+    texts.most = int(2.5 * max(stat.st_size for stat in texts.files().values()))
+    assert read(0, 3) == 0 and read(1, 3) == 1600 and len(texts.files()) <= 2
 
 
 def started(tiny, folder):
@@ -140,7 +147,7 @@ def started(tiny, folder):
 
     def read(ids):
         cached, tail = texts.reuse(ids)
-        engine.extend(ids[cached:]) if cached else engine.prefill(ids, tail=tail)
+        engine.extend(ids[cached:]) if cached else engine.prefill(ids, keep_last=tail)
         return cached
 
     return texts, read
@@ -170,7 +177,8 @@ def test_two_long_chats_on_one_text_both_stay(tiny, tmp_path):
 def test_a_file_deleted_by_hand_is_written_again(tiny, tmp_path):
     texts, read = started(tiny, tmp_path)
     read(draw(2000, 1)), texts.put_away()
-    texts.files()[0].unlink()
+    for path in texts.files():
+        path.unlink()
     texts.put_away()
     assert len(texts.files()) == 1
 
@@ -179,7 +187,7 @@ def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
     texts, read = started(tiny, tmp_path)
     docs = [draw(2000, seed) for seed in (1, 2, 3)]
     assert [read(doc) for doc in docs] == [0, 0, 0]
-    texts.most = int(2.5 * texts.files()[0].stat().st_size)
+    texts.most = int(2.5 * max(stat.st_size for stat in texts.files().values()))
     assert read(docs[0] + draw(9, 8)) == 2000 and len(texts.files()) == 2
 
 
@@ -195,10 +203,10 @@ def test_a_request_that_memory_has_no_room_for_costs_no_file(tiny, tmp_path, mon
 
 def test_a_rewind_stays_within_the_tail(tiny):
     engine = slim.load(tiny, "cpu", **PRUNED)
-    engine.prefill(draw(600), tail=100)
+    engine.prefill(draw(600), keep_last=100)
     assert engine.kv.tail_start == 480
     for n in (479, 601, 0, -1):
-        with pytest.raises(ValueError, match="from 480 to 600"):
+        with pytest.raises(ValueError, match="480..600"):
             engine.rewind(n)
     engine.rewind(480)
     assert engine.ids == draw(600)[:480]
@@ -207,12 +215,169 @@ def test_a_rewind_stays_within_the_tail(tiny):
 
 def test_dense_logits_after_a_rewind_are_those_of_a_new_prefill(tiny):
     engine, other = (slim.load(tiny, "cpu", schedule="dense", block_len=32) for _ in range(2))
-    engine.prefill(draw(500), tail=200)
+    engine.prefill(draw(500), keep_last=200)
     engine.extend(draw(50, 1))
     engine.rewind(333)
     assert torch.allclose(
         engine.extend(draw(60, 2)), other.prefill(draw(500)[:333] + draw(60, 2)), atol=1e-4
     )
+
+
+# ---- files that come and go --------------------------------------------------------------------
+
+
+def test_a_folder_may_hold_anything(tiny, tmp_path):
+    """A link to nothing, a folder, garbage: one of them used to end the server or its requests."""
+    (tmp_path / "text-link.slim").symlink_to("nowhere")
+    (tmp_path / "text-folder.slim").mkdir()
+    (tmp_path / "text-garbage.slim").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    texts, read = started(tiny, tmp_path)
+    document = draw(2000, 1)
+    assert [read(document), read(draw(2000, 2)), read(document + draw(9, 3))] == [0, 0, 2000]
+    (tmp_path / "text-link.slim").unlink()
+    (tmp_path / "text-link.slim").symlink_to("elsewhere")
+    texts.put_away()
+    assert (tmp_path / "text-garbage.slim").exists()
+
+
+def test_a_folder_that_is_gone_costs_its_texts_alone(tiny, tmp_path):
+    """Requests go on without a folder; the log says what could not be written."""
+    texts, read = started(tiny, tmp_path / "cache")
+    texts.folder.mkdir()
+    read(draw(2000, 1)), texts.put_away()
+    shutil.rmtree(texts.folder)
+    assert read(draw(2000, 2)) == 0
+    assert read(draw(2000, 1)) == 0
+
+
+def test_a_cache_folder_may_be_a_link_whose_target_is_not_there_yet(tmp_path):
+    """ "File exists" was the complaint about a link to a disk that is not mounted."""
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    check_folder(str(tmp_path / "link"))
+    assert (tmp_path / "target").is_dir()
+
+
+def test_a_file_that_another_server_marks_as_used_is_read_all_the_same(tiny, tmp_path, monkeypatch):
+    """The mark changes its time while it is read here: no reason to delete it, nor to read the text."""
+    texts, read = started(tiny, tmp_path)
+    document = draw(2000, 1)
+    read(document), read(draw(2000, 2))
+    (path,) = texts.files()
+    touches = [1]
+
+    def read_saved(path):
+        found = read_saved_now(path)
+        if touches:
+            os.utime(path, ns=(0, touches.pop()))
+        return found
+
+    read_saved_now = slim.read_saved
+    monkeypatch.setattr(slim, "read_saved", read_saved)
+    assert read(document + draw(9, 3)) == 2000
+    assert path.exists() and not touches
+
+
+def test_a_file_that_cannot_be_read_now_is_not_deleted(tiny, tmp_path, monkeypatch):
+    """Too many open files, a disk that fails: that the file is bad is not known."""
+    texts, read = started(tiny, tmp_path)
+    document = draw(2000, 1)
+    read(document), read(draw(2000, 2))
+    (path,) = texts.files()
+    said = []
+    texts.say = said.append
+    with monkeypatch.context() as patch:
+        patch.setattr(slim, "read_saved", lambda path: open("/no/such/file"))
+        assert read(document + draw(9, 3)) == 0
+    assert path.exists() and len(said) == 1 and path.name in said[0]
+
+
+def test_a_file_deleted_by_another_server_is_read_again(tiny, tmp_path, monkeypatch):
+    """Deleted between the choice and the reading, which is seconds long."""
+    texts, read = started(tiny, tmp_path)
+    document = draw(2000, 1)
+    read(document), read(draw(2000, 2))
+    (path,) = texts.files()
+    resume = texts.engine.resume
+    monkeypatch.setattr(texts.engine, "resume", lambda *args: (path.unlink(), resume(*args)))
+    said = []
+    texts.say = said.append
+    assert read(document + draw(9, 3)) == 0
+    assert len(said) == 1 and "deleted" in said[0]
+
+
+def test_two_servers_on_one_folder_share_its_texts(tiny, tmp_path):
+    """What one writes the other finds, and does not write again; a name is written by both at once."""
+    first, read_first = started(tiny, tmp_path)
+    second, read_second = started(tiny, tmp_path)
+    document = draw(2000, 1)
+    read_first(document), read_second(document)
+    first.put_away()
+    written = {path: stat.st_mtime_ns for path, stat in first.files().items()}
+    second.put_away()
+    assert {path: stat.st_mtime_ns for path, stat in second.files().items()} == written
+    read_second(draw(2000, 2))
+    assert read_second(document + draw(9, 3)) == 2000
+    with ThreadPoolExecutor() as both:
+        for path in written:
+            saves = [both.submit(texts.engine.save, path) for texts in (first, second)] * 2
+            assert not any(save.exception() for save in saves)
+            assert slim.load(tiny, "cpu", **PRUNED).resume(path) == {}
+
+
+def test_a_file_that_was_replaced_by_another_conversation_is_not_taken_for_it(tiny, tmp_path):
+    """The ids in memory would be those of the file that was there before."""
+    texts, read = started(tiny, tmp_path)
+    read(draw(2000, 1)), read(draw(2000, 2)), texts.put_away()
+    one, other = texts.files()
+    one.write_bytes(other.read_bytes())
+    texts.refresh = lambda: None  # replaced after the folder was looked at
+    engine = texts.engine
+    engine.forget()
+    texts.open(one, 1)
+    for seed in (1, 2):
+        ids = draw(2000, seed) + draw(9, 3)
+        cached, _ = texts.reuse(ids)
+        assert cached == 0 or engine.ids[:cached] == ids[:cached]
+
+
+def test_a_text_larger_than_the_cache_is_not_written_at_all(tiny, tmp_path, monkeypatch):
+    """Every change of text would block the engine for a file that is deleted at once."""
+    texts, read = started(tiny, tmp_path)
+    read(draw(1600, 1)), texts.put_away()
+    (small,) = texts.files()
+    texts.most = 2 * small.stat().st_size
+    said = []
+    texts.say = said.append
+    read(draw(4000, 2))
+    monkeypatch.setattr(texts.engine, "save", lambda path: pytest.fail("it was written"))
+    read(draw(1600, 3))
+    assert list(texts.files()) == [small] and "--cache-gib" in said[0]
+
+
+def test_files_leave_before_the_next_is_written(tiny, tmp_path, monkeypatch):
+    """The disk needs room for the cache, not for the cache and a file."""
+    texts, read = started(tiny, tmp_path)
+    save = texts.engine.save
+    read(draw(2000, 1)), texts.put_away()
+    (one,) = texts.files().values()
+    texts.most = int(1.5 * one.st_size)
+    seen = []
+    monkeypatch.setattr(
+        texts.engine, "save", lambda path: (seen.append(len(texts.files())), save(path))
+    )
+    read(draw(2000, 2)), read(draw(2000, 3))
+    assert seen == [0] and len(texts.files()) == 1
+
+
+def test_what_stays_unpruned_is_bounded():
+    """A preamble shared by two long prompts left half of the second in the tail, in every layer."""
+    assert unpruned_end(2000, 0) == 500
+    assert unpruned_end(100_000, 0) == 512
+    assert unpruned_end(2900, 2000) == 900  # a long question
+    assert unpruned_end(3000, 2900) == 512  # a short one
+    assert unpruned_end(2900, 1400) == 512  # more than half is new
+    assert unpruned_end(100_000, 90_000) == 10_000
+    assert unpruned_end(100_000, 51_000) == 512
 
 
 # ---- requests ---------------------------------------------------------------------------------
@@ -486,7 +651,7 @@ def server(talking, tmp_path_factory):
 def test_streamed_or_not_the_answer_is_the_engines(server, talking):
     engine = slim.load(talking, "cpu", **PRUNED)
     tok, ids = engine.tokenizer, chat_ids(engine.tokenizer, [{"role": "user", "content": TEXT}])
-    expected = "".join(tok.stream(engine.generate(ids, 12, tail=min(512, len(ids) // 4))))
+    expected = "".join(tok.stream(engine.generate(ids, 12, keep_last=min(512, len(ids) // 4))))
     whole = server.chat(TEXT)
     assert (
         whole["choices"][0]["message"]["content"] == expected
@@ -660,18 +825,152 @@ def test_a_key_is_asked_for(talking):
     assert server.close(signal.SIGTERM) == 0
 
 
-def test_a_client_too_many_is_told_so(monkeypatch):
-    monkeypatch.setattr("serve.MOST_CLIENTS", 1)
-    with Server("127.0.0.1", 0, None) as door:
+def test_a_client_that_leaves_a_whole_answer_is_noticed(server):
+    """Nothing is written to it before the end, so only a look at the connection can tell."""
+    before = server.ask("/v1/stats")[1]
+    body = {"messages": USER, "max_tokens": 4000, "stop": "never said"}
+    with server.raw(server.post(body)):
+        time.sleep(1)  # it is being answered
+    left = time.monotonic()
+    while server.ask("/v1/stats")[1]["disconnected"] == before["disconnected"]:
+        assert time.monotonic() < left + 3
+        time.sleep(0.05)
+    assert server.ask("/v1/stats")[1]["answers"] == before["answers"]
+
+
+def test_the_connection_is_looked_at_while_tokens_come():
+    """An answer at 100 tokens/s never leaves the queue empty: the time since the last look decides."""
+    near, far = socket.socketpair()
+    handler = object.__new__(Handler)
+    handler.connection = near
+    job = Job(None)
+    far.close()
+    started = time.monotonic()
+    with pytest.raises(ConnectionError), near:
+        for _ in handler.events(feed(job)):
+            assert time.monotonic() < started + 0.5
+
+
+def feed(job, pause=0.01):
+    """Let pieces of text come out of a job for five seconds."""
+
+    def put():
+        for _ in range(int(5 / pause)):
+            job.out.put("text")
+            time.sleep(pause)
+
+    threading.Thread(target=put, daemon=True).start()
+    return job
+
+
+@contextlib.contextmanager
+def door(key=None, **kw):
+    """A server without an engine."""
+    with Server("127.0.0.1", 0, key, **kw) as door:
         threading.Thread(target=door.serve_forever, daemon=True).start()
-        first, second = (
-            socket.create_connection(door.server_address, timeout=60) for _ in range(2)
+        door.ready(
+            SimpleNamespace(config=SimpleNamespace(max_len=9)), None, SimpleNamespace(ckpt="m")
         )
-        with first, second:
-            second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            got = b"".join(iter(lambda: second.recv(65536), b""))
+        yield door
         door.shutdown()
-    assert b" 503 " in got and b'"error"' in got
+
+
+def knock(door, data: bytes) -> socket.socket:
+    connection = socket.create_connection(door.server_address, timeout=60)
+    connection.sendall(data)
+    return connection
+
+
+def all_of(connection) -> bytes:
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HALF = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+
+
+def test_a_client_too_many_is_told_so(monkeypatch):
+    """More clients than places: the others get a status, not a closed connection."""
+    monkeypatch.setattr("serve.http.MOST_CLIENTS", 1)
+    with door() as server:
+        with knock(server, HALF + b"\r\n"):  # its body does not come
+            while not server.clients:
+                time.sleep(0.01)
+            answer = all_of(knock(server, HEALTH))
+        assert b" 503 " in answer and b'"error"' in answer
+        while server.clients:
+            time.sleep(0.01)
+        assert b" 200 " in all_of(knock(server, HEALTH))
+
+
+def test_callers_without_the_key_take_no_place(monkeypatch):
+    """Anyone could keep 256 connections open, and nobody with the key was served."""
+    monkeypatch.setattr("serve.http.MOST_CLIENTS", 1)
+    key = b"Authorization: Bearer sesame\r\n"
+    with door("sesame") as server, knock(server, b"GET"), knock(server, HALF):
+        time.sleep(0.2)
+        assert b" 401 " in all_of(knock(server, HALF + b"\r\n"))
+        answer = all_of(knock(server, b"GET /v1/models HTTP/1.1\r\n" + key + b"\r\n"))
+        assert b" 200 " in answer
+
+
+def test_a_connection_that_gets_no_thread_leaves_no_trace(monkeypatch):
+    """A container's limit of processes: after 256 of these every request got status 503 for good."""
+    said = []
+    with door(say=said.append) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "process_request_thread", None)
+            patch.setattr(threading.Thread, "start", fail_to_start)
+            assert all_of(knock(server, b"GET")) == b""
+        assert not server.clients and not server.arriving
+        assert "can't start new thread" in said[0]
+        assert b" 200 " in all_of(knock(server, HEALTH))
+
+
+def fail_to_start(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_bug_in_a_handler_is_an_answer_and_a_line_of_the_log(monkeypatch):
+    """It closed the connection without a status, a log line or a count."""
+    said = []
+    with door(say=said.append) as server:
+        monkeypatch.setattr(Handler, "get", lambda self, path: {}["\x1b"])
+        answer = all_of(knock(server, HEALTH))
+    assert b" 500 " in answer and b"KeyError" in answer
+    assert len(said) == 1 and "KeyError" in said[0] and "\x1b" not in said[0]
+    assert server.counts["errors"] == 1
+
+
+def test_an_answer_for_which_memory_ends_is_shorter():
+    """Room is taken as an answer grows; what came before it ended is worth having."""
+
+    def source(n):
+        yield from range(n)
+        raise ValueError("more tokens need 1 GiB")
+
+    job = Job(SimpleNamespace(max_tokens=9))
+    tokens = Tokens(source(2), job, SimpleNamespace(usable=True))
+    assert list(tokens) == [0, 1] and tokens.finish_reason() == "length"
+    for n, usable in ((0, True), (2, False)):
+        with pytest.raises(ValueError, match="1 GiB"):
+            list(Tokens(source(n), job, SimpleNamespace(usable=usable)))
+
+
+def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
+    """Clients send max_tokens: 4000 by habit, for answers of some hundred tokens."""
+    texts, read = started(tiny, tmp_path)
+    rooms = []
+    reuse = texts.reuse
+    monkeypatch.setattr(texts, "reuse", lambda ids, room: (rooms.append(room), reuse(ids, room))[1])
+    request = {"max_tokens": 3000, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []}
+    job = Job(SimpleNamespace(ids=draw(100), **request))
+    monkeypatch.setattr(texts.engine, "generate", lambda *args, **more: iter([1]))
+    tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
+    server = SimpleNamespace(counts=collections.Counter())
+    answer(job, server, texts.engine, tok, texts, print)
+    assert rooms == [ROOM] and job.out.get() == "1"
 
 
 def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, monkeypatch):
@@ -680,7 +979,7 @@ def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, mon
         Texts(engine),
         {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []},
     )
-    engine.prefill(text[:1500], tail=100)
+    engine.prefill(text[:1500], keep_last=100)
     job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
     monkeypatch.setattr(
         engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more)

@@ -1,24 +1,33 @@
-"""A text is read once: which conversation a request goes on with, where it goes on, and where the others wait.
+"""Conversation cache: finds the conversation that shares the longest beginning with a request, and goes on with it.
 
-The engine holds one conversation. A request goes on with the one that shares the longest beginning with
-it, token by token: the one at hand, or one that waits in a file. Where the two part, the conversation is
-rewound; only what is new is read. A conversation can be rewound to any place in its tail, which is never
-pruned. So a text is read with its last TAIL tokens as a part of the tail: a client that sends text and
-question in one message parts there when it sends the same text with another question.
+The engine holds one conversation; others wait in files. A conversation can be rewound to any place in its
+tail, which is never pruned, so only what follows that place is read. Chat clients send text and question in
+one message: the next question parts from the first one inside the prompt. The last TAIL tokens of a prompt
+therefore stay in the tail.
+
+Files come and go: other servers and people may add, replace and delete them at any time. What the folder
+holds is looked up for every request, and a file that cannot be used is left alone, and its text read again.
 """
 
 import contextlib
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
+
+from safetensors import SafetensorError
 
 from kvcache import last_block_len
+from loading.files import format_bytes, one_line
 from loading.saved import check_saved, read_saved
 from planning.memory import NoRoom
 
 TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter of it at most
-WORTH_A_FILE = 1024  # tokens of a text, or of what was said about it; less is sooner read again
+LONG_TAIL = 2048  # tokens of a question on a text known already that may all stay in the tail
+WORTH_A_FILE = 1024  # tokens of a text, or of a chat about it; less is sooner read again
 FEW = 256  # tokens; a file that lacks no more than these of its conversation is not written again
+TRIES = 3  # to open a file that others change meanwhile
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -32,128 +41,228 @@ def common(a: list[int], b: list[int]) -> int:
 def check_folder(folder: str) -> None:
     """Make the folder if it is not there; raise ValueError if it cannot be used."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OSError("it does not allow writing")
     except OSError as error:
-        raise ValueError(
-            f"--cache-dir {folder} cannot be used ({error}); give another folder"
-        ) from None
+        message = f"--cache-dir {folder} cannot be used ({error}); give another folder"
+        raise ValueError(message) from None
+
+
+def unpruned_end(n_prompt: int, shared: int) -> int:
+    """Return how many tokens at the end of a new prompt to leave unpruned.
+
+    Of a prompt that shares its beginning with another one, all that is new: the next question on the same
+    text will part there too. But these tokens cost time and memory in every layer, so they are bounded by an
+    eighth of the prompt, which is what the default schedule keeps in its last stage anyway, or by LONG_TAIL,
+    if that is more. When more is new, it is pruned like any text, and a further question reads all again.
+    """
+    new = n_prompt - shared
+    usual = min(TAIL, n_prompt // 4)
+    longest = min(n_prompt // 2, max(LONG_TAIL, n_prompt // 8))
+    return new if usual < new <= longest else usual
+
+
+@dataclass(frozen=True)
+class Text:
+    """A conversation to go on with."""
+
+    ids: list[int]
+    first: int  # the first place that it can be rewound to
+
+    def covers(self, other: "Text") -> bool:
+        """Tell whether the other one is not needed beside this one."""
+        missing = len(other.ids) - common(self.ids, other.ids)
+        return missing <= FEW and self.first <= other.first
 
 
 class Texts:
-    """The conversation at hand, and those that wait in `folder`: files of `gib` at most; the least recently used go."""
+    """The conversation at hand, and those that wait in `folder`: files of `gib` in all."""
 
     def __init__(self, engine, folder=None, gib: float = 8.0, say=print):
-        self.engine, self.most, self.say = engine, int(gib * 2**30), say
-        self.saved: dict[
-            Path, tuple[list[int], int]
-        ] = {}  # file -> its ids, the first place it can be rewound to
+        self.engine = engine
         self.folder = Path(folder) if folder else None
-        for path in self.files():
-            with contextlib.suppress(
-                ValueError
-            ):  # of another model or other settings: it waits for those
-                header, _ = read_saved(path)
-                check_saved(path, header, engine.ckpt.identity)
-                n = header["kv"]["n_prompt"]
-                first = n - last_block_len(n, engine.ckpt.settings.block_len)
-                self.saved[path] = header["ids"] + header["pending"], first
+        self.most = int(gib * 2**30)
+        self.say = say
+        self.saved: dict[Path, Text] = {}
+        self.versions: dict[Path, tuple] = {}  # of all files looked at, usable or not
+        self.refresh()
 
-    def files(self) -> list[Path]:
-        """Return all files of the folder that this class wrote, the newest first."""
-        found = self.folder.glob("text-*.slim") if self.folder else []
-        return sorted(found, key=lambda path: -path.stat().st_mtime)
-
-    def find(self, ids: list[int]) -> tuple[Path | None, int, int]:
-        """Return the file to go on with (None: what is at hand), the tokens to keep, and the most that any one shares.
-
-        Tokens to keep are 0 if the prompt is to be read afresh: where none shares enough, or where so much is new
-        that it had better be pruned. At least one id is left to run.
-        """
-        engine, found, longest = self.engine, (None, 0), 0
-        at_hand = (
-            [(None, (engine.ids + engine.pending, engine.kv.tail_start))] if engine.usable else []
-        )
-        for path, (known, first) in [*at_hand, *self.saved.items()]:
-            kept = min(common(known, ids), len(ids) - 1)
-            longest = max(longest, kept)
-            if (
-                kept >= max(1, first)
-                and kept > found[1]
-                and len(ids) - kept <= max(kept, WORTH_A_FILE)
-            ):
-                found = path, kept
-        return *found, longest
+    # ---- to find and open -------------------------------------------------------------
 
     def reuse(self, ids: list[int], room: int = 0) -> tuple[int, int]:
         """Make ready to run ids: return the tokens that need not be read again, and the tail for a new reading.
 
         room: new tokens to make room for.
         """
+        self.refresh()
         engine = self.engine
         path, kept, shared = self.find(ids)
         if path is not None:
             self.put_away(wanted=path)
-            try:
-                engine.resume(path, len(ids) - kept + room)
-                os.utime(path)
-            except NoRoom:  # the file is good
-                raise
-            except (
-                ValueError,
-                OSError,
-            ) as error:  # damaged, or removed by somebody else: read the text again
-                self.say(f"slim: {error}")
-                self.drop(path)
+            if not self.open(path, len(ids) - kept + room):
                 return self.reuse(ids, room)
-        elif len(at_hand := engine.ids + engine.pending) - common(at_hand, ids) > WORTH_A_FILE:
-            self.put_away()  # else that much would be lost
+        else:
+            at_hand = self.at_hand().ids
+            if len(at_hand) - common(at_hand, ids) > WORTH_A_FILE:
+                self.put_away()  # else that much would be lost
         if not kept:
-            if 2 * shared < len(ids):
-                shared = len(ids)
-            # else the same text parted before its tail began: this time the tail begins there
-            return 0, max(min(TAIL, len(ids) // 4), len(ids) - shared)
-        if kept < len(engine.ids) + len(engine.pending):
+            return 0, unpruned_end(len(ids), shared)
+        if kept < len(self.at_hand().ids):
             engine.rewind(min(kept, len(engine.ids)))
         return kept, 0
 
-    def put_away(self, wanted: Path | None = None) -> None:
-        """Save the conversation at hand, if there is a folder and it is worth it; what goes wrong is said, no more.
+    def find(self, ids: list[int]) -> tuple[Path | None, int, int]:
+        """Return the file to go on with (None: what is at hand), the tokens to keep, and the most that any one shares.
 
-        wanted: the file that is used next, and so the last to leave.
+        Tokens to keep are 0 if the prompt is to be read afresh: where none shares enough, or where so much is
+        new that it had better be pruned. At least one id is left to run.
+        """
+        found = None
+        kept = longest = 0
+        at_hand = {None: self.at_hand()} if self.engine.usable else {}
+        for path, text in (at_hand | self.saved).items():
+            shared = min(common(text.ids, ids), len(ids) - 1)
+            longest = max(longest, shared)
+            little_is_new = len(ids) - shared <= max(shared, WORTH_A_FILE)
+            if shared >= max(1, text.first) and little_is_new and shared > kept:
+                found = path
+                kept = shared
+        return found, kept, longest
+
+    def at_hand(self) -> Text:
+        engine = self.engine
+        return Text(engine.ids + engine.pending, engine.kv.tail_start)
+
+    def open(self, path: Path, room: int) -> bool:
+        """Let the engine go on with a file; return False, and do not look at it again, if it cannot be used."""
+        expected = self.saved[path].ids
+        for _ in range(TRIES):
+            before = version(path)
+            problem = "other programs change it all the time"
+            try:
+                self.engine.resume(path, room)
+            except NoRoom:  # the file is good
+                raise
+            except (ValueError, OSError, SafetensorError) as error:
+                problem = one_line(error)
+            else:
+                if self.at_hand().ids == expected:
+                    self.touch(path)
+                    return True
+            if version(path) == before:
+                break
+        if version(path) is None:
+            problem = "it was deleted"
+        self.say(f"slim: {path} is not used: {problem}")
+        self.forget(path)
+        return False
+
+    # ---- to save ----------------------------------------------------------------------
+
+    def put_away(self, wanted: Path | None = None) -> None:
+        """Save the conversation at hand if there is a folder and it is worth it; a failure is a line in the log.
+
+        wanted: the file that is used next, which therefore stays.
         """
         engine = self.engine
         if self.folder is None or not engine.usable or engine.kv.tail_start < WORTH_A_FILE:
             return
-        ids, first = engine.ids + engine.pending, engine.kv.tail_start
-        self.saved = {path: known for path, known in self.saved.items() if path.exists()}
-        shared = {
-            path: (common(known, ids), len(known), start)
-            for path, (known, start) in self.saved.items()
-        }
-        if not any(len(ids) - same <= FEW and start <= first for same, _, start in shared.values()):
-            name = hashlib.sha256(repr((engine.ckpt.identity, ids)).encode()).hexdigest()[:16]
-            path = self.folder / f"text-{name}.slim"
-            try:
-                engine.save(path)
-            except ValueError as error:
-                self.say(f"slim: {error}")
-                return
-            self.saved[path] = ids, first
-            for old, (same, length, start) in shared.items():
-                if length - same <= FEW and first <= start and old not in (path, wanted):
-                    self.drop(old)  # the new file goes on from it
-        if wanted:
-            with contextlib.suppress(OSError):
-                os.utime(wanted)
-        size = 0
-        for path in self.files():
-            size += path.stat().st_size
-            if size > self.most:
+        self.refresh()
+        here = self.at_hand()
+        if any(text.covers(here) for text in self.saved.values()):
+            return
+        if not self.make_room(self.size(), wanted):
+            return
+        name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
+        path = self.folder / f"text-{name}.slim"
+        try:
+            engine.save(path)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            self.say(f"slim: {one_line(error)}")
+            return
+        for old, text in list(self.saved.items()):
+            if old not in (path, wanted) and here.covers(text):
+                self.drop(old)  # the new file goes on from it
+
+    def size(self) -> int:
+        """Return the bytes that a file of the conversation at hand takes, its ids as text included."""
+        _, tensors = self.engine.kv.state()
+        return sum(tensor.nbytes for tensor in tensors.values()) + 16 * len(self.engine.ids)
+
+    def make_room(self, size: int, wanted: Path | None) -> bool:
+        """Delete files, the least recently used first, until `size` bytes fit; return False if they never will."""
+        sizes = {path: stat.st_size for path, stat in self.files().items()}
+        if size + sizes.get(wanted, 0) > self.most:
+            most = format_bytes(self.most)
+            self.say(f"slim: a text of {format_bytes(size)} is not kept: --cache-gib allows {most}")
+            return False
+        total = size + sum(sizes.values())
+        for path in sizes:
+            if total > self.most and path != wanted:
                 self.drop(path)
+                total -= sizes[path]
+        return True
+
+    # ---- the folder -------------------------------------------------------------------
+
+    def files(self) -> dict[Path, os.stat_result]:
+        """Return the files of the folder that this class wrote, here or elsewhere, the least recently used first."""
+        found = {}
+        for path in self.folder.glob("text-*.slim") if self.folder else ():
+            with contextlib.suppress(OSError):  # gone again, or a link to nothing
+                stat = path.stat()
+                if S_ISREG(stat.st_mode):
+                    found[path] = stat
+        return dict(sorted(found.items(), key=lambda item: item[1].st_mtime))
+
+    def refresh(self) -> None:
+        """Learn what the folder holds now."""
+        versions = {path: version(path) for path in self.files()}
+        self.saved = {path: text for path, text in self.saved.items() if path in versions}
+        for path in versions:
+            if versions[path] != self.versions.get(path):
+                known = self.saved.pop(path, None)
+                text = self.look(path)
+                if text:
+                    self.saved[path] = text
+                elif known:
+                    self.say(f"slim: {path} is not used any more: it changed and cannot be read")
+        self.versions = versions
+
+    def look(self, path: Path) -> Text | None:
+        """Return what a file holds; None if it is of another model or other settings, or cannot be read."""
+        identity = self.engine.ckpt.identity
+        try:
+            header, _ = read_saved(path)
+            check_saved(path, header, identity)
+            n_prunable = header["kv"]["n_prunable"]
+            last = last_block_len(n_prunable, self.engine.ckpt.settings.block_len)
+            return Text(header["ids"] + header["pending"], n_prunable - last)
+        except Exception:  # anything may lie in a folder
+            return None
+
+    def touch(self, path: Path) -> None:
+        """Mark a file as used now."""
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        self.versions[path] = version(path)
+
+    def forget(self, path: Path) -> None:
+        """Use a file no more, until it changes."""
+        self.saved.pop(path, None)
+        self.versions[path] = version(path)
 
     def drop(self, path: Path) -> None:
         self.saved.pop(path, None)
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def version(path: Path) -> tuple | None:
+    """Return what tells whether a file is still the same; None if it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,13 @@
+"""Find or make Qwen2.5-Coder-0.5B-Instruct (24 layers, context 32,768): python bench/qwen.py
+
+Prints its folder. The first time this takes 490 MB and some minutes, and needs `pip install gguf`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.checkpoints import QWEN, command
+
+if __name__ == "__main__":
+    sys.exit(command(QWEN))

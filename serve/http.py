@@ -1,0 +1,432 @@
+"""The clients' side of the server: every connection has a thread and carries one request.
+
+A thread reads and checks the request, puts a job in the queue, and writes the answer as it comes out of the
+job's own queue. So a slow client holds up nobody.
+"""
+
+import contextlib
+import hmac
+import ipaddress
+import json
+import os
+import queue
+import socket
+import socketserver
+import sys
+import threading
+import time
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from urllib.parse import unquote
+
+from loading.files import one_line
+from serve.api import ApiError, Request, chunk, parse, whole
+from serve.texts import check_folder
+from serve.worker import Job
+
+MOST_BYTES = 32 * 2**20  # of a request's body
+MOST_CLIENTS = 256  # requests at a time, those that wait included
+TIMEOUT = 30.0  # seconds for a request to arrive, and for a client to take a piece of its answer
+IDLE = 10.0  # seconds without news after which a stream sends a comment
+CHECK = 0.2  # seconds after which a client is checked again
+COUNTERS = "answers errors disconnected prompt_tokens cached_tokens completion_tokens".split()
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+PATHS = (CHAT, COMPLETIONS, "/v1/models", "/v1/stats", "/health")
+
+
+# ---- the place ----------------------------------------------------------------------------
+
+
+def open_server(args, say=print) -> "Server":
+    """Return a server that is bound and does not answer yet; raise ValueError for a place, key or folder of no use."""
+    key = args.api_key or os.environ.get("SLIM_API_KEY") or None
+    if key and (not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise ValueError(
+            "the key must be printable ASCII without spaces around it, to fit in a header"
+        )
+    host, port = check_place(args.serve, key)
+    if args.cache_dir is not None:
+        check_folder(args.cache_dir)
+    try:
+        return Server(host, port, key, say)
+    except OSError as error:
+        problem = error.strerror or error
+        raise ValueError(
+            f"--serve {args.serve} cannot be opened: {problem}; take another"
+        ) from None
+
+
+def check_place(place: str, key: str | None) -> tuple[str, int]:
+    """Return host and port of [HOST:]PORT; raise ValueError if they are none, or open to others without a key."""
+    host, colon, port = place.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") if colon else "127.0.0.1"
+    if not host or not (port.isascii() and port.isdigit() and int(port) < 2**16):
+        raise ValueError(
+            f"--serve {place!r} is not [HOST:]PORT with a port within 0..65535; give one such as 8080"
+        )
+    if not key and not is_loopback(host):
+        raise ValueError(
+            f"--serve {place} is open to other machines; set a key with --api-key or $SLIM_API_KEY"
+        )
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# ---- connections --------------------------------------------------------------------------
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Bound when made; answers after `ready` and `serve_forever`."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, host: str, port: int, key: str | None, say=print):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self.server_address[1]}"
+        self.key = key
+        self.say = say
+        self.jobs = queue.SimpleQueue()
+        self.stopping = threading.Event()
+        self.arriving: dict[socket.socket, float] = {}  # whose request is not here yet: until when
+        self.clients: set[socket.socket] = set()  # that may be served: their caller was checked
+        self.entering = threading.Lock()
+        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.engine_stats = {}
+
+    def ready(self, engine, tok, args) -> None:
+        self.model = os.path.basename(os.path.abspath(args.ckpt))  # even of --ckpt .
+        self.max_len = engine.config.max_len
+        self.tok = tok
+        self.args = args
+        self.created = int(time.time())
+
+    def close(self) -> None:
+        """Close, once the answers that are written have been sent, or after a few seconds."""
+        while not self.jobs.empty():
+            if job := self.jobs.get():
+                job.out.put(ApiError(503, "the server is closing"))
+        until = time.monotonic() + 5
+        while time.monotonic() < until and self.clients - set(self.arriving):
+            time.sleep(0.02)
+        self.server_close()
+
+    def process_request(self, request, client_address):
+        """Start a thread for a connection; if too many wait to be checked, the oldest of them goes."""
+        unchecked = [other for other in list(self.arriving) if other not in self.clients]
+        if len(unchecked) >= 2 * MOST_CLIENTS:
+            self.arriving.pop(unchecked[0], None)
+            shut(unchecked[0])
+        self.arriving[request] = time.monotonic() + TIMEOUT
+        super().process_request(request, client_address)
+
+    def enter(self, request) -> bool:
+        """Give a place among the clients to a connection; return False if there is none."""
+        with self.entering:
+            if len(self.clients) >= MOST_CLIENTS:
+                return False
+            self.clients.add(request)
+            return True
+
+    def shutdown_request(self, request):
+        """Close a connection, however it ended: also if no thread could be started for it."""
+        try:
+            super().shutdown_request(request)
+        finally:
+            self.arriving.pop(request, None)
+            self.clients.discard(request)
+
+    def service_actions(self):
+        """Every half second: close connections whose request does not come."""
+        for request, until in list(self.arriving.items()):
+            if time.monotonic() > until:
+                shut(request)
+
+    def handle_error(self, request, client_address):
+        """Log what ended a connection, unless it was the client."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            self.log(error)
+
+    def log(self, error: BaseException) -> None:
+        self.counts["errors"] += 1
+        self.say(f"slim: error: {type(error).__name__}: {one_line(error)}")
+
+
+def shut(connection: socket.socket) -> None:
+    """End a connection; its thread then finds it closed."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+# ---- one request --------------------------------------------------------------------------
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection, one request."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = TIMEOUT
+    streaming = ""  # "headers" were sent, or the role as well: "open"
+
+    def version_string(self):
+        return "Slim"
+
+    def do_GET(self):
+        self.guarded(self.get)
+
+    def do_POST(self):
+        self.guarded(self.post)
+
+    def do_OPTIONS(self):
+        """A browser asks whether a page of another site may send its request; the key decides, not the site."""
+        self.guarded(self.allow if self.server.key else self.post)
+
+    def allow(self, path: str) -> None:
+        self.send_head(204, "text/plain", {})
+
+    def guarded(self, method) -> None:
+        """Run a method; what it raises is sent as an error object, if the client is still there."""
+        self.close_connection = True
+        try:
+            self.attempt(method)
+            self.linger()
+        except OSError:  # the client has left
+            pass
+
+    def attempt(self, method) -> None:
+        try:
+            self.check_caller()
+            method(unquote(self.path.partition("?")[0]).rstrip("/") or "/")
+        except ApiError as error:
+            self.server.counts["errors"] += 1
+            self.refuse(error)
+        except OSError:
+            raise
+        except Exception as error:  # a bug: the client and the log are told
+            self.server.log(error)
+            self.refuse(ApiError(500, f"the server failed: {type(error).__name__}"))
+
+    def refuse(self, error: ApiError) -> None:
+        if self.streaming:
+            self.send_event(error.body)
+        else:
+            self.send_json(error.status, error.body)
+
+    def check_caller(self) -> None:
+        """Refuse callers without the key, or where there is none pages of other sites; then too many callers."""
+        if self.server.key:
+            self.check_key()
+        else:
+            self.check_origin()
+        if not self.server.enter(self.connection):
+            message = (
+                f"{MOST_CLIENTS} clients are being served, the most there may be; try again later"
+            )
+            raise ApiError(503, message)
+
+    def check_key(self) -> None:
+        given = self.headers.get("Authorization", "")
+        free = self.path == "/health" or self.command == "OPTIONS"
+        good = hmac.compare_digest(given.encode(), f"Bearer {self.server.key}".encode())
+        if not free and not good:
+            message = "the key is missing or wrong; send Authorization: Bearer KEY"
+            raise ApiError(401, message, None, "invalid_api_key")
+
+    def check_origin(self) -> None:
+        """Serve programs of this machine, and in its browser only the server's own pages."""
+        host = self.headers.get("Host", "localhost").lower()
+        origin = self.headers.get("Origin")
+        name = host[: host.rfind("]") + 1] or host.partition(":")[0]
+        foreign = origin and origin.lower() != f"http://{host}"
+        if foreign or not is_loopback(name.strip("[]")):
+            raise ApiError(
+                403,
+                f"requests to {host!r:.60} from {origin or 'there'!r:.60} need a key: start the "
+                "server with --api-key or $SLIM_API_KEY; without one, only programs of this "
+                "machine are served, at 127.0.0.1",
+            )
+
+    def get(self, path: str) -> None:
+        server = self.server
+        card = {
+            "id": server.model,
+            "object": "model",
+            "created": server.created,
+            "owned_by": "slim",
+            "context_length": server.max_len,
+        }
+        if path == "/health":
+            self.send_json(200, {"status": "ok"})
+        elif path == "/v1/models":
+            self.send_json(200, {"object": "list", "data": [card]})
+        elif path == f"/v1/models/{server.model}":
+            self.send_json(200, card)
+        elif path == "/v1/stats":
+            state = {"waiting": server.jobs.qsize(), "conversation": server.engine_stats}
+            self.send_json(200, server.counts | state)
+        else:
+            raise self.no_such(path)
+
+    def no_such(self, path: str) -> ApiError:
+        if path in PATHS:
+            return ApiError(405, f"{path:.60} does not take {self.command}")
+        return ApiError(404, f"there is no {path!r:.60}; there are {', '.join(PATHS)}")
+
+    def post(self, path: str) -> None:
+        server = self.server
+        if path not in (CHAT, COMPLETIONS):
+            raise self.no_such(path)
+        try:
+            body = json.loads(self.body())
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {error!s:.100}") from None
+        server.arriving.pop(self.connection, None)
+        request = parse(path == CHAT, body, server.tok, server.model, server.max_len, server.args)
+        if server.stopping.is_set():
+            raise ApiError(503, "the server is closing")
+        job = Job(request)
+        server.jobs.put(job)
+        try:
+            if request.stream:
+                self.stream(job)
+            else:
+                self.collect(job)
+        finally:
+            job.disconnected.set()  # harmless once the answer is complete
+
+    def body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit() and len(length) < 20):
+            raise ApiError(411, "the request needs a Content-Length; a body in chunks is not read")
+        n = int(length)
+        if n > MOST_BYTES:
+            raise ApiError(413, f"the body has {n:,} bytes; at most {MOST_BYTES:,} are read")
+        data = self.rfile.read(n)
+        if len(data) < n:
+            raise ApiError(400, f"the body ended after {len(data):,} of {n:,} bytes")
+        return data
+
+    # ---- answers
+
+    def events(self, job: Job, idle=lambda: None):
+        """Yield what the engine puts out for a job, up to (finish reason, usage); raise its ApiError.
+
+        Raises OSError if the client has left; calls `idle` after every IDLE seconds without news.
+        """
+        checked = news = time.monotonic()
+        event = None
+        while not isinstance(event, tuple):
+            event = None
+            with contextlib.suppress(queue.Empty):
+                event = job.out.get(timeout=CHECK)
+            now = time.monotonic()
+            if (
+                now - checked >= CHECK
+            ):  # also while tokens come: a whole answer is written only at its end
+                self.check_there()
+                checked = now
+            if isinstance(event, ApiError):
+                raise event
+            if event is not None:
+                news = now
+                yield event
+            elif now - news > IDLE:
+                news = now
+                idle()
+
+    def check_there(self) -> None:
+        """Raise ConnectionError if the client has closed the connection."""
+        self.connection.settimeout(0)
+        try:
+            if self.connection.recv(1, socket.MSG_PEEK) == b"":
+                raise ConnectionAbortedError
+        except BlockingIOError:
+            pass
+        finally:
+            self.connection.settimeout(TIMEOUT)
+
+    def collect(self, job: Job) -> None:
+        *pieces, (finish, used) = self.events(job)
+        self.send_json(200, whole(job.request, "".join(pieces), finish, used))
+
+    def stream(self, job: Job) -> None:
+        """Send events; the status line waits for the first one, so that an error can still have its own."""
+        request = job.request
+        for event in self.events(job, idle=self.send_comment):
+            self.open_stream(request)
+            if isinstance(event, tuple):
+                finish, used = event
+                self.send_event(chunk(request, finish=finish))
+                if request.include_usage:
+                    self.send_event(chunk(request, used=used))
+            else:
+                self.send_event(chunk(request, event))
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def open_stream(self, request: Request) -> None:
+        """Send the first event of a chat, which names the role."""
+        if request.chat and self.streaming != "open":
+            self.send_event(chunk(request))
+            self.streaming = "open"
+
+    def send_event(self, event: dict) -> None:
+        self.send_line(b"data: " + json.dumps(event).encode())
+
+    def send_comment(self) -> None:
+        """Show that the server is at work; clients skip it."""
+        self.send_line(b": still reading")
+
+    def send_line(self, line: bytes) -> None:
+        """Send a line of a stream; before the first one the headers."""
+        if not self.streaming:
+            self.streaming = "headers"
+            self.send_head(200, "text/event-stream", {"Cache-Control": "no-cache"})
+        self.wfile.write(line + b"\n\n")
+
+    def send_json(self, status: int, value: dict) -> None:
+        data = json.dumps(value).encode() + b"\n"
+        self.send_head(status, "application/json", {"Content-Length": str(len(data))})
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_head(self, status: int, kind: str, more: dict) -> None:
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Connection": "close"} | more
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.server.key:  # pages of any site may read the answer: they had the key
+            headers["Access-Control-Allow-Origin"] = "*"
+            headers["Access-Control-Allow-Headers"] = "Authorization, *"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def linger(self) -> None:
+        """Read away the rest of a refused body: closing on it would cut off the answer before it is read."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.server.arriving.setdefault(self.connection, time.monotonic() + TIMEOUT)
+        while self.connection.recv(2**16):
+            pass
+
+    def send_error(self, code, message=None, explain=None):
+        """Refuse what the standard library does not read: a bad request line, too long a header, an unknown method."""
+        self.server.counts["errors"] += 1
+        self.close_connection = True
+        self.request_version = self.protocol_version  # a status line for nonsense too
+        status = 405 if code == 501 else int(code)
+        with contextlib.suppress(OSError):
+            self.send_json(status, ApiError(status, message or HTTPStatus(status).phrase).body)
+
+    def log_message(self, *args):
+        """Print nothing: the engine's side logs the answers."""

@@ -1,0 +1,179 @@
+"""The engine's side of the server: one job at a time, in the order they came, on the main thread."""
+
+import contextlib
+import queue
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+
+from loading.files import one_line
+from serve.api import ApiError, Request, usage
+from serve.texts import Texts
+
+PIECE = 512  # tokens of a follow-up that are read at once; between two pieces the client may be found gone
+ROOM = 256  # new tokens that memory is taken for before they come; most answers end long before max_tokens
+
+
+class Disconnected(Exception):
+    """The client has closed the connection."""
+
+
+@dataclass
+class Job:
+    """A request on its way. `out` gets texts, then (finish reason, usage), or an ApiError."""
+
+    request: Request
+    out: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    disconnected: threading.Event = field(default_factory=threading.Event)
+
+    def check(self, *_) -> None:
+        """Raise Disconnected if the client has left."""
+        if self.disconnected.is_set():
+            raise Disconnected
+
+
+def run(server, engine, tok, args, say) -> int:
+    """Answer requests until Ctrl-C or SIGTERM; the running answer is finished, and the conversation saved."""
+    texts = Texts(engine, args.cache_dir, args.cache_gib, say)
+    server.ready(engine, tok, args)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    say(f"slim: {server.model} at {server.url}/v1; Ctrl-C closes")
+    with stopping(server):
+        while (job := server.jobs.get()) is not None:
+            serve(job, server, engine, tok, texts, say)
+        say("slim: closing")
+        server.stopping.set()
+        server.shutdown()
+        texts.put_away()
+        server.close()
+    return 0
+
+
+@contextlib.contextmanager
+def stopping(server):
+    """Let the first Ctrl-C or SIGTERM end the queue, after the running answer; a second one breaks off."""
+
+    def stop(*_):
+        if server.stopping.is_set():
+            raise KeyboardInterrupt
+        server.stopping.set()
+        server.jobs.put(None)
+
+    usual = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in usual.items():
+            signal.signal(name, handler)
+
+
+def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
+    """Run one job to its end, whatever that is."""
+    steps = engine.steps
+    try:
+        if server.stopping.is_set():
+            raise ApiError(503, "the server is closing")
+        answer(job, server, engine, tok, texts, say)
+    except Disconnected:
+        server.counts["disconnected"] += 1
+    except ApiError as error:
+        job.out.put(error)
+    except ValueError as error:  # before a step: the request asks too much
+        broken = engine.steps != steps and not engine.usable
+        job.out.put(ApiError(500 if broken else 400, str(error)))
+    except MemoryError as error:
+        job.out.put(ApiError(500, str(error)))
+    except Exception as error:  # a bug, or torch out of memory: further requests are served
+        kind = type(error).__name__
+        say(f"slim: error: {kind}: {one_line(error)}")
+        job.out.put(ApiError(500, f"the engine failed: {kind}"))
+    if not engine.usable:
+        engine.forget()
+    server.engine_stats = engine.stats if engine.usable else {}
+
+
+class Tokens:
+    """The tokens of an answer as they come, counted, each after a check of the client."""
+
+    def __init__(self, source, job: Job, engine):
+        self.source = source
+        self.job = job
+        self.engine = engine
+        self.n = 0
+        self.first_at = 0.0  # time of the first one
+        self.ended = False  # stays so if a stop text ends the answer
+        self.cut = False  # memory ended the answer
+
+    def __iter__(self):
+        try:
+            for token in self.source:
+                self.job.check()
+                self.n += 1
+                self.first_at = self.first_at or time.perf_counter()
+                yield token
+        except ValueError:  # no memory for a longer answer: what there is, is an answer too
+            self.cut = self.n > 0 and self.engine.usable
+            if not self.cut:
+                raise
+        self.ended = True
+
+    def finish_reason(self) -> str:
+        full = self.cut or self.n == self.job.request.max_tokens
+        return "length" if self.ended and full else "stop"
+
+
+def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
+    """Write the answer to a job, piece by piece, into its queue; raise Disconnected if the client leaves."""
+    request = job.request
+    started = time.perf_counter()
+    job.check()
+    room = min(request.max_tokens, ROOM)
+    cached, tail = texts.reuse(request.ids, room)
+    ids = read_ahead(job, engine, cached, room)
+    sampling = request.max_tokens, request.temperature, request.top_p, request.seed
+    source = engine.generate(ids, *sampling, follow_up=cached > 0, keep_last=tail)
+    tokens = Tokens(source, job, engine)
+    if not cached:
+        engine.model.on_chunk = (
+            job.check
+        )  # a new reading may be broken off anywhere: nothing is lost
+    try:
+        for piece in tok.stream(tokens, request.stop):
+            job.out.put(piece)
+    finally:
+        engine.model.on_chunk = lambda *_: None
+    used = usage(request, tokens.n, cached)
+    job.out.put((tokens.finish_reason(), used))
+    count(server.counts, used)
+    say(summary(used, started, tokens.first_at))
+
+
+def read_ahead(job: Job, engine, cached: int, room: int) -> list[int]:
+    """Read a long follow-up in pieces, checking the client in between; return the ids still to run."""
+    ids = job.request.ids[cached:]
+    while cached and len(ids) > PIECE:
+        engine.extend(ids[:PIECE], room=len(ids) - PIECE + room)
+        ids = ids[PIECE:]
+        job.check()
+    return ids
+
+
+def count(counts: dict[str, int], used: dict) -> None:
+    counts["answers"] += 1
+    counts["prompt_tokens"] += used["prompt_tokens"]
+    counts["cached_tokens"] += used["prompt_tokens_details"]["cached_tokens"]
+    counts["completion_tokens"] += used["completion_tokens"]
+
+
+def summary(used: dict, started: float, first_at: float) -> str:
+    """Return the line of the log about an answer."""
+    now = time.perf_counter()
+    first_at = first_at or now
+    more = max(0, used["completion_tokens"] - 1)
+    rate = more / max(1e-9, now - first_at)
+    return (
+        f"slim: {used['prompt_tokens']:,} tokens, "
+        f"{used['prompt_tokens_details']['cached_tokens']:,} of them read before; "
+        f"first token {first_at - started:.2f} s, then {more:,} more at {rate:.1f} tokens/s"
+    )
