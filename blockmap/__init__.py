@@ -25,77 +25,84 @@ HERE = Path(__file__).parent
 
 
 class Recorder:
-    """Record every choice of blocks of one conversation; a new prompt starts afresh. Takes two of the model's hooks.
+    """Record every choice of blocks of one conversation; a new prompt starts afresh.
 
-    record: {"n_prompt", "block_len", "stages", "steps"}. A stage: {"candidates", "scores", "seen", "active"}
-    of the prompt's step, "seen" being the layer that gave the score. A step: {"at": tokens before it,
-    "pending": how many of its own tokens the model wrote, "moves": [[stage, in, out, revived]]}.
+    Takes two of the model's hooks. record: {"n_prompt", "block_len", "stages", "steps"}. A stage:
+    {"candidates", "scores", "seen", "active"} of the prompt's step, "seen" being the layer that
+    gave the score. A step: {"at": tokens before it, "pending": how many of its own tokens the model
+    wrote, "moves": [[stage, in, out, revived]]}.
     """
 
     def __init__(self, engine, record: dict | None = None):
-        self.engine, self.record = engine, record or {}
-        self.best = self.seen = (
-            None  # of each block in the prompt's step (N,): its best score, the layer that gave it
-        )
+        self.engine = engine
+        self.record = record or {}
+        self.best = None  # (N,): each block's best score in the prompt's step
+        self.seen = None  # (N,): the layer that gave it
         self.riding: set[int] = set()  # blocks whose rows come up from the stage below
-        engine.model.on_select, engine.model.on_scores = self.on_select, self.on_scores
+        engine.model.on_scores = self.on_scores
+        engine.model.on_select = self.on_select
 
     def on_scores(self, layer: int, scores) -> None:
-        if self.engine.kv.length == 0:
-            best = scores.amax(0)  # (N,)
-            if layer == 0 or not self.engine.model.rule.every_layer:
-                self.best, self.seen = best, best.new_zeros(len(best)).long() + layer
-            self.seen = self.seen.where(best <= self.best, layer)
+        if self.engine.kv.length > 0:
+            return
+        best = scores.amax(0)  # (N,)
+        if layer == 0 or not self.engine.model.rule.every_layer:
             self.best = best
+            self.seen = best.new_zeros(len(best)).long() + layer
+        self.seen = self.seen.where(best <= self.best, layer)
+        self.best = best
 
     def on_select(self, i: int, candidates: list[int], scores, active: set[int]) -> None:
         kv = self.engine.kv
-        stage = kv.stages[i]
         if kv.length == 0:
             if i == 1:
-                self.record = {
-                    "n_prompt": kv.n_prompt,
-                    "block_len": kv.block_len,
-                    "stages": [],
-                    "steps": [],
-                }
-            scores = [
-                float(f"{score:.6g}") for score in scores.double().clamp(-1e300, 1e300).tolist()
-            ]  # JSON has no infinity
-            seen = [stage.layers[0] - 1] * len(
-                candidates
-            )  # a rule that sees keys looks at the boundary's layer alone
-            if self.engine.model.rule.sees == "weights":
-                seen = self.seen[candidates].tolist()
-            self.record["stages"].append(
-                {
-                    "candidates": list(candidates),
-                    "scores": scores,
-                    "seen": seen,
-                    "active": sorted(active),
-                }
-            )
+                self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len}
+                self.record |= {"stages": [], "steps": []}
+            self.record["stages"].append(self.first_choice(i, candidates, scores, active))
         elif self.record:
             if i == 1:
-                self.record["steps"].append(
-                    {"at": kv.length, "pending": len(self.engine.pending), "moves": []}
-                )
+                step = {"at": kv.length, "pending": len(self.engine.pending), "moves": []}
+                self.record["steps"].append(step)
                 self.riding = set()
-            old, new = set(stage.slots), active - stage.has_keys()
-            if active != old:
-                moved = active - old, old - active, new - self.riding
-                self.record["steps"][-1]["moves"].append([i, *map(sorted, moved)])
-            self.riding = new
+            self.add_moves(i, active)
+
+    def first_choice(self, i: int, candidates: list[int], scores, active: set[int]) -> dict:
+        """Return what stage i chose in the prompt's step, and why."""
+        if self.engine.model.rule.sees == "weights":
+            seen = self.seen[candidates].tolist()
+        else:  # a rule that sees keys looks at the boundary's layer alone
+            boundary = self.engine.kv.stages[i].layers[0] - 1
+            seen = [boundary] * len(candidates)
+        finite = scores.double().clamp(-1e300, 1e300).tolist()  # JSON has no infinity
+        return {
+            "candidates": list(candidates),
+            "scores": [float(f"{score:.6g}") for score in finite],
+            "seen": seen,
+            "active": sorted(active),
+        }
+
+    def add_moves(self, i: int, active: set[int]) -> None:
+        """Add what a later step changes in stage i."""
+        stage = self.engine.kv.stages[i]
+        before = set(stage.slots)
+        without_keys = active - stage.has_keys()
+        came = active - before
+        left = before - active
+        if came or left:
+            revived = without_keys - self.riding
+            moves = self.record["steps"][-1]["moves"]
+            moves.append([i, sorted(came), sorted(left), sorted(revived)])
+        self.riding = without_keys
 
     def restart(self) -> None:
         """After `Engine.rewind`: what is active now counts as active at first."""
-        for stage, kept in zip(self.record.get("stages", []), self.engine.kv.stages[1:]):
-            stage["active"] = sorted(kept.slots)
+        for stage, now in zip(self.record.get("stages", []), self.engine.kv.stages[1:]):
+            stage["active"] = sorted(now.slots)
         self.record |= {"steps": []}
 
 
 def write(path, engine, recorder: Recorder, ids) -> None:
-    """Write the page of a conversation to path, whole or not at all; ids: all of its token ids in order.
+    """Write the page of a conversation to path, whole or not at all; ids: its token ids in order.
 
     Raises ValueError for a path, ids or a record that cannot be used, and where writing fails.
     """
@@ -107,45 +114,44 @@ def write(path, engine, recorder: Recorder, ids) -> None:
 def page(data: dict) -> str:
     """Return the HTML of what `describe` gathered."""
     html = (HERE / "page.html").read_text("utf-8")
-    for tag in (
-        "script",
-        "style",
-    ):  # the policy names both by their hash, so that nothing else runs
-        digest = hashlib.sha256(
-            re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1].encode()
-        ).digest()
-        html = html.replace(f"{{{tag} hash}}", "sha256-" + base64.b64encode(digest).decode())
+    for tag in ("script", "style"):  # the policy names both by their hash: nothing else runs
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest())
+        html = html.replace(f"{{{tag} hash}}", "sha256-" + digest.decode())
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
+    text = re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
     before, after = html.split("{data}")
     return before + text + after
 
 
 def describe(engine, record: dict, ids) -> dict:
-    """Gather what the page shows of a conversation, as plain JSON; raise ValueError if the parts do not belong
-    together.
+    """Gather what the page shows of a conversation, as plain JSON.
+
+    Raises ValueError if the parts do not belong together.
     """
-    kv, c, stats = engine.kv, engine.config, engine.stats
+    kv = engine.kv
     if kv.length == 0:
         raise ValueError("there is no map to draw: no prompt was read to its end")
     ids = engine.check_ids(ids)
     if len(ids) < kv.length:
         raise ValueError(
-            f"a map needs all ids of the conversation: {kv.length:,} were read, {len(ids):,} are given"
+            f"a map needs all ids of the conversation: {kv.length:,} were read, "
+            f"{len(ids):,} are given"
         )
     if len(kv.stages) == 1:
-        record = {"stages": [], "steps": []}  # dense: nobody was asked to choose
+        record = {"stages": [], "steps": []}  # dense: nothing was chosen
     elif not matches(record, kv, engine.usable):
         raise ValueError("the record is not of this conversation; make the Recorder before prefill")
-    steps = [
-        step for step in record["steps"] if step["at"] < kv.length
-    ]  # the last may have been broken off
-    turns = [*spoken(kv, steps)] + [(kv.length, "written", None)] * (len(ids) > kv.length)
-    starts = range(0, kv.tail_start + 1, kv.block_len)
-    texts = list(pieces(engine.tokenizer, ids, [*starts, *(at for at, _, _ in turns), len(ids)]))
-    flops, flops_dense = (
-        prefill_flops(c, kv.n_prompt, schedule, kv.block_len) for schedule in (kv.schedule, {})
-    )
+    steps = [step for step in record["steps"] if step["at"] < kv.length]  # the last may be broken
+    turns = list(spoken(kv, steps))
+    if len(ids) > kv.length:
+        turns.append({"at": kv.length, "kind": "written", "step": None})
+    starts = list(range(0, kv.tail_start + 1, kv.block_len))
+    cuts = [*starts, *(turn["at"] for turn in turns), len(ids)]
+    texts = list(pieces(engine.tokenizer, ids, cuts))
+    for turn, text in zip(turns, texts[len(starts) :]):
+        turn["text"] = text
+    stats = {name: value for name, value in engine.stats.items() if not name.endswith("_s")}
     return {
         "model": engine.ckpt.folder.name,
         "block_len": kv.block_len,
@@ -154,67 +160,67 @@ def describe(engine, record: dict, ids) -> dict:
         "stages": record["stages"],
         "steps": steps,
         "blocks": texts[: len(starts)],
-        "turns": [
-            {"at": at, "kind": kind, "step": k, "text": text}
-            for (at, kind, k), text in zip(turns, texts[len(starts) :])
-        ],
-        "flops": flops,
-        "flops_dense": flops_dense,
-        **{key: value for key, value in stats.items() if not key.endswith("_s")},
+        "turns": turns,
+        "flops": prefill_flops(engine.config, kv.n_prompt, kv.schedule, kv.block_len),
+        "flops_dense": prefill_flops(engine.config, kv.n_prompt, {}, kv.block_len),
+        **stats,
     }
 
 
 def matches(record: dict, kv, whole: bool) -> bool:
-    """Tell whether replaying a record ends where the engine is (unless its last step was broken off)."""
+    """Tell whether replaying a record ends where the engine is.
+
+    Not `whole`: the last step was broken off, and the active blocks are those of its middle.
+    """
     try:
         active = [set(stage["active"]) for stage in record["stages"]]
         for step in record["steps"]:
             for i, came, left, _ in step["moves"]:
-                active[i - 1] = active[i - 1] - set(left) | set(came)
+                active[i - 1] -= set(left)
+                active[i - 1] |= set(came)
         at = [step["at"] for step in record["steps"]]
-        same = (record["n_prompt"], record["block_len"], len(active)) == (
-            kv.n_prompt,
-            kv.block_len,
-            len(kv.stages) - 1,
-        )
+        shape = record["n_prompt"], record["block_len"], len(active)
     except (LookupError, TypeError, ValueError):
         return False
-    return (
-        same
-        and at == sorted(set(at))
-        and (not whole or active == [set(stage.slots) for stage in kv.stages[1:]])
-    )
+    stages = kv.stages[1:]
+    if shape != (kv.n_prompt, kv.block_len, len(stages)) or at != sorted(set(at)):
+        return False
+    return not whole or active == [set(stage.slots) for stage in stages]
 
 
 def spoken(kv, steps: list[dict]):
-    """Yield (position, kind, step number) of what follows the prompt: "written", "asked", or "after" where nobody
-    recorded.
+    """Yield {"at", "kind", "step"} of what follows the prompt.
+
+    kind: "written" by the model, "asked", or "after" where nothing was recorded.
     """
     if not steps and kv.length > kv.n_prompt:
-        yield kv.n_prompt, "after", None
-    for k, (step, end) in enumerate(zip(steps, [*(s["at"] for s in steps[1:]), kv.length]), 1):
-        written = step["pending"] or int(
-            end - step["at"] == 1
-        )  # one token at a time is decoding, whoever does it
+        yield {"at": kv.n_prompt, "kind": "after", "step": None}
+    ends = [step["at"] for step in steps[1:]] + [kv.length]
+    for number, (step, end) in enumerate(zip(steps, ends), start=1):
+        start = step["at"]
+        written = step["pending"]
+        if end - start == 1:  # one token at a time is decoding, whoever does it
+            written = 1
         if written:
-            yield step["at"], "written", k
-        if step["at"] + written < end:
-            yield step["at"] + written, "asked", k
+            yield {"at": start, "kind": "written", "step": number}
+        if start + written < end:
+            yield {"at": start + written, "kind": "asked", "step": number}
 
 
 def pieces(tokenizer, ids: list[int], cuts: list[int]):
-    """Yield the text between cuts, a character where its last byte is; [text, special token, text, ...] if there
-    are any.
+    """Yield the text between cuts, a character where its last byte is.
+
+    With special tokens among it: [text, special token, text, ...].
     """
     names = {token: name for name, token in tokenizer.special.items()}
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    for a, b in pairwise(cuts):
+    for start, end in pairwise(cuts):
         parts = [""]
-        for token in ids[a:b]:
+        for token in ids[start:end]:
             if token in names:
                 parts += [names[token], ""]
             else:
                 parts[-1] += utf8.decode(tokenizer.bytes(token))
-        if b == cuts[-1]:
+        if end == cuts[-1]:
             parts[-1] += utf8.decode(b"", final=True)
         yield parts if len(parts) > 1 else parts[0]

@@ -1,4 +1,4 @@
-"""Tokenizers: ids against the `tokenizers` library, sentencepiece and goldens; text back; bad files refused."""
+"""Tokenizers: the ids of Hugging Face and of goldens; text comes back; bad files are refused."""
 
 import base64
 import functools
@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 import tokenizer
 from conftest import DATA, HERE, needs_data
 from loading import encoders, vocabulary
+from loading.template import Template
+from serve.api import chat_ids
 
 HARD = [
     "",
@@ -55,7 +57,7 @@ relaxed = hypothesis_settings(max_examples=150, deadline=None)
 
 @functools.cache
 def trained(kind):
-    """A small byte-level BPE trained here by the `tokenizers` library: the reference for tokenizer.json."""
+    """A small byte-level BPE trained here by the `tokenizers` library, which is the reference."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -88,8 +90,8 @@ def trained(kind):
     corpus = [
         (HERE / "test_slim.py").read_text(),
         *HARD * 3,
-        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n"
-        * 20,
+        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald "
+        "iPHONE's a/\n" * 20,
     ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind == "smollm2":  # knows the bytes it was trained on and no others
@@ -183,6 +185,7 @@ def all_kinds():
 @needs_data
 @pytest.mark.parametrize("name, golden", [("llama3", "llama3-bpe"), ("llama2", "llama2-spm")])
 def test_ids_are_the_goldens(name, golden):
+    """Real vocabularies, whose ids others have published."""
     texts = (DATA / f"goldens/{golden}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     want = [
         list(map(int, line.split()))
@@ -195,12 +198,14 @@ def test_ids_are_the_goldens(name, golden):
 @relaxed
 @given(text=TEXTS)
 def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, text):
+    """Our splits and merges are another program's; a single other id would go unseen."""
     for text in (text, *HARD, "x <tool>y<tool><tool><tool>\u0338 </tool>"):
         assert ours(kind).encode(text) == by_reference(kind, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
+    """Templates and checks of the model rest on these."""
     tok, reference = ours(kind), trained(kind)
     bos = {"qwen": None, "smollm2": None, "tekken": "<s>"}.get(kind, "<|begin_of_text|>")
     assert tok.bos_id == (bos and reference.token_to_id(bos))
@@ -211,7 +216,7 @@ def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
 
 
 def random_text(rng):
-    """Some 30 characters: words, white space and punctuation as in text, and anything in Unicode."""
+    """Some 30 characters: words, white space and punctuation as in text, anything in Unicode."""
     words = (
         "don't It'LL McDonald iPHONE's naïve e\u0301 語。 тест x_y <|im_end|> [INST] </s>".split()
     )
@@ -251,7 +256,7 @@ def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
 
 
 def as_tekken(reference):
-    """A trained tokenizer in the layout of Mistral's tekken.json; the last special token has no name there."""
+    """A trained tokenizer as Mistral's tekken.json; the last special token has no name there."""
     special = {
         t.content: i
         for i, t in reference.get_added_tokens_decoder().items()
@@ -279,6 +284,7 @@ def as_tekken(reference):
 
 
 def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
+    """Mistral publishes both; either must give the same ids."""
     tok, same = (
         tokenizer.load(write(tmp_path, as_tekken(trained("tekken")), name="tekken.json")),
         ours("tekken"),
@@ -297,7 +303,7 @@ def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
 
 
 def sentencepieces(folder, **config):
-    """A small sentencepiece model with control tokens, as Mistral 7B's, and the same as Hugging Face converts it."""
+    """A small sentencepiece model with control tokens, as Mistral 7B's; Hugging Face's as well."""
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -346,7 +352,7 @@ ADDED = {"<|user|>": 900, "<|end|>": 901}
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "added_tokens.json"])
 def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, name):
-    """transformers 5 writes no added_tokens_decoder; without its tokens a template's marks would be spelled out."""
+    """transformers 5 writes no added_tokens_decoder, whose names a template needs."""
     from loading.vocabulary import stop_tokens
 
     tokens = [
@@ -380,7 +386,7 @@ def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, n
 @needs_data
 @pytest.mark.parametrize("as_list", [False, True])
 def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_list):
-    """Hugging Face's Llama-3 file lists all splits of a token as merges; the book is cut into pieces on the way."""
+    """Hugging Face's Llama-3 file lists all splits of a token; the book is cut into pieces."""
     char = {b: c for c, b in vocabulary.BYTE_OF.items()}
     lines = (line.split() for line in (DATA / "llama3/tokenizer.model").read_bytes().splitlines())
     vocab = {"".join(char[b] for b in base64.b64decode(t)): int(i) for t, i in lines}
@@ -425,6 +431,7 @@ def test_cuts_of_a_long_text_do_not_show_in_the_ids(kind, monkeypatch):
 
 
 def test_only_runs_beyond_the_limit_are_cut():
+    """A cut may change ids, so it is the last resort."""
     for text in ("a" * 25_000 + " b", " " * 25_000 + "b"):
         assert list(encoders._pieces(text)) == [text] and ours("llama3").encode(
             text
@@ -447,6 +454,7 @@ def test_a_megabyte_of_anything_goes_there_and_back(text):
 @relaxed
 @given(text=TEXTS)
 def test_text_comes_back_and_streams_in_whole_characters(text):
+    """A reader sees neither half a character nor another text."""
     for tok in all_kinds():
         ids = tok.encode(text)
         want = unicodedata.normalize("NFC", text) if tok is ours("qwen") else text
@@ -477,6 +485,7 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
 
 
 def test_a_stream_waits_for_the_rest_of_a_character_and_flushes():
+    """It waits for no token more than it must."""
     tok = ours("gpt2")
     ids = [
         i for b in "é😀".encode() for i, piece in tok.encoder.pieces.items() if piece == bytes([b])
@@ -520,13 +529,14 @@ def refused(folder, *words):
     ],
 )
 def test_a_garbage_tokenizer_is_refused(tmp_path, name, blob):
+    """A broken download is one line, not a traceback."""
     refused(write(tmp_path, blob, name=name), name)
 
 
 @needs_data
 @pytest.mark.parametrize("name", ["llama3", "llama2", "stories260K"])
 def test_a_truncated_tokenizer_is_refused(tmp_path, name):
-    """Also when cut where a line or a piece ends, which parses: too few ranks, or no sentencepiece settings."""
+    """Also where a line or a piece ends, which parses: too few ranks, or no settings."""
     blob = (DATA / name / "tokenizer.model").read_bytes()
     ends = [i for i in range(40, len(blob) - 400) if blob[i : i + 1] == b"\n"]
     rng = random.Random(0)
@@ -597,12 +607,14 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
 
 @pytest.mark.parametrize("word", SPOILED)
 def test_a_tokenizer_json_that_asks_for_something_else_is_refused(tmp_path, word):
+    """What is ignored would give wrong ids silently."""
     data = json.loads(trained("llama3").to_str())
     SPOILED[word](data)
     refused(write(tmp_path, data), word)
 
 
 def test_text_that_is_no_text_is_refused():
+    """A None from a caller must not become the text None."""
     for wrong in (ours("gpt2").encode, ours("gpt2").chat, ours("gpt2").rest):
         with pytest.raises(ValueError, match="str"):
             wrong(5)
@@ -651,7 +663,7 @@ def listed(**ids):
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
 def test_a_name_given_to_a_piece_of_sentencepiece_is_followed(tmp_path, file):
-    """As fine-tuned models name ids they do not need; the piece is spelled byte by byte after that."""
+    """As tuned models name ids they do not need; the piece is spelled by its bytes after that."""
     first, _ = sentencepieces(tmp_path)
     (id,) = first.encode("x日")[-1:]
     assert first.bytes(id) == "日".encode()
@@ -751,6 +763,9 @@ def test_where_a_text_was_cut_does_not_show_in_its_ids(tmp_path, legacy):
     assert (tok.encode("one", after=mark) == first) == legacy
     text = tok.chat("one", end=False) + tok.rest("two") + tok.chat("three", begin=False)
     assert text[1:] == tok.encode("one\ntwo\nthree")
+    tok.template = Template(Path("chat"), "{{ messages[0].content }}:", {})
+    begun = [{"role": "user", "content": "one"}, {"role": "assistant", "content": " two"}]
+    assert chat_ids(tok, begun) == tok.encode("one: two")
 
 
 STOPS = {  # what names the end: the ids of it
