@@ -5,6 +5,7 @@ $SLIM_REQUESTS sets how many mixed requests the long test sends (120; 1,000 take
 
 import collections
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -378,6 +379,42 @@ def test_what_stays_unpruned_is_bounded():
     assert unpruned_end(2900, 1400) == 512  # more than half is new
     assert unpruned_end(100_000, 90_000) == 10_000
     assert unpruned_end(100_000, 51_000) == 512
+
+
+# ---- dates -------------------------------------------------------------------------------------
+
+
+def test_a_conversation_keeps_its_date_and_a_new_one_has_todays(talking, tmp_path, monkeypatch):
+    """Templates of Llama 3.2 and SmolLM3 write the date: at midnight all texts were read again."""
+    tok = tokenizer.load(talking)
+    date = "{{ strftime_now('%d %B %Y') }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+    tok.template = Template(Path("x"), date, {})
+    today = [datetime.date(2026, 11, 28)]
+    clock = SimpleNamespace(today=lambda: today[0], fromisoformat=datetime.date.fromisoformat)
+    monkeypatch.setattr("serve.texts.datetime", SimpleNamespace(date=clock))
+    engine = slim.load(talking, "cpu", **PRUNED)
+
+    def ask(texts, text):
+        body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+        request = parse(True, body, tok, "m", 4096, DEFAULTS, texts)
+        cached, keep_last = texts.reuse(request.ids)
+        texts.day = request.day
+        ids = request.ids[cached:]
+        engine.extend(ids) if cached else engine.prefill(ids, keep_last=keep_last)
+        return cached, request.day.date.day
+
+    texts = Texts(engine, tmp_path)
+    assert ask(texts, "ABBA CAB " * 450) == (0, 28)
+    today[0] = datetime.date(2026, 11, 29)
+    cached, day = ask(texts, "ABBA CAB " * 450 + "CAB?")  # past midnight
+    assert cached > 1000 and day == 28
+    assert ask(texts, "CAB " * 900) == (0, 29)
+    engine.forget()
+    today[0] = datetime.date(2026, 12, 1)
+    texts = Texts(engine, tmp_path)  # started again
+    cached, day = ask(texts, "ABBA CAB " * 450 + "ABBA?")
+    assert cached > 1000 and day == 28
+    assert ask(texts, "ABBA CAB " * 112 + "BA" * 900) == (0, 1)  # begins alike, goes on otherwise
 
 
 # ---- requests ---------------------------------------------------------------------------------
