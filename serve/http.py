@@ -331,8 +331,8 @@ class Handler(BaseHTTPRequestHandler):
     def events(self, job: Job, idle=lambda: None):
         """Yield what the engine puts out for a job, up to (finish reason, usage).
 
-        Raises its ApiError, or OSError if the client has left. Calls `idle` after every IDLE seconds
-        without news.
+        Raises its ApiError, or OSError if the client has left. Calls `idle` after every IDLE
+        seconds without news.
         """
         checked = news = time.monotonic()
         event = None
