@@ -50,7 +50,7 @@ MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
 @given(seed=st.integers(0, 10**6), pruned=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_path_factory):
-    """Going on never changes what is run: dense, the answers are a fresh engine's; pruned, the ids."""
+    """Going on changes nothing: dense, the answers are a fresh engine's; pruned, the ids."""
     rng = random.Random(seed)
     options = PRUNED if pruned else {"schedule": "dense", "block_len": 32}
     engine = slim.load(tiny, "cpu", **options)
@@ -72,6 +72,7 @@ def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_p
 
 
 def test_another_question_on_the_same_text_reads_itself_alone(tiny):
+    """What the server is for: a text is read by the first question alone."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, text = Texts(engine), draw(2000)
     ask = [text + draw(40, seed) for seed in (1, 2)] + [
@@ -91,6 +92,7 @@ def test_another_question_on_the_same_text_reads_itself_alone(tiny):
 
 
 def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
+    """The second reading leaves unpruned the place where the third will part."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, text, kept = Texts(engine), draw(2000), []
     for seed in (1, 2, 3):
@@ -102,6 +104,7 @@ def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
 
 
 def test_much_that_is_new_is_read_afresh_and_pruned(tiny):
+    """A follow-up is never pruned, so a long text must not become one."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, talk = Texts(engine), draw(300)
     engine.prefill(talk)
@@ -110,6 +113,7 @@ def test_much_that_is_new_is_read_afresh_and_pruned(tiny):
 
 
 def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
+    """A file's whole life: written, opened the next day, passed by when it is bad, deleted."""
     engine, said = slim.load(tiny, "cpu", **PRUNED), []
     texts = Texts(engine, tmp_path, say=said.append)
     docs = [draw(1600, seed) for seed in range(3)]
@@ -142,7 +146,7 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
 
 
 def started(tiny, folder):
-    """Return texts of a pruned engine, and a function that reads ids and says how many need not be read again."""
+    """Return texts of a pruned engine, and a function that reads ids: how many were known?"""
     engine, said = slim.load(tiny, "cpu", **PRUNED), []
     texts = Texts(engine, folder, say=said.append)
 
@@ -155,6 +159,7 @@ def started(tiny, folder):
 
 
 def test_a_text_at_hand_is_saved_before_another_that_lies_in_a_file_is_read_anew(tiny, tmp_path):
+    """The new reading would overwrite it."""
     _, read = started(tiny, tmp_path)
     a, b = draw(2000, 1), draw(2000, 2)
     read(a + draw(900, 7)), read(b)
@@ -163,6 +168,7 @@ def test_a_text_at_hand_is_saved_before_another_that_lies_in_a_file_is_read_anew
 
 
 def test_two_long_chats_on_one_text_both_stay(tiny, tmp_path):
+    """Neither covers the other, so neither file may replace the other's."""
     texts, read = started(tiny, tmp_path)
     text = draw(2000, 1)
     a, b = text + draw(1200, 2), text + draw(1200, 3)
@@ -176,6 +182,7 @@ def test_two_long_chats_on_one_text_both_stay(tiny, tmp_path):
 
 
 def test_a_file_deleted_by_hand_is_written_again(tiny, tmp_path):
+    """What the folder holds counts, not what was once written."""
     texts, read = started(tiny, tmp_path)
     read(draw(2000, 1)), texts.put_away()
     for path in texts.files():
@@ -185,6 +192,7 @@ def test_a_file_deleted_by_hand_is_written_again(tiny, tmp_path):
 
 
 def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
+    """It may be the least recently used, just before it is used."""
     texts, read = started(tiny, tmp_path)
     docs = [draw(2000, seed) for seed in (1, 2, 3)]
     assert [read(doc) for doc in docs] == [0, 0, 0]
@@ -193,6 +201,7 @@ def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
 
 
 def test_a_request_that_memory_has_no_room_for_costs_no_file(tiny, tmp_path, monkeypatch):
+    """Such a refusal does not mean that the file is bad."""
     texts, read = started(tiny, tmp_path)
     a, b = draw(2000, 1), draw(2000, 2)
     read(a), read(b)
@@ -203,6 +212,7 @@ def test_a_request_that_memory_has_no_room_for_costs_no_file(tiny, tmp_path, mon
 
 
 def test_a_rewind_stays_within_the_tail(tiny):
+    """Before the tail, rows were pruned and cannot be had back."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     engine.prefill(draw(600), keep_last=100)
     assert engine.kv.tail_start == 480
@@ -215,6 +225,7 @@ def test_a_rewind_stays_within_the_tail(tiny):
 
 
 def test_dense_logits_after_a_rewind_are_those_of_a_new_prefill(tiny):
+    """Nothing of the forgotten tokens may stay in view."""
     engine, other = (slim.load(tiny, "cpu", schedule="dense", block_len=32) for _ in range(2))
     engine.prefill(draw(500), keep_last=200)
     engine.extend(draw(50, 1))
@@ -259,7 +270,7 @@ def test_a_cache_folder_may_be_a_link_whose_target_is_not_there_yet(tmp_path):
 
 
 def test_a_file_that_another_server_marks_as_used_is_read_all_the_same(tiny, tmp_path, monkeypatch):
-    """The mark changes its time while it is read here: no reason to delete it, nor to read the text."""
+    """The mark changes its time while it is read here: no reason to delete it."""
     texts, read = started(tiny, tmp_path)
     document = draw(2000, 1)
     read(document), read(draw(2000, 2))
@@ -307,7 +318,7 @@ def test_a_file_deleted_by_another_server_is_read_again(tiny, tmp_path, monkeypa
 
 
 def test_two_servers_on_one_folder_share_its_texts(tiny, tmp_path):
-    """What one writes the other finds, and does not write again; a name is written by both at once."""
+    """What one writes the other finds, and does not write again; both may write one name."""
     first, read_first = started(tiny, tmp_path)
     second, read_second = started(tiny, tmp_path)
     document = draw(2000, 1)
@@ -471,6 +482,7 @@ def tok(talking):
 
 @pytest.mark.parametrize("body", MALFORMED)
 def test_a_malformed_body_is_refused_with_the_parameter(tok, body):
+    """A client shows its user this message, and finds the fault by `param`."""
     param, status = MALFORMED[body]
     long = json.dumps([{"role": "user", "content": "word " * 6000}])
     text = body.replace("USER", json.dumps(USER)).replace("LONG", long)
@@ -513,6 +525,7 @@ def test_a_malformed_body_is_refused_with_the_parameter(tok, body):
 )
 @settings(max_examples=300, deadline=None)
 def test_any_value_is_taken_or_refused(tok, value, name, chat):
+    """No JSON value of any parameter may reach the engine unchecked."""
     body = {"model": "m", "messages": USER} if chat else {"model": "m", "prompt": "ABBA"}
     with contextlib.suppress(ApiError):
         r = parse(chat, body | {name: value}, tok, "m", 4096, DEFAULTS)
@@ -521,6 +534,7 @@ def test_any_value_is_taken_or_refused(tok, value, name, chat):
 
 
 def test_what_is_left_open_comes_from_the_command_line(tok):
+    """Defaults, null, a whole number as a float, and the limits of a seed and of max_tokens."""
     r = parse(
         True, {"model": "m", "messages": USER, "seed": None, "n": 1.0}, tok, "m", 4096, DEFAULTS
     )
@@ -544,6 +558,7 @@ def test_what_is_left_open_comes_from_the_command_line(tok):
 
 
 def test_messages_spell_the_conversation_of_the_chat_format(tok):
+    """Roles, marks typed by a user, a begun answer, parts: token by token."""
     chat = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
     chat.template = Template(
         Path("x"),
@@ -581,6 +596,7 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
     ],
 )
 def test_only_this_machine_is_served_without_a_key(place, key, good):
+    """A wrong place must end in one line, an open one in a demand for a key."""
     if isinstance(good, tuple):
         assert check_place(place, key) == good
     else:
@@ -661,10 +677,8 @@ class Running:
 
     def post(self, body: dict, path="/v1/chat/completions") -> bytes:
         data = json.dumps({"model": self.model} | body).encode()
-        return (
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-            + data
-        )
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
+        return f"{head}\r\n\r\n".encode() + data
 
     def rss(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -686,6 +700,7 @@ def server(talking, tmp_path_factory):
 
 
 def test_streamed_or_not_the_answer_is_the_engines(server, talking):
+    """The one test of the whole way: HTTP, template, engine, file, stream."""
     engine = slim.load(talking, "cpu", **PRUNED)
     tok, ids = engine.tokenizer, chat_ids(engine.tokenizer, [{"role": "user", "content": TEXT}])
     expected = "".join(tok.stream(engine.generate(ids, 12, keep_last=min(512, len(ids) // 4))))
@@ -713,6 +728,7 @@ def test_streamed_or_not_the_answer_is_the_engines(server, talking):
 
 
 def test_completions_take_texts_and_ids(server, talking):
+    """Evaluation programs send ids, and compare them with texts."""
     tok = tokenizer.load(talking)
     ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode("ABBA CAB")
     texts = []
@@ -740,6 +756,7 @@ def test_completions_take_texts_and_ids(server, talking):
 
 
 def test_stops_and_limits_end_an_answer(server):
+    """Clients go by finish_reason: cut off, or complete."""
     text = server.chat("CAB", max_tokens=12)["choices"][0]["message"]["content"]
     stop = text[4:6]
     answer = server.chat("CAB", max_tokens=12, stop=[stop, "never said"])["choices"][0]
@@ -757,6 +774,7 @@ def test_stops_and_limits_end_an_answer(server):
 
 
 def test_the_small_paths_and_errors_in_their_shape(server):
+    """Whatever is sent, the answer is JSON of OpenAI's shape with the right status."""
     assert server.ask("/health") == (200, {"status": "ok"})
     status, models = server.ask("/v1/models")
     assert status == 200 and [model["id"] for model in models["data"]] == [server.model]
@@ -819,7 +837,7 @@ def test_the_small_paths_and_errors_in_their_shape(server):
 
 
 def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
-    """Half a request, an answer not read, an answer left in the middle, and one left while it waits."""
+    """Half a request, an answer not read, one left in the middle, one left while it waits."""
     long = server.post({"messages": USER, "max_tokens": 3000, "stream": True})
     half = [server.raw(long[:n]) for n in (0, 10, 60, len(long) - 5) for _ in range(5)]
     gone = server.ask("/v1/stats")[1]["disconnected"]
@@ -839,6 +857,7 @@ def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
 
 
 def test_a_key_is_asked_for(talking):
+    """With a key any origin is served, without it nobody; a preflight request carries none."""
     server = Running(talking, env={"SLIM_API_KEY": "sesame=1"})
     assert server.ask("/v1/models")[0] == 401
     assert server.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
@@ -876,7 +895,7 @@ def test_a_client_that_leaves_a_whole_answer_is_noticed(server):
 
 
 def test_the_connection_is_looked_at_while_tokens_come():
-    """An answer at 100 tokens/s never leaves the queue empty: the time since the last look decides."""
+    """At 100 tokens/s the queue is never empty: the time since the last look decides."""
     near, far = socket.socketpair()
     handler = object.__new__(Handler)
     handler.connection = near
@@ -953,7 +972,7 @@ def test_callers_without_the_key_take_no_place(monkeypatch):
 
 
 def test_a_connection_that_gets_no_thread_leaves_no_trace(monkeypatch):
-    """A container's limit of processes: after 256 of these every request got status 503 for good."""
+    """A container's limit of processes: after 256 of these every request got status 503."""
     said = []
     with door(say=said.append) as server:
         with monkeypatch.context() as patch:
@@ -1011,6 +1030,7 @@ def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
 
 
 def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, monkeypatch):
+    """Breaking off a step would lose the text that it follows."""
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2600)
     texts, request = (
         Texts(engine),
@@ -1027,6 +1047,7 @@ def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, mon
 
 
 def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
+    """Clients must give this name: not a hash of a cache, not `.`."""
     monkeypatch.chdir(HERE)
     engine = SimpleNamespace(config=SimpleNamespace(max_len=9))
     names = (
@@ -1041,6 +1062,7 @@ def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
 
 
 def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tmp_path):
+    """An end loses neither the running answer nor the text."""
     server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
     running = server.raw(
         server.post(
@@ -1061,6 +1083,7 @@ def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tm
 
 
 def test_a_server_that_cannot_open_says_so_in_one_line(talking, server, tmp_path, capfd):
+    """Before the weights are loaded, with the flag to change."""
     (tmp_path / "file").write_text("")
     for args, names in [
         (["--serve", str(server.port)], "cannot be opened"),
@@ -1083,7 +1106,7 @@ def test_a_server_that_cannot_open_says_so_in_one_line(talking, server, tmp_path
 
 
 def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
-    """Of every 20 requests one is broken off and one malformed; the others are answered, from 6 clients at a time."""
+    """6 clients; of every 20 requests one is broken off, one malformed, the rest answered."""
     rng, lost, done, sizes = random.Random(0), [], [], []
     todo = list(range(MANY))
 
@@ -1130,7 +1153,8 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
     quarter = len(sizes) // 4
     early, late = max(sizes[quarter : 2 * quarter]), max(sizes[-quarter:])
     print(
-        f"{MANY} requests; memory {early / 2**20:.0f} MiB in the second quarter, {late / 2**20:.0f} in the last"
+        f"{MANY} requests; memory {early / 2**20:.0f} MiB in the second quarter, "
+        f"{late / 2**20:.0f} in the last"
     )
     assert late < early + 2**25
     until = time.monotonic() + 30
@@ -1141,6 +1165,7 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
 
 
 def test_the_openai_package_is_served(server):
+    """The client that most programs use parses every answer and error."""
     openai = pytest.importorskip(
         "openai", reason="the openai package is not installed: pip install openai"
     )
@@ -1178,6 +1203,7 @@ def test_the_openai_package_is_served(server):
 
 
 def test_langchain_is_served(server):
+    """It sends parameters of its own, and content in other shapes."""
     chat = pytest.importorskip(
         "langchain_openai", reason="not installed: pip install langchain-openai"
     ).ChatOpenAI(
@@ -1192,6 +1218,7 @@ def test_langchain_is_served(server):
 
 
 def test_common():
+    """The length that all reuse rests on, at its edges."""
     assert [
         common(a, b) for a, b in (([], [1]), ([1, 2], [1, 2, 3]), ([1, 2], [1, 3]), ([2], [1]))
     ] == [0, 2, 1, 0]
