@@ -159,7 +159,7 @@ def test_a_record_replays_to_the_active_sets_of_every_step(tiny, gamma):
 
 
 def test_a_map_holds_the_text_whatever_it_says(talking, tmp_path):
-    """Markup in a prompt stays data; a character that a block boundary cuts is in the second block."""
+    """Markup in a prompt stays data; a character that a boundary cuts is in the second block."""
     engine, recorder, ids = mapped(talking, HOSTILE * 12)
     blockmap.write(tmp_path / "map.html", engine, recorder, ids)
     html = (tmp_path / "map.html").read_text("utf-8")

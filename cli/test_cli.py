@@ -787,12 +787,12 @@ def test_a_chat_goes_on_off_the_main_thread_and_after_a_question_without_memory(
     """Signals work on the main thread only; a refused question costs itself."""
     out, asked, grow = io.StringIO(), [], kvcache.KVCache.make_room
 
-    def make_room(self, end):
+    def make_room(self, end, room=0):
         if end - self.length > 1:
             asked.append(end)
             if len(asked) == 2:  # the second question
                 raise MemoryError("no room for 1 MiB of keys and values")
-        return grow(self, end)
+        return grow(self, end, room)
 
     monkeypatch.setattr(kvcache.KVCache, "make_room", make_room)
     monkeypatch.setattr(sys, "stdout", out)
