@@ -119,7 +119,7 @@ class Bench:
     # the dense run
 
     def read_document(self, shared: list[int], room: int) -> None:
-        """Run what all prompts of a document begin with; the dense runs of its questions go on from it."""
+        """Run the beginning of all prompts of a document; its dense runs go on from there."""
         self.dense = self.cache("dense", 64)
         self.dense.reset(len(shared), {}, room)
         self.record: dict[str, Record] = {}
@@ -156,7 +156,7 @@ class Bench:
         return self.logits
 
     def oracle(self, n_prompt: int) -> Tensor:
-        """Return (n_prompt,): the strongest weight that a row which names an answer's token casts on each."""
+        """Return (n_prompt,): the strongest weight on each token from rows that name the answer."""
         best = torch.zeros(n_prompt)
         for layer in range(self.config.n_layers * 9 // 30, self.config.n_layers):
             naming = [self.last_queries(layer)[-1:], self.record["answer"].queries[layer]]
@@ -201,7 +201,7 @@ class Bench:
         return [prompt[i] for i in kept.sort().values.tolist()]
 
     def second_run_length(self, n_layers: int, n_prompt: int) -> int:
-        """Return how many tokens a second run may have after n_layers of a first, at the default's FLOPs."""
+        """Return how many tokens may run after n_layers of a first run, at the default's FLOPs."""
         default = prefill_flops(self.config, n_prompt, rivals.auto(self.config, n_prompt))
         whole = prefill_flops(self.config, n_prompt, {}, 1)
         left = default - whole * n_layers / self.config.n_layers
@@ -225,7 +225,7 @@ def oracle_rule(oracle: Tensor, block_len: int):
 
 
 def judge(logits: Tensor, answer: list[int]) -> dict:
-    """Return the mean loss of the answer's tokens, the share of them that is right, and whether all are."""
+    """Return the mean loss of the answer's tokens, the share that is right, and whether all are."""
     truth = torch.tensor(answer)
     logits = logits.cpu().float()
     right = logits.argmax(-1) == truth

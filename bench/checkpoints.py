@@ -1,4 +1,4 @@
-"""Small real checkpoints, made from Python packages: SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct.
+"""Real checkpoints made from Python packages: SmolLM2-135M and Qwen2.5-Coder-0.5B, both Instruct.
 
 Each package carries a GGUF file (or a part of one) with about 4 bits a weight. The weights are
 widened to bfloat16 here, so they are near the published ones but not the same. A folder under
@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from loading import find
 from loading.files import one_line
-from loading.find import find_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTROL = 3  # GGUF's type of a token that no text is made of
 USER_DEFINED = 4  # of a token that is matched in a text before the text is split
 UNUSED = 5  # of a row that fills the embedding up to a round size
@@ -116,22 +115,20 @@ QWEN = Source(
 
 
 def folder(source: Source, make: bool = True) -> Path:
-    """Return the checkpoint's folder, made first if there is none and `make`. Raises FileNotFoundError."""
-    home = ROOT / "checkpoints"
-    for place in (source.name, home / source.name):
-        try:
-            found = find_checkpoint(place).resolve()
-        except FileNotFoundError:
-            continue
-        if (found / "model.safetensors").is_file():
-            return found
-        raise FileNotFoundError(
-            f"{found} has no model.safetensors; remove this folder, then it is made again"
-        )
-    if not make:
-        raise FileNotFoundError(
-            f"no {source.name} in checkpoints/ or $SLIM_CHECKPOINTS; bench/README.md says how to make it"
-        )
+    """Return the checkpoint's folder; make it if there is none. Raises FileNotFoundError."""
+    home = find.ROOT / "checkpoints"
+    try:
+        found = find.find_checkpoint(source.name).resolve()
+    except FileNotFoundError:
+        if not make:
+            where = "in checkpoints/ or $SLIM_CHECKPOINTS"
+            raise FileNotFoundError(f"no {source.name} {where}; see bench/README.md") from None
+    else:
+        if not (found / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{found} has no model.safetensors; remove this folder, then it is made again"
+            )
+        return found
     if not importlib.util.find_spec("gguf"):
         raise FileNotFoundError(
             f"making {source.name} needs the package gguf, which is missing; pip install gguf"
@@ -150,7 +147,7 @@ def folder(source: Source, make: bool = True) -> Path:
 
 
 def download(source: Source, scratch: Path) -> Path:
-    """Fetch the packages into a folder and return the GGUF file they carry. Raises FileNotFoundError."""
+    """Fetch the packages and return the GGUF file they carry. Raises FileNotFoundError."""
     path = scratch / "model.gguf"
     with path.open("wb") as gguf_file:
         for package in source.packages:

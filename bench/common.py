@@ -27,7 +27,7 @@ def check_numbers(args, limits: dict[str, tuple[int, int]]) -> None:
 
 
 def read_lengths(text: str, least: int, most: int, why: str) -> list[int]:
-    """Read '4096,8192': different whole numbers within least..most, or a ValueError; why: the limit."""
+    """Read '4096,8192', different numbers within least..most; why: explains the limit."""
     parts = text.split(",")
     for part in parts:
         digits = part.isascii() and part.isdigit() and len(part) < 16
@@ -60,7 +60,7 @@ def memory_bytes(name: str = "VmHWM") -> int:
 
 
 def last_line(command: list[str], stdin: str = "") -> str:
-    """Run a command and return the last line it prints; raise ValueError with the reason if it fails."""
+    """Run a command and return the last line it prints; raise ValueError if it fails."""
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace")
     if done.returncode < 0:
         raise ValueError(f"killed by signal {-done.returncode}")

@@ -1,10 +1,11 @@
-"""Questions on real prose, for models that can read it: what is asked lies somewhere in a long text.
+"""Questions on real prose: the answer lies somewhere in a long text.
 
-A document is a stretch of a book with the facts of all tasks put in at random places; each task asks for its own, and
-the others' distract. The model is asked in its own chat format, and the answer's first words are given, so that it has
-to name the fact and nothing else. All prompts of a document begin alike, so what lies below a question is computed
-once. Texts for choosing a rule and texts for reporting about it are different parts of the book: even stretches of
-2^16 characters for the one, odd ones for the other.
+A document is a stretch of a book with the facts of all tasks put in at random places; each task
+asks for its own, and the others' distract. The model is asked in its own chat format, and the answer's
+first words are given, so that it has to name the fact and nothing else. All prompts of a document
+begin alike, so a dense run of this beginning is shared. Texts for choosing a rule and texts for
+reporting about it are different parts of the book: even stretches of 2^16 characters for choosing,
+odd ones for reporting.
 """
 
 import os
@@ -13,13 +14,13 @@ from typing import NamedTuple
 
 TASKS = "fact", "lookalike", "values", "chain", "reworded", "passage", "continuation"
 CITIES = (
-    "Paris London Tokyo Cairo Lima Oslo Rome Delhi Boston Berlin Madrid Vienna Dublin Lisbon Prague Warsaw "
-    "Athens Havana Quito Seoul"
+    "Paris London Tokyo Cairo Lima Oslo Rome Delhi Boston Berlin Madrid Vienna Dublin Lisbon "
+    "Prague Warsaw Athens Havana Quito Seoul"
 ).split()
 DOORS = "vault archive cellar library garden harbour laboratory museum observatory workshop".split()
 PEOPLE = "Alice Henry Clara Victor Emma Oscar Julia Hugo Nora Felix".split()
 STRETCH = 2**16  # characters
-ROOM = 150  # tokens of a prompt that are not the text's: the chat format, the question, the answer's first words
+ROOM = 150  # tokens of a prompt besides the text: chat format, question, answer's first words
 
 
 class Document(NamedTuple):
@@ -28,7 +29,7 @@ class Document(NamedTuple):
 
 
 class Book:
-    """A text and a tokenizer; `part` 0 is for choosing, 1 for reporting. Raises ValueError for a short text."""
+    """A text and a tokenizer; part 0 is for choosing, 1 for reporting."""
 
     def __init__(self, text: str, tok, part: int):
         pieces = [text[at : at + STRETCH] for at in range(part * STRETCH, len(text), 2 * STRETCH)]
@@ -48,7 +49,7 @@ class Book:
         return ids[:n]
 
 
-# ---- a task's lines in the text, and what is asked: (lines, question, answer's first words, answer) --------------
+# ---- tasks: (lines in the text, question, answer's first words, answer) ---------------------
 
 
 def number(rng: random.Random, digits: int = 7) -> str:
@@ -89,7 +90,7 @@ def values(rng: random.Random):
 
 
 def assignments(rng: random.Random) -> list[tuple[list[str], str, str, str]]:
-    """Three chains of variables that get one value from another: lines, question, answer's first words, answer."""
+    """Three tasks, each a chain of variables that get one value from another."""
     names = rng.sample([f"{a}{b}{c}" for a in "BCDFGKLM" for b in "AEIOU" for c in "NPRSTVXZ"], 9)
     chains = []
     for a, b, c in zip(names[::3], names[1::3], names[2::3]):
@@ -99,8 +100,8 @@ def assignments(rng: random.Random) -> list[tuple[list[str], str, str, str]]:
             f"Question: Find all variables that are assigned the value {value} in the text above."
         )
         begin = (
-            f"Answer: According to the chain of variable assignments in the text above, 3 variables are assigned "
-            f"the value {value}, they are:"
+            f"Answer: According to the chain of variable assignments in the text above, "
+            f"3 variables are assigned the value {value}, they are:"
         )
         chains.append((lines, question, begin, f" {a} {b} {c}"))
     return chains
@@ -162,10 +163,10 @@ def reworded(rng: random.Random):
 
 
 def document(book: Book, n: int, seed: int) -> Document:
-    """Return the seed-th document whose prompts have about n tokens; the same for the same arguments.
+    """Return the seed-th document whose prompts have about n tokens, always the same one.
 
-    passage asks for the text's own words again: 24 tokens are quoted, the next 32 wanted. continuation is what the
-    book says next, 64 tokens of it, for perplexity.
+    passage asks for the text's own words again: 24 tokens are quoted, the next 32 wanted.
+    continuation asks for the book's next 64 tokens, for perplexity.
     """
     rng, tok = random.Random(f"{n} {seed}"), book.tok
     chain, other, example = assignments(rng)
@@ -185,8 +186,8 @@ def document(book: Book, n: int, seed: int) -> Document:
         for at, line in zip(sorted(rng.random() for _ in lines), lines)
     )
     intro = (
-        "Some facts, special magic numbers and chains of variable assignments are hidden within a text. "
-        "Memorize them. An example of a chain:\n\n"
+        "Some facts, special magic numbers and chains of variable assignments are hidden within "
+        "a text. Memorize them. An example of a chain:\n\n"
         + "\n".join([*example[0], example[1], example[2] + example[3]])
         + "\n\nThe text:\n"
     )

@@ -151,7 +151,7 @@ def points(results: Results, ckpt: str, n: int, labels: dict[str, str]) -> list[
 
 
 def spread(heights: list[float], least: float) -> list[float]:
-    """Return heights in falling order, moved so that neighbours are `least` apart, near where they were."""
+    """Return falling heights, moved as little as can be, so that neighbours are `least` apart."""
     groups: list[list[float]] = []  # of neighbours that touch; each stands around its own mean
     for height in heights:
         groups.append([height])

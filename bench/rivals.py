@@ -1,7 +1,8 @@
-"""The ways to answer that bench/accuracy.py compares: Slim, other schedules, and the rules of others.
+"""The ways to answer that bench/accuracy.py compares: Slim, other schedules, other methods.
 
-Rivals stand here as their authors define the choice, at the FLOPs of the paper's schedule. They prune tokens where
-Slim prunes blocks; SnapKV and OmniKV select after a dense prefill, so here their choice is made at the boundaries.
+Rivals choose as their authors define it, at the FLOPs of the paper's schedule. They prune tokens
+where Slim prunes blocks. SnapKV and OmniKV select after a dense prefill; here they choose at the
+boundaries.
 """
 
 import math
@@ -29,12 +30,12 @@ def dense(config: Config, n_prompt: int) -> dict:
 
 
 def auto(config: Config, n_prompt: int) -> dict:
-    """Return the engine's default: the paper's boundaries by depth, shares of the prompt for its budgets."""
+    """Return the engine's default."""
     return auto_schedule(config.n_layers)
 
 
 def of_30_layers(text: str) -> Schedule:
-    """Return a schedule such as "9:1/4 19:1/8", boundaries out of 30 layers, for models of any depth."""
+    """Return a schedule such as "9:1/4 19:1/8", of 30 layers, for models of any depth."""
     pairs = [part.split(":") for part in text.split()]
 
     def schedule(config: Config, n_prompt: int) -> dict:
@@ -72,7 +73,7 @@ def at_equal_flops(boundary: int) -> Schedule:
 
 
 def token_weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return softmax weights (W, H, N*B) of the queries on all tokens, unmasked: all of them came before."""
+    """Return softmax weights (W, H, N*B) on all tokens, unmasked: all of them came before."""
     w, h, d = queries.shape
     g = keys.shape[2]
     keys = keys.float().flatten(0, 1).permute(1, 2, 0)  # (G, D, N*B)

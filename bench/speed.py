@@ -121,7 +121,7 @@ def make_engine(name: str, device: str, dtype: str, schedule: str, chunk: int) -
 
 
 def open_checkpoint(args, schedule: str) -> Checkpoint:
-    """Return what --ckpt or --shape stands for, checked but not loaded; raise ValueError for wrong options."""
+    """Return what --ckpt or --shape stands for, checked but not loaded."""
     options = {"gamma": args.gamma, "overlap": not args.no_overlap}
     if args.shape:
         return random_checkpoint(args.shape, args.device, args.dtype, schedule, **options)
@@ -179,7 +179,7 @@ class Transformers:
 
 
 def run_here(args, name: str, ids: list[int]) -> dict:
-    """Run a contestant in this process; return its times, its peak memory and, of Slim, revivals."""
+    """Run a contestant in this process; return its times, peak memory and revivals."""
     n_prompt = len(ids) - args.new
     ckpt = open_checkpoint(args, "dense" if name == "transformers" else name)
     contestant = Transformers(ckpt) if name == "transformers" else Slim(ckpt, n_prompt, args.new)
@@ -269,7 +269,7 @@ HEAD = [
 
 
 def compare(args) -> int:
-    """Run each contestant `rounds` times at each length, and print a table a length; return 1 if one failed."""
+    """Print a table for each length; return 1 if a contestant failed."""
     check_numbers(args, {"rounds": (1, 1000), "new": (2, 2**20), "skip": (0, 2**40)})
     if args.llama_cpp is not None:
         check_command(args.llama_cpp)
@@ -300,7 +300,7 @@ def compare(args) -> int:
 
 
 def run_rounds(args, names: list[str], ids: list[int], n_prompt: int) -> tuple[dict, dict]:
-    """Return {name: runs} and {name: error}; one that fails keeps the runs it has, the others go on."""
+    """Return {name: runs} and {name: error}; who fails keeps the runs it has, the others go on."""
     runs: dict[str, list[dict]] = {name: [] for name in names}
     errors: dict[str, str] = {}
     for _ in range(args.rounds):
@@ -370,7 +370,7 @@ def check_command(text: str) -> None:
 
 
 def read_ids(args, ckpt: Checkpoint, n: int) -> list[int]:
-    """Return n ids: those after --skip, or random ones; raise ValueError for a text that will not do."""
+    """Return n ids of the text after --skip, or random ones."""
     if args.text is None or args.shape:
         seed = torch.Generator().manual_seed(0)
         return torch.randint(ckpt.config.vocab_size, (n,), generator=seed).tolist()

@@ -21,7 +21,7 @@ def test_a_real_model_is_made_whole_or_not_at_all(source, when, tmp_path, monkey
     monkeypatch.delenv("SLIM_CHECKPOINTS", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
+    monkeypatch.setattr(checkpoints.find, "ROOT", tmp_path)
     monkeypatch.setattr(
         checkpoints.importlib.util, "find_spec", lambda name: None if when == "no gguf" else name
     )
@@ -55,7 +55,7 @@ def test_parts_of_a_gguf_file_are_joined_in_their_order(tmp_path, monkeypatch):
 
 
 def test_results_go_on_after_a_line_that_was_cut(tmp_path, monkeypatch):
-    """A run that was killed leaves half a line; the next run's first line must not be glued to it."""
+    """A run that was killed leaves half a line; the next run must not add to it."""
     line = json.dumps(ROW)
     out = tmp_path / "out.jsonl"
     out.write_text(f"{line}\n{line[:30]}")

@@ -4,8 +4,9 @@
     python evals/harness.py --ckpt smollm2-135m-instruct --tasks ruler --out answers.jsonl
 
 Nothing is downloaded. RULER's tasks make their own texts; those that hide things in essays need a
-text, --essays FILE. LongBench's tasks need its files, --longbench DIR. Other tasks of the harness run
-if their data is in the local cache. A second call with the same --out computes only what is missing.
+text, --essays FILE. LongBench's tasks need its files, --longbench DIR. Other tasks of the harness
+run if their data is in the local cache. A second call with the same --out computes only what is
+missing.
 """
 
 import argparse
@@ -62,7 +63,7 @@ COLUMNS = {"dense": ("dense", "peak"), "paper": ("paper", "paper"), "default": (
 
 
 def ruler_task(name: str, folder: Path, lengths: list[int], n: int, essays: Path | None) -> dict:
-    """Return a RULER task with n samples of each length, in tokens of the checkpoint's tokenizer."""
+    """Return a RULER task with n samples of each length, in tokens of the checkpoint."""
     if name not in WITHOUT_ESSAYS and essays is None:
         raise ValueError(f"{name} hides things in essays; give a text with --essays FILE")
     where, function = RULER[name]
@@ -217,7 +218,7 @@ def notes_of(lm: SlimLM) -> dict[str, str]:
 
 
 def table(columns: dict[str, list[dict]], notes: dict[str, dict[str, str]]) -> str:
-    """Return a Markdown table: a row per task and metric, a column per way to answer; then the notes."""
+    """Return a Markdown table: a row for each metric of a task, then the notes."""
     lines = [
         "| task | metric | samples | " + " | ".join(columns) + " |",
         "|---" * (3 + len(columns)) + "|",
@@ -311,11 +312,11 @@ def open_columns(args) -> dict[str, SlimLM]:
 
 
 def make_task(args, name: str, lm: SlimLM) -> tuple[dict, bool, Callable]:
-    """Return a task, whether its prompts are chats, and a function that finds a prompt's question."""
+    """Return a task, whether its prompts are chats, and what finds a prompt's question."""
     if name in RULER:
         if max(args.lengths) > lm.max_len:
             raise ValueError(
-                f"--lengths {max(args.lengths)} is above the context of {lm.max_len} tokens; give less"
+                f"--lengths {max(args.lengths)} is above the context of {lm.max_len} tokens"
             )
         task = ruler_task(name, lm.ckpt.folder, args.lengths, args.limit, args.essays)
         return task, not args.raw, last_line

@@ -89,7 +89,7 @@ class SlimLM(LM):
         return found
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
-        """Score whole texts from their first token on; they are no prompts, so nothing is pruned."""
+        """Score whole texts from their first token on; nothing of them is pruned."""
         sums = []
         for r in requests:
             ids = self.tok.encode(r.args[0])
@@ -101,7 +101,7 @@ class SlimLM(LM):
         return sums
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        """Hand the messages over as they are: they become ids by the model's own template, in `read`."""
+        """Hand the messages over as they are; `read` applies the model's own template."""
         return MESSAGES + json.dumps([dict(message) for message in chat_history])
 
     def chat_template(self, chat_template=False) -> str:
@@ -159,7 +159,7 @@ class SlimLM(LM):
     def pair(
         self, context: str, answer: str, question: str | None = None
     ) -> tuple[Prompt, list[int]]:
-        """Return what to read and the ids to score; a space at the end of the context belongs to the answer."""
+        """Return what to read and the ids to score; the context's last spaces belong to the answer."""
         if context.startswith(MESSAGES):
             prompt = self.read(context, len(self.tok.encode(answer)), question)
             return prompt, self.tok.encode(answer, after=prompt.ids)
@@ -240,7 +240,7 @@ class SlimLM(LM):
             yield self.engine.extend(fed[begin : begin + at_once], all_logits=True)
 
     def flops(self) -> float:
-        """Return the share of a dense prefill's FLOPs that the requests took; later steps are left out."""
+        """Return the share of a dense prefill's FLOPs that the requests' prefills took."""
         config = self.ckpt.config
         block_len = self.ckpt.settings.block_len
         spent = 0.0
@@ -266,9 +266,9 @@ def read_answers(text: str, path: Path | None) -> dict[str, object]:
 
 
 def normal_options(given: dict) -> dict:
-    """Return a task's options for an answer under the names that the harness itself normalises them to.
+    """Return a task's options for an answer, under the names that the harness normalises them to.
 
-    Raises ValueError for options that would change the answer and that Slim does not know.
+    Raises ValueError for others that would change the answer.
     """
     options = dict(normalize_gen_kwargs(given))
     sampled = options.pop("do_sample")
@@ -284,6 +284,6 @@ def normal_options(given: dict) -> dict:
         of_sampling = name in ("top_k", "min_p", "typical_p")
         if value is not None and harmless.get(name) != value and (sampled or not of_sampling):
             raise ValueError(
-                f"the task asks for {name} {value!r:.40}, which Slim does not do; leave the task out"
+                f"a task asks for {name} {value!r:.40}, which Slim cannot do; leave the task out"
             )
     return known

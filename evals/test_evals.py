@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness: scores, stops, cuts, what is computed again, and tasks without a network."""
+"""The adapter to lm-evaluation-harness: scores, stops, cuts, second runs, tasks without a network."""
 
 import json
 import random
@@ -39,7 +39,7 @@ def lm_of(folder, schedule="dense", **options):
 
 
 def test_dense_scores_are_those_of_transformers(talking):
-    """50 requests: with and without a context, a space at the seam, an answer of one token or of many."""
+    """50 requests: with and without a context, a space at the seam, short and long answers."""
     lm, rng = lm_of(talking), random.Random(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(talking)
     requests = [("", "The grass"), ("The sky is ", "blue"), ("The sky is", " blue."), ("A  ", " B")]
@@ -170,7 +170,7 @@ def test_what_cannot_be_cut_to_the_context_is_refused(talking):
 
 
 def test_where_a_question_begins_is_known_from_its_task(talking):
-    """What comes later is the question, not the last paragraph; where no question follows the text, nothing does."""
+    """The question comes later, not the last paragraph; without one after the text, nothing does."""
     doc = {"context": text(20, 1), "question": "An abstract.\n\nOf two paragraphs."}
     tasks, lm = harness.long_tasks().task_index, lm_of(talking, {2: 256}, later=True)
     for name, begin, in_view in [

@@ -1,5 +1,5 @@
-"""Checkpoints in Hugging Face layout: found, checked and loaded, and what is decided before that.
+"""Checkpoints in Hugging Face layout: found, checked and read.
 
-Check the `settings`, `find` a folder, read its `config`, its `weights`, its `vocabulary` and chat `template`, and
-`plan` device, dtype, schedule and memory. What a family of models adds is one row of FAMILIES in `config`.
+`find` a folder, read its `config`, `weights`, `vocabulary` and chat `template`; `saved` reads and
+writes conversations. What a family of models adds is one row of FAMILIES in `config`.
 """

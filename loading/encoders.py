@@ -29,31 +29,33 @@ class Encoder:
     pieces: dict[int, bytes]  # the bytes of each id but the special ones
 
 
-def build_encoder(v: Vocabulary) -> Encoder:
-    return _sentencepiece(v) if v.proto else _bpe(v)
+def build_encoder(vocab: Vocabulary) -> Encoder:
+    return _sentencepiece(vocab) if vocab.proto else _bpe(vocab)
 
 
-def _sentencepiece(v: Vocabulary) -> Encoder:
+def _sentencepiece(vocab: Vocabulary) -> Encoder:
     """Without splitting: sentencepiece takes linear time, even for a run of a megabyte."""
-    inside = sentencepiece.SentencePieceProcessor(model_proto=v.proto + PREFIX[False])
+    inside = sentencepiece.SentencePieceProcessor(model_proto=vocab.proto + PREFIX[False])
     start = inside
-    if v.prefix:
-        start = sentencepiece.SentencePieceProcessor(model_proto=v.proto + PREFIX[True])
-    pieces = {i: name.replace("\u2581", " ").encode() for name, i in v.pieces.items()}
-    byte_ids = {i: bytes([int(name[3:5], 16)]) for name, i in v.pieces.items() if start.is_byte(i)}
-    spelled = _spelled(v, start, pieces, {byte: i for i, byte in byte_ids.items()})
+    if vocab.prefix:
+        start = sentencepiece.SentencePieceProcessor(model_proto=vocab.proto + PREFIX[True])
+    pieces = {i: name.replace("\u2581", " ").encode() for name, i in vocab.pieces.items()}
+    byte_ids = {
+        i: bytes([int(name[3:5], 16)]) for name, i in vocab.pieces.items() if start.is_byte(i)
+    }
+    spelled = _spelled(vocab, start, pieces, {byte: i for i, byte in byte_ids.items()})
     pieces |= byte_ids
-    for id in v.special.values():
+    for id in vocab.special.values():
         pieces.pop(id, None)
-    for name, id in v.added.items():
+    for name, id in vocab.added.items():
         pieces[id] = name.encode()
 
     def encode(text: str, starts: bool) -> list[int]:
         ids = []
-        for part in split_at(text, v.added, v.lstrip, v.rstrip):
-            if part in v.added:
-                ids.append(v.added[part])
-                starts = v.legacy
+        for part in split_at(text, vocab.added, vocab.lstrip, vocab.rstrip):
+            if part in vocab.added:
+                ids.append(vocab.added[part])
+                starts = vocab.legacy
             else:
                 found = (start if starts else inside).encode(part)
                 ids += found if spelled.keys().isdisjoint(found) else respell(found)
@@ -65,23 +67,25 @@ def _sentencepiece(v: Vocabulary) -> Encoder:
     return Encoder(encode, pieces)
 
 
-def _spelled(v: Vocabulary, model, pieces, byte_ids) -> dict[int, list[int]]:
+def _spelled(vocab: Vocabulary, model, pieces, byte_ids) -> dict[int, list[int]]:
     """Return {id: ids of its bytes} of pieces that lost their id to a name or became special."""
     spelled = {}
-    for name, id in [*v.special.items(), *v.added.items()]:
+    for name, id in [*vocab.special.items(), *vocab.added.items()]:
         if id not in pieces or model.is_control(id) or model.is_unknown(id):
             continue
-        if v.added.get(name) == id == v.pieces.get(name):
+        if vocab.added.get(name) == id == vocab.pieces.get(name):
             continue
         ids = [byte_ids.get(bytes([byte])) for byte in pieces[id]]
         spelled[id] = [model.unk_id()] if None in ids else ids
     return spelled
 
 
-def _bpe(v: Vocabulary) -> Encoder:
-    bpe = tiktoken.Encoding("bpe", pat_str=v.split, mergeable_ranks=v.ranks, special_tokens={})
-    words = _words(v.split)
-    lost = lost_bytes(v.ranks)
+def _bpe(vocab: Vocabulary) -> Encoder:
+    bpe = tiktoken.Encoding(
+        "bpe", pat_str=vocab.split, mergeable_ranks=vocab.ranks, special_tokens={}
+    )
+    words = _words(vocab.split)
+    lost = lost_bytes(vocab.ranks)
 
     def merge(text: str) -> list[int]:
         if not lost or text.encode().translate(None, lost) == text.encode():
@@ -94,17 +98,19 @@ def _bpe(v: Vocabulary) -> Encoder:
 
     def encode(text: str, starts: bool) -> list[int]:
         ids = []
-        for part in split_at(text, v.added, v.lstrip, v.rstrip):  # before NFC, as Hugging Face
-            if part in v.added:
-                ids.append(v.added[part])
+        for part in split_at(
+            text, vocab.added, vocab.lstrip, vocab.rstrip
+        ):  # before NFC, as Hugging Face
+            if part in vocab.added:
+                ids.append(vocab.added[part])
                 continue
-            part = unicodedata.normalize("NFC", part) if v.nfc else part
+            part = unicodedata.normalize("NFC", part) if vocab.nfc else part
             for piece in _pieces(part):
                 ids += merge(piece)
         return ids
 
-    pieces = {id: piece for piece, id in v.ranks.items()}
-    pieces |= {id: token.encode() for token, id in v.added.items()}
+    pieces = {id: piece for piece, id in vocab.ranks.items()}
+    pieces |= {id: token.encode() for token, id in vocab.added.items()}
     return Encoder(encode, pieces)
 
 

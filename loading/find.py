@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """Return the folder of a checkpoint: a path, a name under a `checkpoints` folder, or a cached id.
+    """Return the folder of a checkpoint: a path, a name in a checkpoints folder, or a cached id.
 
     Raises ValueError for an unusable name, FileNotFoundError with the command that downloads it.
     """

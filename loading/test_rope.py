@@ -33,7 +33,7 @@ def test_position_0_is_not_turned():
 
 
 def exact(reference):
-    """Return a float64 copy of a transformers model, with its norms in float64 too; RoPE stays as it is."""
+    """Return a float64 copy of a transformers model, its norms in float64 too, RoPE as it is."""
     model = copy.deepcopy(reference).double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -47,7 +47,7 @@ def exact(reference):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float64_runs_equal_transformers_over_a_thousand_tokens(checkpoints, family):
-    """Angles in float64 were off by 1e-4 here: the reference's are in float32 whatever the model's dtype."""
+    """Angles in float64 were off by 1e-4: the reference's are in float32 for any dtype."""
     folder, reference = checkpoints[family]
     ids = draw(1100, seed=3)
     with torch.no_grad():

@@ -38,9 +38,7 @@ from loading.files import replace_file
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 @pytest.mark.parametrize("score", ["peak", "paper", MASS])
 def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedule, gamma, score):
-    """After a prompt, an answer and its unrun last token: tiers, active sets, ring, ids and counters are all in the
-    file.
-    """
+    """After a prompt, an answer and its unrun last token: the file has all that is needed."""
     settings = SLIM | dict(device=device, schedule=schedule, gamma=gamma, score=score)
     engine, other = slim.load(tiny, **settings), slim.load(tiny, **settings)
     for n in (3, 150):  # the second file takes the place of the first
@@ -67,7 +65,7 @@ def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedu
 
 
 def edit_saved(path, change, sign=False):
-    """Change the header and the tensors of a saved conversation; sign: as if it had been saved so."""
+    """Change header and tensors of a saved conversation; sign: as if it had been saved so."""
     with safe_open(path, "pt") as file:
         crc, header = file.metadata()["crc"], json.loads(file.metadata()["slim"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -265,7 +263,7 @@ def test_a_save_is_on_the_disk_before_its_name_and_every_tensor_is_aligned(tmp_p
 
 
 def test_a_save_killed_at_any_moment_leaves_a_whole_file(tiny, tmp_path):
-    """SIGKILL at random moments of saving over and over: what stands there afterwards opens, every time."""
+    """SIGKILL at random moments of saving again and again: the file opens afterwards."""
     path = tmp_path / "talk.slim"
     code = f"""if True:
         import slim
@@ -293,7 +291,7 @@ def leftovers(folder):
 
 
 def test_a_temporary_file_cannot_be_foreseen_and_no_link_is_followed(tmp_path):
-    """In a folder that others may write to, a link under a known name would overwrite what it points to."""
+    """In a shared folder, a link under a known name would overwrite what it points to."""
     path = tmp_path / "talk.slim"
     names = set()
     for _ in range(2):
@@ -328,7 +326,7 @@ def test_a_conversation_is_its_owners_and_a_map_is_as_the_umask_says(tmp_path):
 
 
 def test_two_writers_of_one_name_each_write_a_whole_file(tmp_path):
-    """They used to share one temporary file: the first to finish published what the other still wrote."""
+    """They shared one temporary file: the first published what the other still wrote."""
     path = tmp_path / "talk.slim"
     with replace_file(path) as slow:
         slow.write(b"slow, ")
@@ -341,7 +339,7 @@ def test_two_writers_of_one_name_each_write_a_whole_file(tmp_path):
 
 
 def test_what_killed_processes_left_goes_and_other_files_stay(tmp_path):
-    """The next save sweeps: files of this name that no living process has locked, also of older versions."""
+    """The next save deletes files of its name that no living process has locked."""
     path = tmp_path / "talk.slim"
     with replace_file(path) as file:
         name = Path(file.name).name.split("-")[0]

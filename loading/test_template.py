@@ -1,6 +1,6 @@
-"""Chat templates: what published ones say, as `transformers` renders them, and what no template may do.
+"""Chat templates: what published ones say, as `transformers` renders them; what none may do.
 
-The templates here are our own, shorter ones that say what the published ones say where there are no tools.
+The templates here are our own, shorter ones that say what the published ones say without tools.
 """
 
 import datetime
@@ -33,8 +33,9 @@ TALKS = {
     "thought": [("user", U), ("assistant", "<think>\nhm\n</think>\n\nA lot."), ("user", V)],
 }
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\n%s<|im_end|>\n' }}"
-    "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\n%s<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 HEADER = "{{ '<|start_header_id|>' + %s + '<|end_header_id|>\n\n' }}"
@@ -43,7 +44,8 @@ LLAMA3 = (
     "{%% if messages[0]['role'] == 'system' %%}{%% set told = messages[0].content | trim %%}"
     "{%% set messages = messages[1:] %%}{%% else %%}{%% set told = '' %%}{%% endif %%}"
     + HEADER.replace("%s", "'system'")
-    + "{{ 'Cutting Knowledge Date: December 2023\nToday Date: ' + date_string + '\n\n' }}{{ told + '<|eot_id|>' }}"
+    + "{{ 'Cutting Knowledge Date: December 2023\nToday Date: ' + date_string + '\n\n' }}"
+    "{{ told + '<|eot_id|>' }}"
     "{%% for m in messages %%}"
     + HEADER.replace("%s", "m['role']")
     + "{{ m['content'] | trim + '<|eot_id|>' }}{%% endfor %%}"
@@ -62,7 +64,8 @@ TEMPLATES = {
     "qwen3": """{%- set ns = namespace(last=messages|length - 1, found=false) %}
 {%- for m in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if not ns.found and m.role == 'user' and m.content is string and not(m.content.startswith('<tool_response>')
+    {%- if not ns.found and m.role == 'user' and m.content is string
+        and not(m.content.startswith('<tool_response>')
         and m.content.endswith('</tool_response>')) %}
         {%- set ns.found = true %}{%- set ns.last = index %}
     {%- endif %}
@@ -93,18 +96,21 @@ TEMPLATES = {
   {%- if "/no_think" in messages[0].content -%}{%- set mode = "/no_think" -%}{%- endif -%}
 {%- endif -%}
 {{- "<|im_start|>system\\n## Metadata\\n\\nKnowledge Cutoff Date: June 2025\\n" -}}
-{{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\\nReasoning Mode: " ~ mode ~ "\\n\\n## Custom Instructions\\n\\n" -}}
+{{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\\nReasoning Mode: " ~ mode
+    ~ "\\n\\n## Custom Instructions\\n\\n" -}}
 {%- if told -%}{{- told + "\\n\\n" -}}{%- else -%}{{- "You are SmolLM.\\n\\n" -}}{%- endif -%}
 {{- "<|im_end|>\\n" -}}
 {%- for m in messages -%}
   {%- if m.role == "user" -%}
     {{ "<|im_start|>" + m.role + "\\n" + m.content + "<|im_end|>\\n" }}
   {%- elif m.role == "assistant" -%}
-    {% generation %}{{ "<|im_start|>assistant\\n" + m.content.lstrip("\\n") + "<|im_end|>\\n" }}{% endgeneration %}
+    {% generation %}{{ "<|im_start|>assistant\\n" + m.content.lstrip("\\n")
+        + "<|im_end|>\\n" }}{% endgeneration %}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-  {{ "<|im_start|>assistant\\n" if mode == "/think" else "<|im_start|>assistant\\n<think>\\n\\n</think>\\n" }}
+  {{ "<|im_start|>assistant\\n" if mode == "/think"
+    else "<|im_start|>assistant\\n<think>\\n\\n</think>\\n" }}
 {%- endif -%}""",
     "mistral0.3": """{%- if messages[0]["role"] == "system" %}
     {%- set told = messages[0]["content"] %}
@@ -126,11 +132,14 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}""",
     "tinyllama": "{% for m in messages %}\n{% if m['role'] in ('user', 'system') %}\n"
-    "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n{% elif m['role'] == 'assistant' %}\n"
+    "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n"
+    "{% elif m['role'] == 'assistant' %}\n"
     "{{ '<|assistant|>\n'  + m['content'] + eos_token }}\n{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+    "{% endfor %}",
     "phi4": "{% for m in messages %}{% if m['role'] in ('system', 'user', 'assistant') %}"
-    "{{'<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>'}}{% endif %}{% endfor %}"
+    "{{'<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>'}}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
 }
 TOLD = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
@@ -246,7 +255,7 @@ def test_conversations_are_those_of_transformers(tmp_path, name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_text_read_first_and_follow_ups_spell_the_same_conversation(tmp_path, name):
-    """Document, first question, answer and second question, encoded apart, are one conversation's text."""
+    """Document, question, answer and second question, encoded apart, are one conversation."""
     tok, theirs = make(tmp_path, TEMPLATES[name], name)
     ids = (
         tok.chat("DOC", end=False)
@@ -264,7 +273,10 @@ def test_what_a_user_types_stays_text(tmp_path, name):
     """No special token comes of it, and it comes back as it was."""
     tok, _ = make(tmp_path, TEMPLATES[name], name)
     plain, evil = tok.chat("hi"), tok.chat(EVIL)
-    special = lambda ids: [i for i in ids if i in tok.special.values()]
+
+    def special(ids):
+        return [i for i in ids if i in tok.special.values()]
+
     assert special(plain) == special(evil) and EVIL in shown(tok, evil)
     tok.system = EVIL
     assert special(tok.chat(EVIL)) == special(tok.chat_messages(messages(TALKS["system"])))
@@ -285,7 +297,7 @@ def test_an_empty_system_text_takes_the_place_of_the_template_s_own(tmp_path):
         ("{{ 'hello' }}", "user"),
         ("{{ '' }}", "user"),
         (
-            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
             "system",
         ),
     ],
@@ -403,10 +415,12 @@ def test_white_space_beside_some_special_tokens_belongs_to_them(tmp_path, side):
 
 BAD = {  # what the line must name: a template
     "no tools, please": "{{ raise_exception('no tools, please') }}",
-    "more memory than it may": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "more memory than it may": "{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}",
     "writes too much text": "{% for a in range(99999) %}{% for b in range(99999) %}{{ messages }}"
     "{% endfor %}{% endfor %}",
-    "MemoryError": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "MemoryError": "{% set n = namespace(x='x') %}{% for i in range(60) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}",
     "Recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "OverflowError": "{% for i in range(10**9) %}{% endfor %}",
     "nobody": "{{ nobody.name }}",
@@ -442,7 +456,8 @@ def test_a_template_in_a_file_is_utf8_whatever_the_locale(tmp_path):
     write(tmp_path, trained("llama3").to_str().encode())
     path = tmp_path / "chat_template.jinja"
     path.write_bytes("naïve 語 {{ messages[0].content }}".encode())
-    code = f"import tokenizer as t, pathlib as p; print(ascii(t.load(p.Path({str(tmp_path)!r})).template.source))"
+    load = f"t.load(p.Path({str(tmp_path)!r}))"
+    code = f"import tokenizer as t, pathlib as p; print(ascii({load}.template.source))"
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True
@@ -459,9 +474,11 @@ def test_a_template_in_a_file_is_utf8_whatever_the_locale(tmp_path):
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ m.content }}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}"
+        "{{ m.content }}"
         "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-        "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': '<é>', 'a': [1]} | tojson(sort_keys=true) }}"
+        "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}"
+        "{{ {'b': '<é>', 'a': [1]} | tojson(sort_keys=true) }}"
         "{{ {'b': '<é>', 'a': [1]} | tojson(ensure_ascii=true, separators=(',', ':')) }}",
     ],
 )
@@ -520,7 +537,7 @@ def test_an_answer_ends_before_a_stop_wherever_tokens_are_cut(n):
 
 
 DROPS = {  # a template that leaves out the messages of a role
-    "system": "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+    "system": "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
     "tool": TEMPLATES["smollm3"],
     "assistant": "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}",
     "user": "{{ messages[0].content }}{{ messages[1].content[:1] }}{{ messages[2].content }}",
@@ -529,7 +546,7 @@ DROPS = {  # a template that leaves out the messages of a role
 
 @pytest.mark.parametrize("role", DROPS)
 def test_a_message_that_the_template_drops_is_refused_for_every_role(tmp_path, role):
-    """Also where its text stands elsewhere by chance; the answer would be to another conversation."""
+    """Also where its text stands elsewhere by chance: the answer would be to another talk."""
     tok, _ = make(tmp_path, DROPS[role])
     talk = messages([("system", "a"), (role, "a b"), ("user", "a b c")])
     with pytest.raises(ValueError, match=f"does not write the {role} message"):
@@ -602,7 +619,8 @@ def test_a_conversation_is_rendered_once_and_two_at_a_time(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are checked on Linux only")
 def test_what_is_mapped_before_does_not_count(tmp_path):
     """Some systems map an archive of locales of some 220 MiB into every process."""
-    code = "import mmap, runpy, sys; held = mmap.mmap(-1, 2**30); runpy.run_path(sys.argv[1], run_name='__main__')"
+    code = "import mmap, runpy, sys; held = mmap.mmap(-1, 2**30)\n"
+    code += "runpy.run_path(sys.argv[1], run_name='__main__')"
     job = {"source": "{{ 'ok' }}", "messages": [], "variables": {}, "date": "2025-01-01"}
     done = subprocess.run(
         [sys.executable, "-c", code, loading.template.__file__],

@@ -1,4 +1,4 @@
-"""Tokenizers: ids against the `tokenizers` library, sentencepiece and goldens; text back; bad files refused."""
+"""Tokenizers: the ids of Hugging Face and of goldens; text comes back; bad files are refused."""
 
 import base64
 import functools
@@ -55,7 +55,7 @@ relaxed = hypothesis_settings(max_examples=150, deadline=None)
 
 @functools.cache
 def trained(kind):
-    """A small byte-level BPE trained here by the `tokenizers` library: the reference for tokenizer.json."""
+    """A small byte-level BPE trained here by the `tokenizers` library, which is the reference."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -88,8 +88,8 @@ def trained(kind):
     corpus = [
         (HERE / "test_slim.py").read_text(),
         *HARD * 3,
-        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald iPHONE's a/\n"
-        * 20,
+        "the naïve café don't\n\n  stop 日本語 12 345 6789 user assistant system McDonald "
+        "iPHONE's a/\n" * 20,
     ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind == "smollm2":  # knows the bytes it was trained on and no others
@@ -211,7 +211,7 @@ def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
 
 
 def random_text(rng):
-    """Some 30 characters: words, white space and punctuation as in text, and anything in Unicode."""
+    """Some 30 characters: words, white space and punctuation as in text, anything in Unicode."""
     words = (
         "don't It'LL McDonald iPHONE's naïve e\u0301 語。 тест x_y <|im_end|> [INST] </s>".split()
     )
@@ -251,7 +251,7 @@ def test_many_random_texts_get_the_ids_of_hugging_face(kind, tmp_path):
 
 
 def as_tekken(reference):
-    """A trained tokenizer in the layout of Mistral's tekken.json; the last special token has no name there."""
+    """A trained tokenizer as Mistral's tekken.json; the last special token has no name there."""
     special = {
         t.content: i
         for i, t in reference.get_added_tokens_decoder().items()
@@ -297,7 +297,7 @@ def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
 
 
 def sentencepieces(folder, **config):
-    """A small sentencepiece model with control tokens, as Mistral 7B's, and the same as Hugging Face converts it."""
+    """A small sentencepiece model with control tokens, as Mistral 7B's; Hugging Face's as well."""
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -346,7 +346,7 @@ ADDED = {"<|user|>": 900, "<|end|>": 901}
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "added_tokens.json"])
 def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, name):
-    """transformers 5 writes no added_tokens_decoder; without its tokens a template's marks would be spelled out."""
+    """transformers 5 writes no added_tokens_decoder, whose names a template needs."""
     from loading.vocabulary import stop_tokens
 
     tokens = [
@@ -380,7 +380,7 @@ def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, n
 @needs_data
 @pytest.mark.parametrize("as_list", [False, True])
 def test_llama3s_ranks_written_as_tokenizer_json_give_the_same_ids(tmp_path, as_list):
-    """Hugging Face's Llama-3 file lists all splits of a token as merges; the book is cut into pieces on the way."""
+    """Hugging Face's Llama-3 file lists all splits of a token; the book is cut into pieces."""
     char = {b: c for c, b in vocabulary.BYTE_OF.items()}
     lines = (line.split() for line in (DATA / "llama3/tokenizer.model").read_bytes().splitlines())
     vocab = {"".join(char[b] for b in base64.b64decode(t)): int(i) for t, i in lines}
@@ -526,7 +526,7 @@ def test_a_garbage_tokenizer_is_refused(tmp_path, name, blob):
 @needs_data
 @pytest.mark.parametrize("name", ["llama3", "llama2", "stories260K"])
 def test_a_truncated_tokenizer_is_refused(tmp_path, name):
-    """Also when cut where a line or a piece ends, which parses: too few ranks, or no sentencepiece settings."""
+    """Also where a line or a piece ends, which parses: too few ranks, or no settings."""
     blob = (DATA / name / "tokenizer.model").read_bytes()
     ends = [i for i in range(40, len(blob) - 400) if blob[i : i + 1] == b"\n"]
     rng = random.Random(0)
@@ -651,7 +651,7 @@ def listed(**ids):
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
 def test_a_name_given_to_a_piece_of_sentencepiece_is_followed(tmp_path, file):
-    """As fine-tuned models name ids they do not need; the piece is spelled byte by byte after that."""
+    """As tuned models name ids they do not need; the piece is spelled by its bytes after that."""
     first, _ = sentencepieces(tmp_path)
     (id,) = first.encode("x日")[-1:]
     assert first.bytes(id) == "日".encode()

@@ -30,7 +30,7 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
 
 
 def test_fp8_weights_are_read_tile_by_tile(checkpoints, tmp_path):
-    """As published for Qwen3: e4m3 with a scale per tile, the embedding and the norms left as they are."""
+    """As published for Qwen3: e4m3 with a scale per tile; embedding and norms stay as they are."""
     folder, _ = checkpoints["qwen3"]
     config, tensors, plain = json.loads((folder / "config.json").read_text()), {}, {}
     for name, w in load_file(folder / "model.safetensors").items():

@@ -65,8 +65,8 @@ def become(rank: int, n: int, ports, folder: Path, work, args) -> None:
 class Group:
     """n forked ranks that run work(*args).
 
-    The store, torchrun's part, has a thread: it starts after the last fork and ends with the ranks. A rank that is
-    forked while that thread holds a lock may wait for it forever.
+    The store, torchrun's part, has a thread: it starts after the last fork and ends with the ranks.
+    A rank that is forked while that thread holds a lock may wait for it forever.
     """
 
     def __init__(self, folder: Path, n: int, work, *args):
@@ -114,7 +114,7 @@ class Group:
 
 
 def command(*argv, patches=(), stdin=None):
-    """Return work for a rank: the command line, with (rank, owner, name, value) set before, on that rank alone."""
+    """Return work for a rank: the command line, after its patches (rank, owner, name, value)."""
 
     def work():
         for rank, owner, name, value in patches:
@@ -229,7 +229,7 @@ def all_cases(folders, n_ranks: int, tmp_path) -> dict:
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_ranks_compute_what_one_does(folders, tmp_path, n):
-    """Logits, every choice, swaps and revivals; of each family, rule and both ways to hold the vocabulary."""
+    """Logits, choices, swaps, revivals; each family and rule, both ways to hold the vocabulary."""
     cases = all_cases(folders, n, tmp_path)
     found = Group(
         tmp_path, n, lambda: {name: talk(**case) for name, case in cases.items()}
@@ -260,7 +260,7 @@ def test_ranks_compute_what_one_does(folders, tmp_path, n):
 
 
 def test_a_saved_conversation_opens_on_any_number_of_ranks(folders, tmp_path):
-    """Heads are repeated on 4 ranks, and a file holds each once; rules that keep queries and that keep scores."""
+    """Heads are repeated on 4 ranks, and a file holds each once; with rules of both kinds."""
 
     def save():
         for rule in ("peak", "paper"):
@@ -299,7 +299,7 @@ def test_a_saved_conversation_opens_on_any_number_of_ranks(folders, tmp_path):
 
 @pytest.mark.parametrize("n, steps", [(2, 200), (4, 40)])
 def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path, n, steps):
-    """Sampled, each rank with a seed and logits of its own: rank 0's count. (Four ranks on two cores are slow.)"""
+    """Sampled, with a seed and logits of each rank's own: rank 0's count."""
 
     def work():
         engine = load(
@@ -332,7 +332,7 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
 
 
 def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
-    """Parts of all ranks make the whole; FP8 scales are cut with their tiles; nobody gets another's rows."""
+    """Parts of all ranks make the whole, none twice; FP8 scales are cut with their tiles."""
 
     class File:
         def __init__(self, shapes):
@@ -413,6 +413,8 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
 
 
 def test_a_scorer_that_fails_fails_alike_on_all_ranks(folders, tmp_path):
+    """A rank that went on with a bad score would wait for the others forever."""
+
     def work():
         for wrong in (lambda w: 7, lambda w: w, lambda w: w.amax((1, 3)) * torch.nan):
             for join in ("all", "max"):
@@ -453,6 +455,8 @@ def test_a_script_may_have_met_the_ranks_on_a_backend_of_its_own(folders, tmp_pa
 
 
 def test_a_script_that_ends_leaves_the_others_first(folders, tmp_path, monkeypatch):
+    """Threads of torch that outlive Python abort a finished script now and then."""
+
     def work():
         at_exit = []
         with monkeypatch.context() as patch:
@@ -544,7 +548,7 @@ def test_a_rank_that_alone_needs_memory_asks_with_the_others(folders, tmp_path, 
 
 
 def test_a_rank_takes_the_gpu_of_its_own_number(monkeypatch):
-    """--device cuda:1 would put every rank on one GPU, and without a GPU for each none can start."""
+    """--device cuda:1 would put all ranks on one GPU; without a GPU for each none can start."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -582,6 +586,7 @@ def test_torchrun_gives_the_text_of_one_process(tmp_path):
 
 
 def test_chat_map_json_save_and_resume_work(tmp_path):
+    """Every way to use the command line gives what one process gives."""
     options = (
         "--ckpt",
         ROOT / "demo",
@@ -592,7 +597,8 @@ def test_chat_map_json_save_and_resume_work(tmp_path):
         "--dtype",
         "float64",
     )
-    lines = "first question\n/stats\n/map {0}/map.html\n/reset\n/nonsense\nfirst question\n/quit\nnever read\n"
+    lines = "first question\n/stats\n/map {0}/map.html\n/reset\n/nonsense\nfirst question\n/quit\n"
+    lines += "never read\n"
 
     def ask(folder, run):
         folder.mkdir()
@@ -627,7 +633,9 @@ def test_chat_map_json_save_and_resume_work(tmp_path):
 
 
 def test_without_torchrun_nothing_of_it_is_imported():
-    code = "import sys, slim, cli; slim.load('demo').prefill([5] * 9); sys.exit('parallel' in sys.modules)"
+    """torch.distributed would add to the start of every run."""
+    code = "import sys, slim, cli; slim.load('demo').prefill([5] * 9); "
+    code += "sys.exit('parallel' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -635,8 +643,10 @@ def test_without_torchrun_nothing_of_it_is_imported():
     "name, value", [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "1.5")]
 )
 def test_a_number_of_ranks_that_is_none_is_refused_in_one_line(monkeypatch, capsys, name, value):
+    """Leftover variables of a shell or a scheduler must not end in a traceback."""
     monkeypatch.setenv(name, value)
-    want = f"error: the environment variable {name} is {value!r}; it must be a whole number of at least 1"
+    want = f"error: the environment variable {name} is {value!r}; it must be a whole number of at "
+    want += "least 1"
     assert cli.main(["--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"slim: {want}") and said.count("\n") == 1
@@ -656,12 +666,14 @@ def test_a_number_of_ranks_that_is_none_is_refused_in_one_line(monkeypatch, caps
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch):
+    """Shells pass on unset variables as empty ones."""
     monkeypatch.setenv("WORLD_SIZE", "")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
     assert slim.load(ROOT / "demo", "cpu").prefill([1]).isfinite().all()
 
 
 def test_half_of_torchruns_variables_are_refused_in_one_line():
+    """WORLD_SIZE alone is what schedulers leave behind."""
     env = {
         key: value
         for key, value in os.environ.items()
@@ -677,12 +689,14 @@ def test_half_of_torchruns_variables_are_refused_in_one_line():
 
 
 def test_variables_left_over_from_elsewhere_are_refused_soon_and_in_one_line(tmp_path):
+    """Waiting for ranks that nobody started would look like a hang."""
+
     def work():
         os.environ |= dict(WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT="0")
         parallel.ranks.MEET = timedelta(seconds=1)
         return cli.main([])
 
-    text = "start them with torchrun, or unset WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT to run one process"
+    text = "start them with torchrun, or unset WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT to run"
     one_line(Group(tmp_path, 1, work), [2], text)
 
 
@@ -712,6 +726,8 @@ ASK = *QUIET, "--ask", "x"
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, KeyError])
 def test_a_step_that_raises_on_one_rank_ends_all(tmp_path, error):
+    """The others would wait for it in a collective; and one line says which rank it was."""
+
     def fail(self, layer, x):
         raise error("no room for 7 MiB")
 
@@ -720,6 +736,8 @@ def test_a_step_that_raises_on_one_rank_ends_all(tmp_path, error):
 
 
 def test_an_error_of_rank_0_ends_all(tmp_path):
+    """The rank that prints is the one that fails; the workers still end, and print nothing."""
+
     def fail(self, layer, x):
         raise MemoryError("no room for 7 MiB")
 
@@ -738,7 +756,7 @@ def slow(self, layer, x):
 
 @pytest.mark.parametrize("n, rank", [(4, 0), (2, 1)])
 def test_a_killed_rank_ends_all(tmp_path, n, rank):
-    """In a step: the others meet it in the next collective. (`slow` speaks on the rank that dies.)"""
+    """In a step: the others notice in the next collective; `slow` prints on the rank that dies."""
     group = Group(tmp_path, n, command(*ASK, patches=[(rank, model.Model, "ffn", slow)]))
     group.wait_for("in a step")
     group.ranks[rank].kill()
@@ -750,6 +768,7 @@ def test_a_killed_rank_ends_all(tmp_path, n, rank):
 
 
 def test_a_rank_killed_while_rank_0_waits_for_a_question_ends_all(tmp_path):
+    """No collective runs then, so only the watching thread can notice."""
     os.mkfifo(tmp_path / "typed")
     group = Group(tmp_path, 2, command(*QUIET[1:], "--chat", stdin=tmp_path / "typed"))
     with open(tmp_path / "typed", "w"):
@@ -762,6 +781,7 @@ def test_a_rank_killed_while_rank_0_waits_for_a_question_ends_all(tmp_path):
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_rank_0_in_a_step_ends_all(tmp_path, sent, code):
+    """Workers would stay behind in a collective, each with a GPU's memory."""
     group = Group(tmp_path, 2, command(*ASK, patches=[(0, model.Model, "ffn", slow)]))
     group.wait_for("in a step")
     os.kill(group.ranks[0].pid, sent)
@@ -774,7 +794,10 @@ def test_ctrl_c_in_a_chat_ends_all_as_interrupted(tmp_path, when):
     """At the prompt and in an answer: torchrun passes the signal on to every rank."""
     os.mkfifo(tmp_path / "typed")
     ffn = model.Model.ffn
-    later = lambda self, layer, x: slow(self, layer, x) if self.kv.length else ffn(self, layer, x)  # noqa: E731
+
+    def later(self, layer, x):
+        (slow if self.kv.length else ffn)(self, layer, x)
+
     patches = [(0, model.Model, "ffn", later)]
     asked = command(*QUIET[1:], "--chat", stdin=tmp_path / "typed", patches=patches)
     group = Group(tmp_path, 2, asked)
@@ -791,7 +814,7 @@ def test_ctrl_c_in_a_chat_ends_all_as_interrupted(tmp_path, when):
 
 
 def test_ranks_refuse_together(tmp_path):
-    """Unequal memory, a rank without the checkpoint, a number that does not divide the heads, bad input."""
+    """Unequal memory, no checkpoint on one rank, too many ranks for the heads, bad input."""
 
     def missing(ckpt):
         raise FileNotFoundError(f"no checkpoint {ckpt.rpartition('/')[2]!r} here")
@@ -820,6 +843,7 @@ def test_ranks_refuse_together(tmp_path):
 
 
 def test_a_question_that_one_rank_cannot_take_is_refused_and_the_next_answered(tmp_path):
+    """A refusal costs one line, not the conversation."""
     (tmp_path / "typed").write_text("a question that is too long\nx\n")
     calls = iter([False])
 
@@ -865,6 +889,8 @@ def test_a_question_that_one_rank_needs_more_memory_for_is_refused_by_all(
 
 
 def test_a_prompt_that_one_rank_has_no_memory_for_is_refused_by_all(folders, tmp_path, monkeypatch):
+    """Before anything is given up, so that the next prompt is read as usual."""
+
     def work():
         engine = load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
         with monkeypatch.context() as patch:
@@ -879,6 +905,8 @@ def test_a_prompt_that_one_rank_has_no_memory_for_is_refused_by_all(folders, tmp
 
 
 def test_a_file_that_cannot_be_written_or_read_leaves_all_ranks_as_they_were(folders, tmp_path):
+    """Disks differ; an engine half resumed would answer from two texts."""
+
     def work():
         engine = load(folders["llama3-gqa"], "cpu", block_len=16, unit_len=4)
         engine.prefill(draw(100))
@@ -898,6 +926,8 @@ def test_a_file_that_cannot_be_written_or_read_leaves_all_ranks_as_they_were(fol
 
 
 def test_a_rank_may_load_save_and_resume_for_longer_than_a_step(folders, tmp_path, monkeypatch):
+    """Disks are slow; the limit of a step must not count for them."""
+
     def work():
         parallel.ranks.STEP = timedelta(seconds=2)
         rank = parallel.connect().rank
@@ -982,7 +1012,7 @@ def expected_traffic(engine: slim.Engine, n_rows: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_ranks_send_what_the_arithmetic_says(tmp_path, cut):
-    """Calls and bytes of a prefill with boundaries and of a decode step; the embedding and the head whole, and cut."""
+    """Calls and bytes of a pruned prefill and a decode step; embedding and head whole, and cut."""
 
     def work():
         parallel.VOCABULARY_BYTES = 0 if cut else 2**25

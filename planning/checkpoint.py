@@ -1,5 +1,6 @@
 """What is decided before anything is allocated: device, dtype, schedule, rule."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import prune
 from loading.config import read_config
 from loading.find import find_checkpoint
 from loading.vocabulary import stop_tokens
-from loading.weights import check_tensors, fingerprint, open_shards, settle_head
+from loading.weights import MappedFile, check_tensors, fingerprint, open_shards, settle_head
 from model import DTYPES, Config
 from planning.schedule import format_schedule, resolve_schedule
 from planning.settings import Settings
@@ -22,7 +23,7 @@ class Checkpoint:
 
     folder: Path
     config: Config
-    tensors: dict  # name -> open file
+    tensors: dict[str, MappedFile]
     stop: set[int]  # ids that end an answer
     device: torch.device
     dtype: torch.dtype
@@ -35,18 +36,27 @@ class Checkpoint:
         ckpt, device="auto", dtype="auto", schedule="auto", score="peak", **settings
     ) -> "Checkpoint":
         """Find a checkpoint and check it, its tensors and the settings; see `slim.load`."""
-        options, rule, device = Settings(**settings), pick_rule(score), pick_device(device)
+        options = Settings(**settings)
+        rule = pick_rule(score)
+        device = pick_device(device)
         folder = find_checkpoint(ckpt)
         config = read_config(folder / "config.json", options.rope_yarn)
-        dtype, schedule = (
-            pick_dtype(dtype, config, device),
-            resolve_schedule(schedule, config, options.block_len),
-        )
+        dtype = pick_dtype(dtype, config, device)
+        schedule = resolve_schedule(schedule, config, options.block_len)
         tensors = open_shards(folder)
         config = settle_head(config, tensors)
         check_tensors(folder, config, tensors)
-        stop = stop_tokens(folder, config.vocab_size)
-        return Checkpoint(folder, config, tensors, stop, device, dtype, schedule, rule, options)
+        return Checkpoint(
+            folder=folder,
+            config=config,
+            tensors=tensors,
+            stop=stop_tokens(folder, config.vocab_size),
+            device=device,
+            dtype=dtype,
+            schedule=schedule,
+            rule=rule,
+            settings=options,
+        )
 
     @property
     def identity(self) -> dict:
@@ -88,46 +98,60 @@ class Checkpoint:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the torch device for auto, cpu, cuda or cuda:N; raise ValueError if it is unknown or absent."""
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """Return the torch device for auto, cpu, cuda or cuda:N; raise ValueError for any other."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda:0" if cuda else "cpu")
-    kind, _, number = str(name).partition(":")
-    digits = (number or "0").isascii() and (number or "0").isdigit()
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and number) or not digits:
+        return torch.device("cuda:0" if n_gpus else "cpu")
+    if str(name) == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", str(name))
+    if not match:
         raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(number or 0) >= cuda:
+    number = int(match[1] or 0)
+    if number >= n_gpus:
         raise ValueError(
-            f"--device {name!r}: this machine has {cuda} CUDA devices that torch can use; try --device cpu"
+            f"--device {name!r}: this machine has {n_gpus} CUDA devices that torch can use; "
+            "try --device cpu"
         )
-    return torch.device("cpu" if kind == "cpu" else f"cuda:{number or 0}")
+    return torch.device("cuda", number)
 
 
 def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
-    """Return the dtype of a run; auto is the checkpoint's own, but float32 on a CPU that is slow in half precision."""
-    if not isinstance(name, str) or name != "auto" and name not in DTYPES:
+    """Return the dtype of a run; auto is the checkpoint's, or float32 on a CPU slow in that one."""
+    if not isinstance(name, str) or name not in ("auto", *DTYPES):
         raise ValueError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     dtype = config.dtype if name == "auto" else DTYPES[name]
     if dtype == torch.float64 and device.type == "cuda":
         raise ValueError(
-            "--dtype float64 is for exactness tests on a CPU; use float32, bfloat16 or float16 on CUDA"
+            "--dtype float64 is for exactness tests on a CPU; "
+            "use float32, bfloat16 or float16 on CUDA"
         )
-    slow = dtype == torch.float16 or dtype == torch.bfloat16 and not multiplies_bfloat16()
-    return torch.float32 if name == "auto" and device.type == "cpu" and slow else dtype
+    if name == "auto" and device.type == "cpu" and is_slow(dtype):
+        return torch.float32
+    return dtype
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Return whether a CPU multiplies this dtype much more slowly than float32."""
+    if dtype == torch.bfloat16:
+        return not multiplies_bfloat16()
+    return dtype == torch.float16
 
 
 def multiplies_bfloat16() -> bool:
-    """Say whether this CPU has instructions for bfloat16; without them a prefill takes about six times as long."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
+    """Return whether this CPU has bfloat16 instructions; without, a prefill takes 6x as long."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch we run on lacks it
     return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def pick_rule(score) -> prune.Rule:
     """Return the named rule, a Rule unchanged, or a nameless Rule around a function of weights."""
     if isinstance(score, prune.Rule):
-        if score.name in prune.RULES and score.score is not prune.RULES[score.name].score:
+        built_in = prune.RULES.get(score.name, score)
+        if score.score is not built_in.score:
             raise ValueError(
-                f"a rule of your own cannot have the name of a built-in one, {score.name!r}; rename it"
+                f"a rule of your own cannot have the name of a built-in one, {score.name!r}; "
+                "rename it"
             )
         return score
     if isinstance(score, str) and score in prune.RULES:
@@ -136,7 +160,8 @@ def pick_rule(score) -> prune.Rule:
         return prune.Rule("", score)
     known = ", ".join(prune.RULES)
     raise ValueError(
-        f"--score {score!r:.60} is unknown; use {known}; from Python also a function or a prune.Rule"
+        f"--score {score!r:.60} is unknown; use {known}; "
+        "from Python also a function or a prune.Rule"
     )
 
 

@@ -4,24 +4,29 @@ import prune
 from model import Config
 
 
-def layer_flops(c: Config, rows: int, keys: float, ffn_rows: int | None = None) -> float:
-    """Return a layer's operations for rows that see `keys` keys on average; ffn_rows: rows of its FFN, if different."""
-    projections, ffn = (
-        c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim,
-        3 * c.dim * c.hidden_dim,
-    )
+def layer_flops(config: Config, rows: int, keys: float, ffn_rows: int | None = None) -> float:
+    """Return a layer's operations for rows that see `keys` keys on average.
+
+    ffn_rows: rows of its feed-forward, if different.
+    """
+    heads = 2 * config.n_heads + 2 * config.n_kv_heads  # of q and the output, of k and v
+    projections = config.dim * heads * config.head_dim
+    ffn = 3 * config.dim * config.hidden_dim
+    attention = 2 * keys * config.n_heads * config.head_dim
     ffn_rows = rows if ffn_rows is None else ffn_rows
-    return 2 * rows * projections + 2 * ffn_rows * ffn + 4 * rows * keys * c.n_heads * c.head_dim
+    return 2 * rows * (projections + attention) + 2 * ffn_rows * ffn
 
 
-def prefill_flops(c: Config, n_prompt: int, schedule: dict, block_len: int = 64) -> float:
-    """Return the floating-point operations of a prefill: matrices and causal attention, the head once."""
+def prefill_flops(config: Config, n_prompt: int, schedule: dict, block_len: int = 64) -> float:
+    """Return the floating-point operations of a prefill: every layer, and the head once."""
     sizes = prune.stage_blocks(n_prompt, schedule, block_len)
-    rows = [n_prompt - (sizes[0] - n) * block_len for n in sizes]
-    alive = [
-        r for a, b, r in zip([0, *schedule], [*schedule, c.n_layers], rows) for _ in range(a, b)
-    ]
-    ffn_rows = alive[1:] + alive[-1:]  # the FFN below a boundary runs on its survivors
-    return (
-        sum(layer_flops(c, n, n / 2, m) for n, m in zip(alive, ffn_rows)) + 2 * c.dim * c.vocab_size
-    )
+    rows_of = {0: n_prompt}  # from this layer on
+    for boundary, size in zip(schedule, sizes[1:]):
+        rows_of[boundary] = n_prompt - (sizes[0] - size) * block_len
+    total = 2 * config.dim * config.vocab_size
+    rows = n_prompt
+    for layer in range(config.n_layers):
+        rows = rows_of.get(layer, rows)
+        ffn_rows = rows_of.get(layer + 1, rows)  # below a boundary only its survivors
+        total += layer_flops(config, rows, rows / 2, ffn_rows)
+    return total

@@ -1,4 +1,4 @@
-"""How much memory a run needs, how much this machine has, and what to change if it is too little."""
+"""How much memory a run needs, how much there is, and what to change if it is too little."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ class Plan:
 def plan(
     ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0, homes: int | None = None
 ) -> Plan:
-    """Return what a prompt of n_prompt tokens and n_new more take; its last `tail` are never pruned.
+    """Return what a prompt and n_new more tokens take; its last `tail` tokens are never pruned.
 
     homes: those of a saved conversation, whose prompt is not run again. Without it, one for every
     slot; an answer for which more blocks return takes more, and is checked as it does
@@ -162,14 +162,14 @@ class StageWork:
         return self.rows * self.config.rotary_dim // 2 * 5 * self.wide
 
     def attention_bytes(self) -> int:
-        """q, k and v; turned; output in two parts; of revived rows a mask, as bool and as numbers."""
+        """q, k, v; turned; output in two parts; a mask of revived rows, as bool and as numbers."""
         c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
         mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
         return self.chunk * (self.row + heads * c.head_dim * (self.item + 3 * self.wide)) + mask
 
     def weight_bytes(self, ranked: bool) -> int:
-        """Products, softmax and a copy, of the rows that rank blocks or of one; keys laid out anew."""
+        """Products, softmax and a copy, of the rows that rank blocks or of one; keys widened."""
         c = self.config
         rows = min(self.ckpt.window, rows_at_once(c.n_heads, self.keys)) if ranked else 1
         keys = self.keys * c.n_kv_heads * c.head_dim * self.wide
@@ -204,64 +204,73 @@ def check_memory(
 ) -> Plan:
     """Return the plan; raise NoRoom if it does not fit, naming a flag that helps if one does.
 
-    loaded, held: bytes that are there already, on the device and of what is pruned; the others as in `plan`.
+    loaded: bytes already on the device; held: bytes already taken by pruned blocks; the others as
+    in `plan`.
     """
 
-    def room(need: Plan) -> bool:
+    def has_room(need: Plan) -> bool:
         return fits(ckpt.device, need.total - loaded, need.host - held)
 
     need = plan(ckpt, n_prompt, n_new, tail, homes)
-    if room(need):
+    if has_room(need):
         return need
+    advice = "no flag makes it fit: use a shorter prompt or a smaller model"
     if homes is not None:
-        advice = "this conversation cannot go on with other settings: free memory, or read the document again"
-    elif found := [
-        flag for flag, way in smaller(ckpt).items() if room(plan(way, n_prompt, n_new, tail))
-    ]:
-        advice = f"it would fit with {found[0]}"
+        advice = (
+            "this conversation cannot go on with other settings: free memory, "
+            "or read the document again"
+        )
     else:
-        advice = "no flag makes it fit: use a shorter prompt or a smaller model"
+        for flag, way in smaller(ckpt).items():
+            if has_room(plan(way, n_prompt, n_new, tail)):
+                advice = f"it would fit with {flag}"
+                break
     free = format_bytes(free_bytes(ckpt.device))
     raise NoRoom(
-        f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; {advice}"
+        f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; "
+        f"{advice}"
     )
 
 
 def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
     """Return flags that make a run smaller, each with the run that it makes."""
-    default = auto_schedule(ckpt.config.n_layers)
-    small = {layer: max(2 * ckpt.settings.block_len, 1024 >> i) for i, layer in enumerate(default)}
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
-    ways |= {
-        f"--schedule {format_schedule(s)}": replace(ckpt, schedule=s) for s in (default, small)
-    }
+    default = auto_schedule(ckpt.config.n_layers)
+    least = 2 * ckpt.settings.block_len
+    small = {layer: max(least, 1024 >> i) for i, layer in enumerate(default)}
+    for schedule in (default, small):
+        flag = f"--schedule {format_schedule(schedule)}"
+        ways[flag] = replace(ckpt, schedule=schedule)
     if ckpt.dtype.itemsize > 2:
         ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
     return ways
 
 
 def fits(device: torch.device, n_bytes: int, host: int) -> bool:
-    """Say whether n_bytes are free on the device, and `host` bytes on the CPU."""
+    """Return whether n_bytes are free on the device, and `host` bytes on the CPU."""
     if device.type == "cpu":
         return n_bytes + host <= free_bytes(device)
     return n_bytes <= free_bytes(device) and host <= free_bytes(torch.device("cpu"))
 
 
+# ---- what this machine has ----------------------------------------------------------------
+
+
 def free_bytes(device: torch.device) -> int:
-    """Return the memory a device can still give, in bytes; what torch holds but does not use counts as free."""
+    """Return the bytes a device can still give; what torch holds unused counts as free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration):  # not Linux: all there is
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(free, free_in_cgroup()) // env_number(
-        "LOCAL_WORLD_SIZE"
-    )  # of torchrun: all share it
+    free = min(available_bytes(), free_in_cgroup())
+    return free // env_number("LOCAL_WORLD_SIZE")  # all processes of torchrun share it
+
+
+def available_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: all there is
 
 
 def free_in_cgroup(
@@ -270,33 +279,35 @@ def free_in_cgroup(
     """Return the bytes that a container's or slice's limits leave, infinity without limits."""
     free = float("inf")
     try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        lines = own.read_text().splitlines()
     except OSError:
         return free
-    for _, kind, path in lines:
-        v1 = "memory" in kind.split(",")
-        if not v1 and kind:
+    for line in lines:
+        _, kind, path = line.split(":", 2)
+        if not kind:
+            top = root
+            names = ("memory.max", "memory.current")
+        elif "memory" in kind.split(","):  # the older version
+            top = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
             continue
-        top = root / "memory" if v1 else root
-        limit, used = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if v1
-            else ("memory.max", "memory.current")
-        )
         folder = top / path.strip("/")
-        for place in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit here: no file, or "max"
-                left = int((place / limit).read_text()) - int((place / used).read_text())
-                free = min(free, left + file_cache(place / "memory.stat"))
-            if place == top:
+        for group in (folder, *folder.parents):
+            free = min(free, free_in_group(group, *names))
+            if group == top:
                 break
     return free
 
 
-def file_cache(stat: Path) -> int:
-    """Return the bytes of a group's file cache that the kernel can free; 0 if unknown."""
+def free_in_group(folder: Path, limit: str, used: str) -> float:
+    """Return what one group's limit leaves; the kernel can free its file cache."""
     try:
-        numbers = dict(line.split() for line in stat.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+    except (OSError, ValueError):  # no limit here: no file, or "max"
+        return float("inf")
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "memory.stat").read_text().splitlines()
+        numbers = dict(line.split() for line in lines)
+        left += int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
+    return left

@@ -1,4 +1,4 @@
-"""What can be set about a run, an answer or a call, with defaults and limits. Wrong values raise ValueError."""
+"""Settings of a run, an answer or a call: defaults and limits; wrong values raise ValueError."""
 
 import os
 from dataclasses import dataclass
@@ -14,38 +14,42 @@ class Settings:
     gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
-    rope_yarn: float = (
-        0.0  # the factor by which YaRN stretches the trained context; 0: as config.json says
-    )
+    rope_yarn: float = 0.0  # YaRN stretches the trained context by this; 0: as config.json asks
 
     def __post_init__(self):
-        limits = (
-            ("block_len", 1, 2**24),
-            ("unit_len", 1, 2**24),
-            ("window", 0, 2**16),
-            ("chunk", 0, 2**24),
-        )
-        for name, least, most in limits:
-            if type(value := getattr(self, name)) is not int or not least <= value <= most:
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--{flag} is {value!r}; it must be a whole number within {least}..{most}"
-                )
+        self.check_number("block_len", 1, 2**24)
+        self.check_number("unit_len", 1, 2**24)
+        self.check_number("window", 0, 2**16)
+        self.check_number("chunk", 0, 2**24)
         if self.block_len % self.unit_len:
             raise ValueError(
                 f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}"
             )
-        if type(self.gamma) not in (int, float) or not (0 <= self.gamma <= 1 or self.gamma == -1):
+        if not is_number(self.gamma) or not (0 <= self.gamma <= 1 or self.gamma == -1):
             raise ValueError(
-                f"--gamma {self.gamma!r} must be an overlap within 0..1, or -1 to leave it to the rule"
+                f"--gamma {self.gamma!r} must be an overlap within 0..1, "
+                "or -1 to leave it to the rule"
             )
         if type(self.overlap) is not bool:
             raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
         yarn = self.rope_yarn
-        if type(yarn) not in (int, float) or not (yarn == 0 or 1 <= yarn <= 2**10):
+        if not is_number(yarn) or not (yarn == 0 or 1 <= yarn <= 2**10):
             raise ValueError(
-                f"--rope-yarn {yarn!r} must be a factor within 1..{2**10}, or 0 for what config.json says"
+                f"--rope-yarn {yarn!r} must be a factor within 1..{2**10}, "
+                "or 0 for what config.json says"
             )
+
+    def check_number(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not least <= value <= most:
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is {value!r}; it must be a whole number within {least}..{most}"
+            )
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float)
 
 
 def check_count(n, name: str, least: int = 0) -> None:
@@ -58,13 +62,12 @@ def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
         raise ValueError(
             f"--max-new-tokens {max_new_tokens} must be a whole number within 1..{2**31 - 1}"
         )
-    if type(temperature) not in (int, float) or not (
-        temperature == 0 or 1e-6 <= temperature < float("inf")
-    ):
+    warm = is_number(temperature) and 1e-6 <= temperature < float("inf")
+    if not warm and not (is_number(temperature) and temperature == 0):
         raise ValueError(
             f"--temperature {temperature!r} must be 0 (greedy) or a number from 0.000001 up"
         )
-    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+    if not is_number(top_p) or not 0 < top_p <= 1:
         raise ValueError(
             f"--top-p {top_p!r} is outside 0..1 (0 excluded), the range of a probability"
         )
@@ -73,11 +76,14 @@ def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
 
 
 def env_number(name: str, default: int = 1, least: int = 1) -> int:
-    """Return a variable that torchrun sets, such as WORLD_SIZE, or the default; raise ValueError if it is no number."""
+    """Return a variable that torchrun sets, such as WORLD_SIZE, or the default.
+
+    Raises ValueError if it is no whole number of at least `least`.
+    """
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise ValueError(
-            f"the environment variable {name} is {text!r}; it must be a whole number of at least {least}, as torchrun "
-            "sets it; unset it to run one process"
+            f"the environment variable {name} is {text!r}; it must be a whole number of at least "
+            f"{least}, as torchrun sets it; unset it to run one process"
         )
     return int(text)

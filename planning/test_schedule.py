@@ -31,7 +31,9 @@ def test_a_schedule_is_the_engines_own(tiny):
 
 
 def test_shares_are_of_the_prompt_with_a_floor(tiny):
-    blocks = lambda n, schedule: prune.stage_blocks(n, schedule, 64)
+    def blocks(n, schedule):
+        return prune.stage_blocks(n, schedule, 64)
+
     assert blocks(4096, {9: 1 / 4, 19: Fraction(1, 8), 28: 128}) == [64, 16, 8, 2]
     assert blocks(2048, {9: 1 / 16}) == [32, 8]  # never below eight blocks
     assert blocks(1000, {9: 1 / 16}) == [16, 16]  # nothing to gain
