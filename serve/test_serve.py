@@ -1020,7 +1020,14 @@ def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
     rooms = []
     reuse = texts.reuse
     monkeypatch.setattr(texts, "reuse", lambda ids, room: (rooms.append(room), reuse(ids, room))[1])
-    request = {"max_tokens": 3000, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []}
+    request = {
+        "max_tokens": 3000,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": None,
+        "stop": [],
+        "day": None,
+    }
     job = Job(SimpleNamespace(ids=draw(100), **request))
     monkeypatch.setattr(texts.engine, "generate", lambda *args, **more: iter([1]))
     tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
@@ -1034,7 +1041,7 @@ def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, mon
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2600)
     texts, request = (
         Texts(engine),
-        {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []},
+        {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": [], "day": None},
     )
     engine.prefill(text[:1500], keep_last=100)
     job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
