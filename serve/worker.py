@@ -138,10 +138,8 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     sampling = request.max_tokens, request.temperature, request.top_p, request.seed
     source = engine.generate(ids, *sampling, follow_up=cached > 0, keep_last=keep_last)
     tokens = Tokens(source, job, engine)
-    if not cached:
-        engine.model.on_chunk = (
-            job.check
-        )  # a new reading may be broken off anywhere: nothing is lost
+    if not cached:  # a new reading may be broken off anywhere: nothing is lost
+        engine.model.on_chunk = job.check
     try:
         for piece in tok.stream(tokens, request.stop):
             job.out.put(piece)
