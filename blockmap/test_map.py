@@ -15,14 +15,16 @@ import slim
 from conftest import draw
 
 HOSTILE = (
-    "</script><img src=x onerror=\"document.title='owned'\"><!-- --> '\"&lt;&amp; \u2028\u2029\ufeff\0 "
+    "</script><img src=x onerror=\"document.title='owned'\"><!-- --> "
+    "'\"&lt;&amp; \u2028\u2029\ufeff\0 "
     "<b id=evil>😀é漢</b> {data} {script hash} "
 )
 
 
 def mapped(folder, text, schedule={1: 64, 2: 40, 3: 24}, n=12, follow="What then?"):
-    """Play a conversation under a recorder: prompt, n tokens generated, a follow-up, two tokens by hand; return
-    what `write` takes.
+    """Play a conversation under a recorder; return what `write` takes.
+
+    A prompt, n tokens generated, a follow-up, two tokens by hand.
     """
     engine = slim.load(folder, "cpu", "float32", schedule, block_len=8, unit_len=4)
     recorder, tok = blockmap.Recorder(engine), engine.tokenizer
@@ -61,8 +63,9 @@ def test_each_score_names_the_layer_that_gave_it(tiny):
 
 
 def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
-    """What `describe` returns of a made-up conversation: 128,000 tokens, a quarter of each active set new at every
-    step.
+    """Return what `describe` would of a made-up conversation.
+
+    128,000 tokens, a quarter of each active set new at every step.
     """
     rng, below, stages = random.Random(0), list(range(n - 1)), []
     for budget in budgets:
@@ -122,7 +125,7 @@ def big_map(n=2000, steps=256, budgets=(128, 64, 32)):
 
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 def test_a_record_replays_to_the_active_sets_of_every_step(tiny, gamma):
-    """The page shows what was recorded: deltas, which must add up to the engine's own sets and counters."""
+    """The page shows what was recorded: deltas, which must add up to the engine's sets."""
     engine = slim.load(
         tiny, "cpu", "float32", {1: 64, 2: 40, 3: 24}, block_len=8, unit_len=4, gamma=gamma
     )
@@ -156,7 +159,7 @@ def test_a_record_replays_to_the_active_sets_of_every_step(tiny, gamma):
 
 
 def test_a_map_holds_the_text_whatever_it_says(talking, tmp_path):
-    """Markup in a prompt stays data; a character cut by a block boundary is in the block that completes it."""
+    """Markup in a prompt stays data; a character that a boundary cuts is in the second block."""
     engine, recorder, ids = mapped(talking, HOSTILE * 12)
     blockmap.write(tmp_path / "map.html", engine, recorder, ids)
     html = (tmp_path / "map.html").read_text("utf-8")
@@ -184,6 +187,7 @@ def test_a_map_holds_the_text_whatever_it_says(talking, tmp_path):
 
 
 def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):
+    """Nothing is chosen, so no record is asked for."""
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30, schedule={})
     blockmap.write(tmp_path / "map.html", engine, recorder, ids)
     data = map_data((tmp_path / "map.html").read_text("utf-8"))
@@ -195,7 +199,7 @@ def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):
 
 
 def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
-    """Ctrl-C leaves a step that chose its blocks and did not finish: the page shows what came before it."""
+    """Ctrl-C leaves a step that chose its blocks and did not finish: it is not shown."""
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
     whole = len(recorder.record["steps"])
 
@@ -212,6 +216,7 @@ def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypatch):
+    """A wrong record would show a page of another conversation."""
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
     good = recorder.record
     for path in (
@@ -251,6 +256,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypa
 
 
 def test_a_map_of_2000_blocks_is_small(tmp_path):
+    """A page is sent by mail; 128,000 tokens must fit."""
     assert len(blockmap.page(big_map()).encode()) < 5e6
 
 
@@ -276,6 +282,7 @@ def browser():
 
 
 def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking, tmp_path, browser):
+    """Only a browser can tell that markup in a prompt stays text."""
     engine, recorder, ids = mapped(talking, HOSTILE * 12)
     blockmap.write(tmp_path / "map.html", engine, recorder, ids)
     browser.get((tmp_path / "map.html").as_uri())
@@ -290,7 +297,8 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
 
     def depths():  # of every block, by its class: the last stage that holds it
         return run(
-            "return [...document.querySelectorAll('#blocks .block')].map(e => +e.className.match(/\\bd(\\d)/)[1])"
+            "return [...document.querySelectorAll('#blocks .block')]"
+            ".map(e => +e.className.match(/\\bd(\\d)/)[1])"
         )
 
     active = [set(stage["active"]) for stage in data["stages"]]
@@ -306,8 +314,8 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
         ]
         assert depths() == want, k
         marked = run(
-            "return [...document.querySelectorAll('#blocks .in, #blocks .out, #blocks .revived')].map(e => "
-            "+e.dataset.block)"
+            "return [...document.querySelectorAll('#blocks .in, #blocks .out, #blocks .revived')]"
+            ".map(e => +e.dataset.block)"
         )
         assert set(marked) == {
             b for _, came, left, _ in (step["moves"] if step else []) for b in (*came, *left)
@@ -322,13 +330,15 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
 
 
 def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):
+    """2,000 blocks: every way to one must end with it in sight."""
     from selenium.webdriver import ActionChains
 
     (tmp_path / "map.html").write_text(blockmap.page(data := big_map()), "utf-8")
     browser.get((tmp_path / "map.html").as_uri())
     run, detail = browser.execute_script, browser.find_element("id", "detail")
     in_sight = (
-        "const box = document.querySelector(`[data-block='${arguments[0]}']`).getBoundingClientRect();"
+        "const block = document.querySelector(`[data-block='${arguments[0]}']`);"
+        "const box = block.getBoundingClientRect();"
         "return box.top > 0 && box.bottom <= innerHeight"
     )
 

@@ -267,7 +267,8 @@ def read_prompt(args) -> str:
     if name is None:
         if not args.ask and not args.chat:
             raise ValueError(
-                "there is no prompt; give --prompt FILE, --prompt - for standard input, or --ask TEXT"
+                "there is no prompt; give --prompt FILE, --prompt - for standard input, "
+                "or --ask TEXT"
             )
         if args.save:
             raise ValueError("--save keeps a text that was read; give one with --prompt FILE")
@@ -305,7 +306,7 @@ def read_bytes(name: str, chat: bool) -> bytes:
 
 
 def build_ids(args, text: str, tokenizer) -> list[int]:
-    """Return the first ids: the text and the first question, or the text alone if it is read first."""
+    """Return the first ids: the text and the first question, or the text alone."""
     if args.max_prompt_tokens is not None:
         text = cut_text(text, args.max_prompt_tokens, tokenizer)
     if text and (args.chat or args.save):
@@ -324,8 +325,8 @@ def cut_text(text: str, n: int, tokenizer) -> str:
     first = first_tokens(text, n, tokenizer)
     if text and not first:
         raise ValueError(
-            f"--max-prompt-tokens {n} leaves nothing of the text, whose first character takes more; "
-            "raise it"
+            f"--max-prompt-tokens {n} leaves nothing of the text, whose first character takes "
+            "more; raise it"
         )
     return first
 
@@ -346,7 +347,7 @@ SAVED = "ckpt dtype schedule score block_len unit_len window gamma chunk rope_ya
 
 
 def settings_of_saved(args) -> dict:
-    """Take from a saved conversation what the command line leaves open; return the file's header."""
+    """Take from a saved conversation what the command line leaves open; return its header."""
     path = args.resume
     header, _ = read_saved(path)
     raw = header["extra"].get("raw", False)

@@ -154,7 +154,7 @@ class Talk:
     # ---- warnings ---------------------------------------------------------------------
 
     def warn(self, n_new: int) -> None:
-        """Warn if the tokens to come do not suit the trained context or this conversation's RoPE."""
+        """Warn if the tokens to come do not suit the trained context or the conversation's RoPE."""
         engine = self.engine
         rope = engine.config.rope_scaling
         kind = rope["rope_type"]
@@ -250,7 +250,7 @@ class Answer:
 
 @contextlib.contextmanager
 def stop_between_tokens(on: bool):
-    """Let Ctrl-C only set a mark, as breaking off a step loses the conversation; a second one does."""
+    """Let Ctrl-C only set a mark: breaking off a step loses the conversation. A second one does."""
     marks = []
     if not on or threading.current_thread() is not threading.main_thread():
         yield marks  # only the main thread can handle signals

@@ -335,7 +335,7 @@ WRONG = {  # arguments: what the one line must name
 
 @pytest.fixture
 def cli(talking, tmp_path, monkeypatch, capfd):
-    """Run the command line in a folder with a checkpoint of its own; return (exit code, stdout, stderr)."""
+    """Run the command line in a folder with a checkpoint; return (exit code, stdout, stderr)."""
     folder = tmp_path / "ckpt"
     folder.mkdir()
     for file in talking.iterdir():
@@ -373,6 +373,7 @@ def is_one_line(err, names):
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_checkpoint_is_refused_in_one_line(cli, what):
+    """People have broken downloads: the line must name the file or key to look at."""
     damage, names = BROKEN[what]
     damage(cli.folder)
     code, out, err = cli()
@@ -384,12 +385,14 @@ def test_a_broken_checkpoint_is_refused_in_one_line(cli, what):
 
 @pytest.mark.parametrize("args", WRONG)
 def test_wrong_arguments_are_refused_in_one_line(cli, args):
+    """Whatever is typed, the answer is a line that names the flag, and exit code 2."""
     code, out, err = cli(*args.split())
     assert (code, out) == (2, "")
     is_one_line(err, WRONG[args])
 
 
 def test_all_that_is_wrong_with_the_tensors_is_listed(cli):
+    """One run must show all, not one fault a run."""
     edit_tensors(
         cli.folder, lambda t: (t.pop(K), t.pop("lm_head.weight"), t.update(extra=torch.ones(1)))
     )
@@ -398,6 +401,7 @@ def test_all_that_is_wrong_with_the_tensors_is_listed(cli):
 
 
 def test_a_model_too_big_is_refused_before_it_is_loaded_with_the_flag_that_helps(cli, monkeypatch):
+    """Loading takes minutes; the refusal must come first."""
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     set_free(monkeypatch, planning.memory.KERNEL_BYTES + 2_000_000)
     code, _, err = cli()
@@ -408,6 +412,7 @@ def test_a_model_too_big_is_refused_before_it_is_loaded_with_the_flag_that_helps
 
 
 def test_the_command_line_answers_and_says_what_it_did(cli):
+    """The answer alone goes to standard output, in either mode."""
     code, out, err = cli("--max-new-tokens", "8", "--schedule", "2:256,3:128")
     assert code == 0 and out.endswith("\n")
     assert "schedule 2:256,3:128" in err and "kept per stage" in err and "weights +" in err
@@ -416,6 +421,7 @@ def test_the_command_line_answers_and_says_what_it_did(cli):
 
 
 def test_json_holds_what_the_engine_counted(cli):
+    """Programs read these keys."""
     code, out, err = cli("--json", "--max-new-tokens", "8", "--schedule", "2:256,3:128", "--quiet")
     answer = json.loads(out)
     assert code == 0 and err == ""
@@ -440,6 +446,7 @@ def test_json_holds_what_the_engine_counted(cli):
 
 
 def test_a_prompt_beyond_the_trained_context_is_a_warning(cli):
+    """The answer may be poor, but it is the user's choice."""
     edit_json(cli.folder / "config.json", max_position_embeddings=100)
     code, _, err = cli("--max-new-tokens", "2")
     assert code == 0 and "warning" in err and "100" in err
@@ -473,7 +480,8 @@ def test_the_chat_template_the_system_text_and_stops(cli):
     """What is read differs by what the template makes of it; a broken template is one line."""
     few = ["--ask", "CAB?", "--max-new-tokens", "12", "--quiet"]
     raw = cli(*few)[1]
-    template = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}[{{ messages[-1].content }}]"
+    system = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    template = system + "[{{ messages[-1].content }}]"
     think = "{% if enable_thinking is false %}no{% endif %}"
     edit_json_file(cli.folder / "tokenizer_config.json", chat_template=template + think)
     plain = cli(*few)[1]
@@ -512,12 +520,14 @@ def test_what_a_terminal_would_obey_is_shown_instead(cli):
     [
         "{{ messages[-1].content }}",
         "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[0].content }}",
-        "{% if messages[2:] %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}",
+        "{% if messages[2:] %}{{ raise_exception('one turn') }}{% endif %}"
+        "{{ messages[0].content }}",
     ],
 )
 def test_a_template_of_one_turn_is_refused_before_the_first_of_several_answers(
     cli, source, monkeypatch
 ):
+    """Else the text is read for an hour, and the second question fails."""
     edit_json_file(cli.folder / "tokenizer_config.json", chat_template=source)
     assert cli("--ask", "CAB?", "--max-new-tokens", "1")[0] == 0
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
@@ -540,7 +550,8 @@ def popen(cli, *args, **kw):
 
 def test_the_streamed_answer_stays_on_a_terminal(cli):
     """The progress line erases itself, and nothing else."""
-    command = f"{sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder} --prompt text.txt --max-new-tokens 30 --chunk 4"
+    program = f"{sys.executable} {HERE / 'slim.py'} --ckpt {cli.folder}"
+    command = f"{program} --prompt text.txt --max-new-tokens 30 --chunk 4"
     pid, fd = pty.fork()
     if pid == 0:
         os.execvp("sh", ["sh", "-c", command])
@@ -557,6 +568,7 @@ def test_the_streamed_answer_stays_on_a_terminal(cli):
 
 
 def test_standard_input_is_a_prompt_and_a_closed_pipe_no_traceback(cli):
+    """As in `cat book | slim.py --prompt - | head`."""
     process = popen(cli, "--prompt", "-", "--max-new-tokens", "2000", stdin=subprocess.PIPE)
     process.stdin.write("ABBA " * 50)
     process.stdin.close()
@@ -567,6 +579,7 @@ def test_standard_input_is_a_prompt_and_a_closed_pipe_no_traceback(cli):
 
 
 def test_ctrl_c_prints_the_summary_and_exits_130(cli):
+    """A shell's loop must see that it was interrupted."""
     process = popen(cli, "--prompt", "text.txt", "--max-new-tokens", "4000")
     process.stdout.read(1)
     time.sleep(0.3)
@@ -576,7 +589,7 @@ def test_ctrl_c_prints_the_summary_and_exits_130(cli):
 
 
 def test_further_questions_are_follow_ups(cli):
-    """Two questions at once, two to a saved text, two typed: the same answers, and the text is read once."""
+    """Two questions at once, to a saved text, typed: the same answers; the text is read once."""
     ask = [
         "--ask",
         "CAB?",
@@ -620,6 +633,7 @@ def test_a_map_of_nothing_is_no_error(cli, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_first_tokens_are_that_many_and_whole_characters(talking, n):
+    """A cut inside a character, or one that tokenizes to more."""
     tok = tokenizer.load(talking)
     for text in ("日本語テキスト", "ABBA CAB", "é" * 9):
         first = first_tokens(text, n, tok)
@@ -628,6 +642,7 @@ def test_first_tokens_are_that_many_and_whole_characters(talking, n):
 
 
 def test_main_runs_with_any_stdout_and_on_any_thread(cli, monkeypatch):
+    """A notebook's: no file descriptor, no signals."""
     codes, out = [], io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     args = ["--ckpt", "ckpt", "--prompt", "text.txt", "--quiet", "--max-new-tokens", "2", "--json"]
@@ -638,12 +653,13 @@ def test_main_runs_with_any_stdout_and_on_any_thread(cli, monkeypatch):
 
 
 def test_commands_of_the_chat(cli, tmp_path):
+    """Each command, and wrong ones between them, cost nothing else."""
     process = popen(
         cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "4", stdin=subprocess.PIPE
     )
     out, err = process.communicate(
-        "/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n/map no/where.html\n/map "
-        "text.txt\n/nonsense\n\n",
+        "/stats\n/map\nCAB?\n/map other.html\n/reset\nCAB?\n/map third.html\n"
+        "/map no/where.html\n/map text.txt\n/nonsense\n\n",
         timeout=60,
     )
     assert process.returncode == 0 and "Traceback" not in err
@@ -705,6 +721,7 @@ def test_a_record_for_the_map_is_kept_only_where_a_map_can_be_asked_for(cli, mon
 
 
 def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
+    """The conversation took an hour to read."""
     process = popen(
         cli, "--prompt", "text.txt", "--chat", "--max-new-tokens", "3000", stdin=subprocess.PIPE
     )
@@ -718,6 +735,7 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(cli):
 
 
 def test_two_ctrl_c_break_off_a_step():
+    """A step of a long prompt takes minutes; there must be a way out."""
     with pytest.raises(KeyboardInterrupt), stop_between_tokens(True) as marks:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
@@ -727,9 +745,7 @@ def test_two_ctrl_c_break_off_a_step():
 
 
 def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
-    """Text read alone, questions, a refused one, /reset: all ids that were run spell the conversation as the format
-    wants it.
-    """
+    """Text read alone, questions, a refused one, /reset: the ids spell what the format wants."""
     make_checkpoint(tmp_path / "ckpt", vocab=300)
     engine = slim.load(tmp_path / "ckpt", "cpu")
     tok = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
@@ -768,14 +784,15 @@ def test_a_chat_keeps_the_turns_of_its_format(tmp_path, monkeypatch, capsys):
 def test_a_chat_goes_on_off_the_main_thread_and_after_a_question_without_memory(
     cli, tmp_path, monkeypatch
 ):
+    """Signals work on the main thread only; a refused question costs itself."""
     out, asked, grow = io.StringIO(), [], kvcache.KVCache.make_room
 
-    def make_room(self, end):
+    def make_room(self, end, room=0):
         if end - self.length > 1:
             asked.append(end)
             if len(asked) == 2:  # the second question
                 raise MemoryError("no room for 1 MiB of keys and values")
-        return grow(self, end)
+        return grow(self, end, room)
 
     monkeypatch.setattr(kvcache.KVCache, "make_room", make_room)
     monkeypatch.setattr(sys, "stdout", out)
@@ -809,6 +826,7 @@ def test_a_conversation_that_outgrows_longropes_short_factors_is_a_warning(tmp_p
 
 
 def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, monkeypatch):
+    """The header tells; minutes of loading would be lost."""
     cli("--save", "text.slim")
     monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", "--gamma", "0.5", prompt=None)
@@ -817,6 +835,7 @@ def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, 
 
 
 def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
+    """A full disk or a closed input is no traceback."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
     for command, names in (
@@ -856,9 +875,7 @@ def test_colours_are_for_terminals_that_want_them(cli, monkeypatch):
 
 
 def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
-    """What `python slim.py` shows: the number that stands in the text, found with most of it pruned, and from
-    anywhere.
-    """
+    """`python slim.py` finds the number that stands in the text, most of it pruned, anywhere."""
     monkeypatch.chdir(tmp_path)
     assert cli_main(["--json", "--quiet"]) == 0
     both = json.loads(capfd.readouterr().out)
@@ -876,6 +893,7 @@ def test_the_demo_answers_from_a_pruned_document(capfd, monkeypatch, tmp_path):
 
 def test_a_start_waits_for_no_import_that_it_does_not_use():
     """torch._dynamo alone takes as long as the rest of torch."""
-    code = "import slim, cli, sys; print({'torch._dynamo', 'torch.distributed.tensor'} & {*sys.modules})"
+    slow = "{'torch._dynamo', 'torch.distributed.tensor'}"
+    code = f"import slim, cli, sys; print({slow} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert run.stdout == "set()\n", run.stderr

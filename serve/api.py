@@ -1,8 +1,12 @@
-"""OpenAI's API as data: a request's JSON becomes a Request, an answer becomes JSON, whatever is wrong an ApiError."""
+"""OpenAI's API as data: JSON becomes a Request, an answer JSON, whatever is wrong an ApiError."""
 
+import hashlib
+import json
 import time
 import uuid
 from dataclasses import dataclass, field
+
+from serve.texts import Day, Texts
 
 MOST_STOPS = 16
 
@@ -31,6 +35,7 @@ class Request:
     stop: list[str]
     stream: bool
     include_usage: bool
+    day: Day | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -71,21 +76,28 @@ KINDS = {
 }
 
 
-def parse(chat: bool, body, tok, model: str, max_len: int, defaults) -> Request:
+def parse(
+    chat: bool, body, tok, model: str, max_len: int, defaults, texts: Texts | None = None
+) -> Request:
     """Check a body and return the Request; raise ApiError that names the parameter.
 
-    model: the name that is served; max_len: the model's context in tokens; defaults: max_new_tokens,
-    temperature, top_p and seed for what the body leaves open.
+    model: the name that is served. max_len: the model's context in tokens. defaults: for what the
+    body leaves open. texts: conversations that it may go on with, whose dates are held.
     """
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     body = {key: value for key, value in body.items() if value is not None}
     check_names(body, chat)
     check_model(get(body, "model", str, None), model)
-    if chat:
-        ids = chat_ids(tok, get(body, "messages", list, []))
-    else:
+    day = None
+    if not chat:
         ids = prompt_ids(tok, body.get("prompt", ""))
+    else:
+        turns = read_turns(get(body, "messages", list, []))
+        if texts and "strftime_now" in getattr(tok.template, "source", ""):
+            day, ids = texts.day_of(opening(turns), lambda date: turn_ids(tok, turns, date))
+        else:
+            ids = turn_ids(tok, turns)
     check_length(len(ids), max_len, "messages" if chat else "prompt")
     max_tokens = get(body, "max_tokens", int, defaults.max_new_tokens, 1)
     if chat:
@@ -105,6 +117,7 @@ def parse(chat: bool, body, tok, model: str, max_len: int, defaults) -> Request:
         stop=read_stop(body.get("stop", defaults.stop)),
         stream=get(body, "stream", bool, False),
         include_usage=get(options, "include_usage", bool, False),
+        day=day,
     )
 
 
@@ -121,7 +134,7 @@ def check_names(body: dict, chat: bool) -> None:
 
 
 def changes_nothing(value, harmless: tuple) -> bool:
-    """Tell whether a value is a harmless one; a float may stand for a whole number, True not for 1."""
+    """Tell whether a value is a harmless one; 1.0 may stand for 1, but True may not."""
     return any(value == ok and type(value) in (type(ok), float) for ok in harmless)
 
 
@@ -182,24 +195,43 @@ def prompt_ids(tok, prompt) -> list[int]:
 
 
 def chat_ids(tok, messages) -> list[int]:
-    """Return the ids of a conversation, ready for the answer; a last message of the assistant begins the answer.
+    """Return the ids of a conversation, ready for the answer; see `turn_ids`."""
+    return turn_ids(tok, read_turns(messages))
 
-    By the model's own chat template; without one, the texts follow each other, a line each.
-    """
+
+def read_turns(messages) -> list[dict]:
+    """Return role and content of every message; raise ApiError if there is nothing to answer."""
     turns = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    begun = ""
-    if turns and turns[-1]["role"] == "assistant":
-        begun = turns.pop()["content"]
     if not any(turn["role"] == "user" for turn in turns):
         raise ApiError(400, "messages must be a list with a user's message in it", "messages")
+    return turns
+
+
+def turn_ids(tok, turns: list[dict], date=None) -> list[int]:
+    """Return the ids of turns, ready for the answer; a last turn of the assistant begins it.
+
+    By the model's own chat template, with this date; without one, the texts follow each other, a
+    line each.
+    """
+    begun = ""
+    if turns[-1]["role"] == "assistant":
+        begun = turns[-1]["content"]
+        turns = turns[:-1]
     try:
         if tok.template is None:
             ids = tok.chat("\n".join(turn["content"] for turn in turns))
         else:
-            ids = tok.chat_messages(turns)
+            ids = tok.chat_messages(turns, date=date)
         return ids + tok.encode(begun, after=ids)
     except ValueError as error:  # of the template, or a token that the model lacks
         raise ApiError(400, str(error), "messages") from None
+
+
+def opening(turns: list[dict]) -> str:
+    """Return a hash of how a conversation begins, up to its user's first thousand characters."""
+    users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    first = [(turn["role"], turn["content"][:1000]) for turn in turns[: users[0] + 1]]
+    return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16]
 
 
 def read_message(message, name: str) -> dict[str, str]:

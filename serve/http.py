@@ -1,7 +1,7 @@
 """The clients' side of the server: every connection has a thread and carries one request.
 
-A thread reads and checks the request, puts a job in the queue, and writes the answer as it comes out of the
-job's own queue. So a slow client holds up nobody.
+A thread reads and checks the request, puts a job in the queue, and writes the answer as it comes
+out of the job's own queue. So a slow client holds up nobody.
 """
 
 import contextlib
@@ -39,7 +39,10 @@ PATHS = (CHAT, COMPLETIONS, "/v1/models", "/v1/stats", "/health")
 
 
 def open_server(args, say=print) -> "Server":
-    """Return a server that is bound and does not answer yet; raise ValueError for a place, key or folder of no use."""
+    """Return a server that is bound and does not answer yet.
+
+    Raises ValueError for a place, key or folder that cannot be used.
+    """
     key = args.api_key or os.environ.get("SLIM_API_KEY") or None
     if key and (not key.isascii() or not key.isprintable() or key != key.strip()):
         raise ValueError(
@@ -58,12 +61,16 @@ def open_server(args, say=print) -> "Server":
 
 
 def check_place(place: str, key: str | None) -> tuple[str, int]:
-    """Return host and port of [HOST:]PORT; raise ValueError if they are none, or open to others without a key."""
+    """Return host and port of [HOST:]PORT.
+
+    Raises ValueError if they are none, or open to other machines without a key.
+    """
     host, colon, port = place.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if colon else "127.0.0.1"
     if not host or not (port.isascii() and port.isdigit() and int(port) < 2**16):
         raise ValueError(
-            f"--serve {place!r} is not [HOST:]PORT with a port within 0..65535; give one such as 8080"
+            f"--serve {place!r} is not [HOST:]PORT with a port within 0..65535; "
+            "give one such as 8080"
         )
     if not key and not is_loopback(host):
         raise ValueError(
@@ -104,11 +111,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.counts = dict.fromkeys(COUNTERS, 0)
         self.engine_stats = {}
 
-    def ready(self, engine, tok, args) -> None:
+    def ready(self, engine, tok, args, texts=None) -> None:
         self.model = os.path.basename(os.path.abspath(args.ckpt))  # even of --ckpt .
         self.max_len = engine.config.max_len
         self.tok = tok
         self.args = args
+        self.texts = texts
         self.created = int(time.time())
 
     def close(self) -> None:
@@ -122,7 +130,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def process_request(self, request, client_address):
-        """Start a thread for a connection; if too many wait to be checked, the oldest of them goes."""
+        """Start a thread for a connection; if too many are unchecked, the oldest of them goes."""
         unchecked = [other for other in list(self.arriving) if other not in self.clients]
         if len(unchecked) >= 2 * MOST_CLIENTS:
             self.arriving.pop(unchecked[0], None)
@@ -189,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
         self.guarded(self.post)
 
     def do_OPTIONS(self):
-        """A browser asks whether a page of another site may send its request; the key decides, not the site."""
+        """Tell a browser whether a page of another site may send its request: if there is a key."""
         self.guarded(self.allow if self.server.key else self.post)
 
     def allow(self, path: str) -> None:
@@ -224,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json(error.status, error.body)
 
     def check_caller(self) -> None:
-        """Refuse callers without the key, or where there is none pages of other sites; then too many callers."""
+        """Refuse callers without the key, where there is none other sites, then too many."""
         if self.server.key:
             self.check_key()
         else:
@@ -292,7 +300,8 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error!s:.100}") from None
         server.arriving.pop(self.connection, None)
-        request = parse(path == CHAT, body, server.tok, server.model, server.max_len, server.args)
+        model = server.tok, server.model, server.max_len
+        request = parse(path == CHAT, body, *model, server.args, server.texts)
         if server.stopping.is_set():
             raise ApiError(503, "the server is closing")
         job = Job(request)
@@ -320,9 +329,10 @@ class Handler(BaseHTTPRequestHandler):
     # ---- answers
 
     def events(self, job: Job, idle=lambda: None):
-        """Yield what the engine puts out for a job, up to (finish reason, usage); raise its ApiError.
+        """Yield what the engine puts out for a job, up to (finish reason, usage).
 
-        Raises OSError if the client has left; calls `idle` after every IDLE seconds without news.
+        Raises its ApiError, or OSError if the client has left. Calls `idle` after every IDLE
+        seconds without news.
         """
         checked = news = time.monotonic()
         event = None
@@ -361,7 +371,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(200, whole(job.request, "".join(pieces), finish, used))
 
     def stream(self, job: Job) -> None:
-        """Send events; the status line waits for the first one, so that an error can still have its own."""
+        """Send events; the status line waits for the first, so that an error can have its own."""
         request = job.request
         for event in self.events(job, idle=self.send_comment):
             self.open_stream(request)
@@ -413,14 +423,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def linger(self) -> None:
-        """Read away the rest of a refused body: closing on it would cut off the answer before it is read."""
+        """Read away the rest of a refused body: closing on it would cut off the answer."""
         self.connection.shutdown(socket.SHUT_WR)
         self.server.arriving.setdefault(self.connection, time.monotonic() + TIMEOUT)
         while self.connection.recv(2**16):
             pass
 
     def send_error(self, code, message=None, explain=None):
-        """Refuse what the standard library does not read: a bad request line, too long a header, an unknown method."""
+        """Refuse what the standard library does not read, such as a bad request line."""
         self.server.counts["errors"] += 1
         self.close_connection = True
         self.request_version = self.protocol_version  # a status line for nonsense too

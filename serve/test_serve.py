@@ -5,6 +5,7 @@ $SLIM_REQUESTS sets how many mixed requests the long test sends (120; 1,000 take
 
 import collections
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -49,7 +50,7 @@ MANY = int(os.environ.get("SLIM_REQUESTS", "120"))
 @given(seed=st.integers(0, 10**6), pruned=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_path_factory):
-    """Going on never changes what is run: dense, the answers are a fresh engine's; pruned, the ids."""
+    """Going on changes nothing: dense, the answers are a fresh engine's; pruned, the ids."""
     rng = random.Random(seed)
     options = PRUNED if pruned else {"schedule": "dense", "block_len": 32}
     engine = slim.load(tiny, "cpu", **options)
@@ -71,6 +72,7 @@ def test_any_row_of_requests_runs_the_ids_it_was_given(tiny, seed, pruned, tmp_p
 
 
 def test_another_question_on_the_same_text_reads_itself_alone(tiny):
+    """What the server is for: a text is read by the first question alone."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, text = Texts(engine), draw(2000)
     ask = [text + draw(40, seed) for seed in (1, 2)] + [
@@ -90,6 +92,7 @@ def test_another_question_on_the_same_text_reads_itself_alone(tiny):
 
 
 def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
+    """The second reading leaves unpruned the place where the third will part."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, text, kept = Texts(engine), draw(2000), []
     for seed in (1, 2, 3):
@@ -101,6 +104,7 @@ def test_a_question_longer_than_the_tail_is_read_twice_and_no_more(tiny):
 
 
 def test_much_that_is_new_is_read_afresh_and_pruned(tiny):
+    """A follow-up is never pruned, so a long text must not become one."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     texts, talk = Texts(engine), draw(300)
     engine.prefill(talk)
@@ -109,6 +113,7 @@ def test_much_that_is_new_is_read_afresh_and_pruned(tiny):
 
 
 def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
+    """A file's whole life: written, opened the next day, passed by when it is bad, deleted."""
     engine, said = slim.load(tiny, "cpu", **PRUNED), []
     texts = Texts(engine, tmp_path, say=said.append)
     docs = [draw(1600, seed) for seed in range(3)]
@@ -141,7 +146,7 @@ def test_texts_wait_in_files_and_the_oldest_leaves(tiny, tmp_path):
 
 
 def started(tiny, folder):
-    """Return texts of a pruned engine, and a function that reads ids and says how many need not be read again."""
+    """Return texts of a pruned engine, and a function that reads ids: how many were known?"""
     engine, said = slim.load(tiny, "cpu", **PRUNED), []
     texts = Texts(engine, folder, say=said.append)
 
@@ -154,6 +159,7 @@ def started(tiny, folder):
 
 
 def test_a_text_at_hand_is_saved_before_another_that_lies_in_a_file_is_read_anew(tiny, tmp_path):
+    """The new reading would overwrite it."""
     _, read = started(tiny, tmp_path)
     a, b = draw(2000, 1), draw(2000, 2)
     read(a + draw(900, 7)), read(b)
@@ -162,6 +168,7 @@ def test_a_text_at_hand_is_saved_before_another_that_lies_in_a_file_is_read_anew
 
 
 def test_two_long_chats_on_one_text_both_stay(tiny, tmp_path):
+    """Neither covers the other, so neither file may replace the other's."""
     texts, read = started(tiny, tmp_path)
     text = draw(2000, 1)
     a, b = text + draw(1200, 2), text + draw(1200, 3)
@@ -175,6 +182,7 @@ def test_two_long_chats_on_one_text_both_stay(tiny, tmp_path):
 
 
 def test_a_file_deleted_by_hand_is_written_again(tiny, tmp_path):
+    """What the folder holds counts, not what was once written."""
     texts, read = started(tiny, tmp_path)
     read(draw(2000, 1)), texts.put_away()
     for path in texts.files():
@@ -184,6 +192,7 @@ def test_a_file_deleted_by_hand_is_written_again(tiny, tmp_path):
 
 
 def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
+    """It may be the least recently used, just before it is used."""
     texts, read = started(tiny, tmp_path)
     docs = [draw(2000, seed) for seed in (1, 2, 3)]
     assert [read(doc) for doc in docs] == [0, 0, 0]
@@ -192,6 +201,7 @@ def test_the_text_that_is_asked_for_is_not_the_one_that_leaves(tiny, tmp_path):
 
 
 def test_a_request_that_memory_has_no_room_for_costs_no_file(tiny, tmp_path, monkeypatch):
+    """Such a refusal does not mean that the file is bad."""
     texts, read = started(tiny, tmp_path)
     a, b = draw(2000, 1), draw(2000, 2)
     read(a), read(b)
@@ -202,6 +212,7 @@ def test_a_request_that_memory_has_no_room_for_costs_no_file(tiny, tmp_path, mon
 
 
 def test_a_rewind_stays_within_the_tail(tiny):
+    """Before the tail, rows were pruned and cannot be had back."""
     engine = slim.load(tiny, "cpu", **PRUNED)
     engine.prefill(draw(600), keep_last=100)
     assert engine.kv.tail_start == 480
@@ -214,6 +225,7 @@ def test_a_rewind_stays_within_the_tail(tiny):
 
 
 def test_dense_logits_after_a_rewind_are_those_of_a_new_prefill(tiny):
+    """Nothing of the forgotten tokens may stay in view."""
     engine, other = (slim.load(tiny, "cpu", schedule="dense", block_len=32) for _ in range(2))
     engine.prefill(draw(500), keep_last=200)
     engine.extend(draw(50, 1))
@@ -258,7 +270,7 @@ def test_a_cache_folder_may_be_a_link_whose_target_is_not_there_yet(tmp_path):
 
 
 def test_a_file_that_another_server_marks_as_used_is_read_all_the_same(tiny, tmp_path, monkeypatch):
-    """The mark changes its time while it is read here: no reason to delete it, nor to read the text."""
+    """The mark changes its time while it is read here: no reason to delete it."""
     texts, read = started(tiny, tmp_path)
     document = draw(2000, 1)
     read(document), read(draw(2000, 2))
@@ -306,7 +318,7 @@ def test_a_file_deleted_by_another_server_is_read_again(tiny, tmp_path, monkeypa
 
 
 def test_two_servers_on_one_folder_share_its_texts(tiny, tmp_path):
-    """What one writes the other finds, and does not write again; a name is written by both at once."""
+    """What one writes the other finds, and does not write again; both may write one name."""
     first, read_first = started(tiny, tmp_path)
     second, read_second = started(tiny, tmp_path)
     document = draw(2000, 1)
@@ -349,7 +361,7 @@ def test_a_text_larger_than_the_cache_is_not_written_at_all(tiny, tmp_path, monk
     said = []
     texts.say = said.append
     read(draw(4000, 2))
-    monkeypatch.setattr(texts.engine, "save", lambda path: pytest.fail("it was written"))
+    monkeypatch.setattr(texts.engine, "save", lambda *_: pytest.fail("it was written"))
     read(draw(1600, 3))
     assert list(texts.files()) == [small] and "--cache-gib" in said[0]
 
@@ -363,7 +375,7 @@ def test_files_leave_before_the_next_is_written(tiny, tmp_path, monkeypatch):
     texts.most = int(1.5 * one.st_size)
     seen = []
     monkeypatch.setattr(
-        texts.engine, "save", lambda path: (seen.append(len(texts.files())), save(path))
+        texts.engine, "save", lambda *args: seen.append(len(texts.files())) or save(*args)
     )
     read(draw(2000, 2)), read(draw(2000, 3))
     assert seen == [0] and len(texts.files()) == 1
@@ -378,6 +390,42 @@ def test_what_stays_unpruned_is_bounded():
     assert unpruned_end(2900, 1400) == 512  # more than half is new
     assert unpruned_end(100_000, 90_000) == 10_000
     assert unpruned_end(100_000, 51_000) == 512
+
+
+# ---- dates -------------------------------------------------------------------------------------
+
+
+def test_a_conversation_keeps_its_date_and_a_new_one_has_todays(talking, tmp_path, monkeypatch):
+    """Templates of Llama 3.2 and SmolLM3 write the date: at midnight all texts were read again."""
+    tok = tokenizer.load(talking)
+    date = "{{ strftime_now('%d %B %Y') }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+    tok.template = Template(Path("x"), date, {})
+    today = [datetime.date(2026, 11, 28)]
+    clock = SimpleNamespace(today=lambda: today[0], fromisoformat=datetime.date.fromisoformat)
+    monkeypatch.setattr("serve.texts.datetime", SimpleNamespace(date=clock))
+    engine = slim.load(talking, "cpu", **PRUNED)
+
+    def ask(texts, text):
+        body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+        request = parse(True, body, tok, "m", 4096, DEFAULTS, texts)
+        cached, keep_last = texts.reuse(request.ids)
+        texts.day = request.day
+        ids = request.ids[cached:]
+        engine.extend(ids) if cached else engine.prefill(ids, keep_last=keep_last)
+        return cached, request.day.date.day
+
+    texts = Texts(engine, tmp_path)
+    assert ask(texts, "ABBA CAB " * 450) == (0, 28)
+    today[0] = datetime.date(2026, 11, 29)
+    cached, day = ask(texts, "ABBA CAB " * 450 + "CAB?")  # past midnight
+    assert cached > 1000 and day == 28
+    assert ask(texts, "CAB " * 900) == (0, 29)
+    engine.forget()
+    today[0] = datetime.date(2026, 12, 1)
+    texts = Texts(engine, tmp_path)  # started again
+    cached, day = ask(texts, "ABBA CAB " * 450 + "ABBA?")
+    assert cached > 1000 and day == 28
+    assert ask(texts, "ABBA CAB " * 112 + "BA" * 900) == (0, 1)  # begins alike, goes on otherwise
 
 
 # ---- requests ---------------------------------------------------------------------------------
@@ -434,6 +482,7 @@ def tok(talking):
 
 @pytest.mark.parametrize("body", MALFORMED)
 def test_a_malformed_body_is_refused_with_the_parameter(tok, body):
+    """A client shows its user this message, and finds the fault by `param`."""
     param, status = MALFORMED[body]
     long = json.dumps([{"role": "user", "content": "word " * 6000}])
     text = body.replace("USER", json.dumps(USER)).replace("LONG", long)
@@ -476,6 +525,7 @@ def test_a_malformed_body_is_refused_with_the_parameter(tok, body):
 )
 @settings(max_examples=300, deadline=None)
 def test_any_value_is_taken_or_refused(tok, value, name, chat):
+    """No JSON value of any parameter may reach the engine unchecked."""
     body = {"model": "m", "messages": USER} if chat else {"model": "m", "prompt": "ABBA"}
     with contextlib.suppress(ApiError):
         r = parse(chat, body | {name: value}, tok, "m", 4096, DEFAULTS)
@@ -484,6 +534,7 @@ def test_any_value_is_taken_or_refused(tok, value, name, chat):
 
 
 def test_what_is_left_open_comes_from_the_command_line(tok):
+    """Defaults, null, a whole number as a float, and the limits of a seed and of max_tokens."""
     r = parse(
         True, {"model": "m", "messages": USER, "seed": None, "n": 1.0}, tok, "m", 4096, DEFAULTS
     )
@@ -507,6 +558,7 @@ def test_what_is_left_open_comes_from_the_command_line(tok):
 
 
 def test_messages_spell_the_conversation_of_the_chat_format(tok):
+    """Roles, marks typed by a user, a begun answer, parts: token by token."""
     chat = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
     chat.template = Template(
         Path("x"),
@@ -544,6 +596,7 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
     ],
 )
 def test_only_this_machine_is_served_without_a_key(place, key, good):
+    """A wrong place must end in one line, an open one in a demand for a key."""
     if isinstance(good, tuple):
         assert check_place(place, key) == good
     else:
@@ -624,10 +677,8 @@ class Running:
 
     def post(self, body: dict, path="/v1/chat/completions") -> bytes:
         data = json.dumps({"model": self.model} | body).encode()
-        return (
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-            + data
-        )
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}"
+        return f"{head}\r\n\r\n".encode() + data
 
     def rss(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -649,6 +700,7 @@ def server(talking, tmp_path_factory):
 
 
 def test_streamed_or_not_the_answer_is_the_engines(server, talking):
+    """The one test of the whole way: HTTP, template, engine, file, stream."""
     engine = slim.load(talking, "cpu", **PRUNED)
     tok, ids = engine.tokenizer, chat_ids(engine.tokenizer, [{"role": "user", "content": TEXT}])
     expected = "".join(tok.stream(engine.generate(ids, 12, keep_last=min(512, len(ids) // 4))))
@@ -676,6 +728,7 @@ def test_streamed_or_not_the_answer_is_the_engines(server, talking):
 
 
 def test_completions_take_texts_and_ids(server, talking):
+    """Evaluation programs send ids, and compare them with texts."""
     tok = tokenizer.load(talking)
     ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode("ABBA CAB")
     texts = []
@@ -703,6 +756,7 @@ def test_completions_take_texts_and_ids(server, talking):
 
 
 def test_stops_and_limits_end_an_answer(server):
+    """Clients go by finish_reason: cut off, or complete."""
     text = server.chat("CAB", max_tokens=12)["choices"][0]["message"]["content"]
     stop = text[4:6]
     answer = server.chat("CAB", max_tokens=12, stop=[stop, "never said"])["choices"][0]
@@ -720,6 +774,7 @@ def test_stops_and_limits_end_an_answer(server):
 
 
 def test_the_small_paths_and_errors_in_their_shape(server):
+    """Whatever is sent, the answer is JSON of OpenAI's shape with the right status."""
     assert server.ask("/health") == (200, {"status": "ok"})
     status, models = server.ask("/v1/models")
     assert status == 200 and [model["id"] for model in models["data"]] == [server.model]
@@ -782,7 +837,7 @@ def test_the_small_paths_and_errors_in_their_shape(server):
 
 
 def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
-    """Half a request, an answer not read, an answer left in the middle, and one left while it waits."""
+    """Half a request, an answer not read, one left in the middle, one left while it waits."""
     long = server.post({"messages": USER, "max_tokens": 3000, "stream": True})
     half = [server.raw(long[:n]) for n in (0, 10, 60, len(long) - 5) for _ in range(5)]
     gone = server.ask("/v1/stats")[1]["disconnected"]
@@ -802,6 +857,7 @@ def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
 
 
 def test_a_key_is_asked_for(talking):
+    """With a key any origin is served, without it nobody; a preflight request carries none."""
     server = Running(talking, env={"SLIM_API_KEY": "sesame=1"})
     assert server.ask("/v1/models")[0] == 401
     assert server.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
@@ -839,7 +895,7 @@ def test_a_client_that_leaves_a_whole_answer_is_noticed(server):
 
 
 def test_the_connection_is_looked_at_while_tokens_come():
-    """An answer at 100 tokens/s never leaves the queue empty: the time since the last look decides."""
+    """At 100 tokens/s the queue is never empty: the time since the last look decides."""
     near, far = socket.socketpair()
     handler = object.__new__(Handler)
     handler.connection = near
@@ -916,7 +972,7 @@ def test_callers_without_the_key_take_no_place(monkeypatch):
 
 
 def test_a_connection_that_gets_no_thread_leaves_no_trace(monkeypatch):
-    """A container's limit of processes: after 256 of these every request got status 503 for good."""
+    """A container's limit of processes: after 256 of these every request got status 503."""
     said = []
     with door(say=said.append) as server:
         with monkeypatch.context() as patch:
@@ -964,7 +1020,14 @@ def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
     rooms = []
     reuse = texts.reuse
     monkeypatch.setattr(texts, "reuse", lambda ids, room: (rooms.append(room), reuse(ids, room))[1])
-    request = {"max_tokens": 3000, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []}
+    request = {
+        "max_tokens": 3000,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": None,
+        "stop": [],
+        "day": None,
+    }
     job = Job(SimpleNamespace(ids=draw(100), **request))
     monkeypatch.setattr(texts.engine, "generate", lambda *args, **more: iter([1]))
     tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
@@ -974,10 +1037,11 @@ def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
 
 
 def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, monkeypatch):
+    """Breaking off a step would lose the text that it follows."""
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2600)
     texts, request = (
         Texts(engine),
-        {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": []},
+        {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": [], "day": None},
     )
     engine.prefill(text[:1500], keep_last=100)
     job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
@@ -990,6 +1054,7 @@ def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, mon
 
 
 def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
+    """Clients must give this name: not a hash of a cache, not `.`."""
     monkeypatch.chdir(HERE)
     engine = SimpleNamespace(config=SimpleNamespace(max_len=9))
     names = (
@@ -1004,6 +1069,7 @@ def test_the_model_is_named_after_what_was_asked_for(monkeypatch):
 
 
 def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tmp_path):
+    """An end loses neither the running answer nor the text."""
     server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
     running = server.raw(
         server.post(
@@ -1024,6 +1090,7 @@ def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tm
 
 
 def test_a_server_that_cannot_open_says_so_in_one_line(talking, server, tmp_path, capfd):
+    """Before the weights are loaded, with the flag to change."""
     (tmp_path / "file").write_text("")
     for args, names in [
         (["--serve", str(server.port)], "cannot be opened"),
@@ -1046,7 +1113,7 @@ def test_a_server_that_cannot_open_says_so_in_one_line(talking, server, tmp_path
 
 
 def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
-    """Of every 20 requests one is broken off and one malformed; the others are answered, from 6 clients at a time."""
+    """6 clients; of every 20 requests one is broken off, one malformed, the rest answered."""
     rng, lost, done, sizes = random.Random(0), [], [], []
     todo = list(range(MANY))
 
@@ -1093,7 +1160,8 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
     quarter = len(sizes) // 4
     early, late = max(sizes[quarter : 2 * quarter]), max(sizes[-quarter:])
     print(
-        f"{MANY} requests; memory {early / 2**20:.0f} MiB in the second quarter, {late / 2**20:.0f} in the last"
+        f"{MANY} requests; memory {early / 2**20:.0f} MiB in the second quarter, "
+        f"{late / 2**20:.0f} in the last"
     )
     assert late < early + 2**25
     until = time.monotonic() + 30
@@ -1104,6 +1172,7 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
 
 
 def test_the_openai_package_is_served(server):
+    """The client that most programs use parses every answer and error."""
     openai = pytest.importorskip(
         "openai", reason="the openai package is not installed: pip install openai"
     )
@@ -1141,6 +1210,7 @@ def test_the_openai_package_is_served(server):
 
 
 def test_langchain_is_served(server):
+    """It sends parameters of its own, and content in other shapes."""
     chat = pytest.importorskip(
         "langchain_openai", reason="not installed: pip install langchain-openai"
     ).ChatOpenAI(
@@ -1155,6 +1225,7 @@ def test_langchain_is_served(server):
 
 
 def test_common():
+    """The length that all reuse rests on, at its edges."""
     assert [
         common(a, b) for a, b in (([], [1]), ([1, 2], [1, 2, 3]), ([1, 2], [1, 3]), ([2], [1]))
     ] == [0, 2, 1, 0]

@@ -1,15 +1,17 @@
-"""Conversation cache: finds the conversation that shares the longest beginning with a request, and goes on with it.
+"""Conversation cache: goes on with the conversation that begins like a request.
 
-The engine holds one conversation; others wait in files. A conversation can be rewound to any place in its
-tail, which is never pruned, so only what follows that place is read. Chat clients send text and question in
-one message: the next question parts from the first one inside the prompt. The last TAIL tokens of a prompt
-therefore stay in the tail.
+The engine holds one conversation; others wait in files. A conversation can be rewound to any place
+in its tail, which is never pruned, so only what follows that place is read. Chat clients send text
+and question in one message: the next question parts from the first one inside the prompt. The last
+TAIL tokens of a prompt therefore stay in the tail.
 
-Files come and go: other servers and people may add, replace and delete them at any time. What the folder
-holds is looked up for every request, and a file that cannot be used is left alone, and its text read again.
+Files come and go: other servers and people may add, replace and delete them at any time. What the
+folder holds is looked up for every request; a file that cannot be used is left alone, and its text
+is read again.
 """
 
 import contextlib
+import datetime
 import hashlib
 import os
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter
 LONG_TAIL = 2048  # tokens of a question on a text known already that may all stay in the tail
 WORTH_A_FILE = 1024  # tokens of a text, or of a chat about it; less is sooner read again
 FEW = 256  # tokens; a file that lacks no more than these of its conversation is not written again
+MOST_DAYS = 3  # whose dates are tried for one request, as each has to be rendered
 TRIES = 3  # to open a file that others change meanwhile
 
 
@@ -52,10 +55,11 @@ def check_folder(folder: str) -> None:
 def unpruned_end(n_prompt: int, shared: int) -> int:
     """Return how many tokens at the end of a new prompt to leave unpruned.
 
-    Of a prompt that shares its beginning with another one, all that is new: the next question on the same
-    text will part there too. But these tokens cost time and memory in every layer, so they are bounded by an
-    eighth of the prompt, which is what the default schedule keeps in its last stage anyway, or by LONG_TAIL,
-    if that is more. When more is new, it is pruned like any text, and a further question reads all again.
+    Of a prompt that shares its beginning with another one, all that is new: the next question on
+    the same text will part there too. But these tokens cost time and memory in every layer, so
+    there are at most LONG_TAIL of them, or an eighth of the prompt, which is what the default
+    schedule keeps in its last stage anyway. If more is new, it is pruned like any text, and the
+    next question reads all again.
     """
     new = n_prompt - shared
     usual = min(TAIL, n_prompt // 4)
@@ -64,11 +68,20 @@ def unpruned_end(n_prompt: int, shared: int) -> int:
 
 
 @dataclass(frozen=True)
+class Day:
+    """The date in a conversation's first message, which many templates write there."""
+
+    opening: str  # tells conversations apart before they are rendered
+    date: datetime.date
+
+
+@dataclass(frozen=True)
 class Text:
     """A conversation to go on with."""
 
     ids: list[int]
     first: int  # the first place that it can be rewound to
+    day: Day | None = None
 
     def covers(self, other: "Text") -> bool:
         """Tell whether the other one is not needed beside this one."""
@@ -77,13 +90,17 @@ class Text:
 
 
 class Texts:
-    """The conversation at hand, and those that wait in `folder`: files of `gib` in all."""
+    """The conversation at hand, and those that wait in `folder`: files of `gib` in all.
+
+    Only `day_of` is called by other threads than the engine's; it changes nothing.
+    """
 
     def __init__(self, engine, folder=None, gib: float = 8.0, say=print):
         self.engine = engine
         self.folder = Path(folder) if folder else None
         self.most = int(gib * 2**30)
         self.say = say
+        self.day: Day | None = None  # of the conversation at hand
         self.saved: dict[Path, Text] = {}
         self.versions: dict[Path, tuple] = {}  # of all files looked at, usable or not
         self.refresh()
@@ -91,9 +108,9 @@ class Texts:
     # ---- to find and open -------------------------------------------------------------
 
     def reuse(self, ids: list[int], room: int = 0) -> tuple[int, int]:
-        """Make ready to run ids: return the tokens that need not be read again, and the tail for a new reading.
+        """Make ready to run ids; return how many need not be read again, and `keep_last`.
 
-        room: new tokens to make room for.
+        keep_last: tokens to leave unpruned at the end of a new reading. room: new tokens to come.
         """
         self.refresh()
         engine = self.engine
@@ -113,10 +130,11 @@ class Texts:
         return kept, 0
 
     def find(self, ids: list[int]) -> tuple[Path | None, int, int]:
-        """Return the file to go on with (None: what is at hand), the tokens to keep, and the most that any one shares.
+        """Return the file to go on with, the tokens to keep, and the most that any file shares.
 
-        Tokens to keep are 0 if the prompt is to be read afresh: where none shares enough, or where so much is
-        new that it had better be pruned. At least one id is left to run.
+        The file is None for the conversation at hand. Tokens to keep are 0 if the prompt is to be
+        read afresh: where none shares enough, or where so much is new that it had better be pruned.
+        At least one id is left to run.
         """
         found = None
         kept = longest = 0
@@ -132,10 +150,28 @@ class Texts:
 
     def at_hand(self) -> Text:
         engine = self.engine
-        return Text(engine.ids + engine.pending, engine.kv.tail_start)
+        return Text(engine.ids + engine.pending, engine.kv.tail_start, self.day)
+
+    def day_of(self, opening: str, render) -> tuple[Day, list[int]]:
+        """Return the day of the conversation that a request goes on with, and the request's ids.
+
+        With the date of another day, they would part in the first message, and all be read again.
+        render: returns the ids of the request for a date. A new conversation has today's.
+        """
+        today = datetime.date.today()
+        ids_today = render(today)
+        known = [*list(self.saved.values()), self.at_hand()]
+        days = {text.day for text in known if text.day and text.day.opening == opening}
+        days.discard(Day(opening, today))
+        if self.find(ids_today)[1] == 0:
+            for day in sorted(days, key=lambda day: day.date, reverse=True)[:MOST_DAYS]:
+                ids = render(day.date)
+                if self.find(ids)[1] > 0:
+                    return day, ids
+        return Day(opening, today), ids_today
 
     def open(self, path: Path, room: int) -> bool:
-        """Let the engine go on with a file; return False, and do not look at it again, if it cannot be used."""
+        """Let the engine go on with a file; return False, and forget it, if it cannot be used."""
         expected = self.saved[path].ids
         for _ in range(TRIES):
             before = version(path)
@@ -161,9 +197,9 @@ class Texts:
     # ---- to save ----------------------------------------------------------------------
 
     def put_away(self, wanted: Path | None = None) -> None:
-        """Save the conversation at hand if there is a folder and it is worth it; a failure is a line in the log.
+        """Save the conversation at hand if there is a folder and it is worth it.
 
-        wanted: the file that is used next, which therefore stays.
+        A failure is a line in the log. wanted: the file that is used next, which therefore stays.
         """
         engine = self.engine
         if self.folder is None or not engine.usable or engine.kv.tail_start < WORTH_A_FILE:
@@ -177,7 +213,7 @@ class Texts:
         name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
         path = self.folder / f"text-{name}.slim"
         try:
-            engine.save(path)
+            engine.save(path, as_json(here.day))
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.say(f"slim: {one_line(error)}")
             return
@@ -186,12 +222,15 @@ class Texts:
                 self.drop(old)  # the new file goes on from it
 
     def size(self) -> int:
-        """Return the bytes that a file of the conversation at hand takes, its ids as text included."""
+        """Return the bytes that a file of the conversation at hand takes, its header included."""
         _, tensors = self.engine.kv.state()
         return sum(tensor.nbytes for tensor in tensors.values()) + 16 * len(self.engine.ids)
 
     def make_room(self, size: int, wanted: Path | None) -> bool:
-        """Delete files, the least recently used first, until `size` bytes fit; return False if they never will."""
+        """Delete files, the least recently used first, until `size` bytes fit.
+
+        Returns False, and deletes none, if they never will.
+        """
         sizes = {path: stat.st_size for path, stat in self.files().items()}
         if size + sizes.get(wanted, 0) > self.most:
             most = format_bytes(self.most)
@@ -207,7 +246,7 @@ class Texts:
     # ---- the folder -------------------------------------------------------------------
 
     def files(self) -> dict[Path, os.stat_result]:
-        """Return the files of the folder that this class wrote, here or elsewhere, the least recently used first."""
+        """Return the files that servers wrote to the folder, the least recently used first."""
         found = {}
         for path in self.folder.glob("text-*.slim") if self.folder else ():
             with contextlib.suppress(OSError):  # gone again, or a link to nothing
@@ -231,14 +270,15 @@ class Texts:
         self.versions = versions
 
     def look(self, path: Path) -> Text | None:
-        """Return what a file holds; None if it is of another model or other settings, or cannot be read."""
+        """Return what a file holds; None for another model or other settings, or if it is bad."""
         identity = self.engine.ckpt.identity
         try:
             header, _ = read_saved(path)
             check_saved(path, header, identity)
             n_prunable = header["kv"]["n_prunable"]
             last = last_block_len(n_prunable, self.engine.ckpt.settings.block_len)
-            return Text(header["ids"] + header["pending"], n_prunable - last)
+            ids = header["ids"] + header["pending"]
+            return Text(ids, n_prunable - last, from_json(header["extra"]))
         except Exception:  # anything may lie in a folder
             return None
 
@@ -257,6 +297,16 @@ class Texts:
         self.saved.pop(path, None)
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def as_json(day: Day | None) -> dict:
+    return {"opening": day.opening, "date": day.date.isoformat()} if day else {}
+
+
+def from_json(extra: dict) -> Day | None:
+    if "date" not in extra:
+        return None
+    return Day(extra["opening"], datetime.date.fromisoformat(extra["date"]))
 
 
 def version(path: Path) -> tuple | None:

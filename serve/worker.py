@@ -1,4 +1,4 @@
-"""The engine's side of the server: one job at a time, in the order they came, on the main thread."""
+"""The engine's side of the server: one job at a time, as they came, on the main thread."""
 
 import contextlib
 import queue
@@ -11,8 +11,8 @@ from loading.files import one_line
 from serve.api import ApiError, Request, usage
 from serve.texts import Texts
 
-PIECE = 512  # tokens of a follow-up that are read at once; between two pieces the client may be found gone
-ROOM = 256  # new tokens that memory is taken for before they come; most answers end long before max_tokens
+PIECE = 512  # tokens of a follow-up that are read at once; in between, the client may be found gone
+ROOM = 256  # new tokens to have memory for: most answers end long before max_tokens
 
 
 class Disconnected(Exception):
@@ -34,9 +34,9 @@ class Job:
 
 
 def run(server, engine, tok, args, say) -> int:
-    """Answer requests until Ctrl-C or SIGTERM; the running answer is finished, and the conversation saved."""
+    """Answer requests until Ctrl-C or SIGTERM; finish the running answer, save the conversation."""
     texts = Texts(engine, args.cache_dir, args.cache_gib, say)
-    server.ready(engine, tok, args)
+    server.ready(engine, tok, args, texts)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     say(f"slim: {server.model} at {server.url}/v1; Ctrl-C closes")
     with stopping(server):
@@ -52,7 +52,7 @@ def run(server, engine, tok, args, say) -> int:
 
 @contextlib.contextmanager
 def stopping(server):
-    """Let the first Ctrl-C or SIGTERM end the queue, after the running answer; a second one breaks off."""
+    """Let Ctrl-C or SIGTERM end the queue, after the running answer; a second one breaks off."""
 
     def stop(*_):
         if server.stopping.is_set():
@@ -124,20 +124,22 @@ class Tokens:
 
 
 def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
-    """Write the answer to a job, piece by piece, into its queue; raise Disconnected if the client leaves."""
+    """Write the answer to a job, piece by piece, into its queue.
+
+    Raises Disconnected if the client leaves.
+    """
     request = job.request
     started = time.perf_counter()
     job.check()
     room = min(request.max_tokens, ROOM)
-    cached, tail = texts.reuse(request.ids, room)
+    cached, keep_last = texts.reuse(request.ids, room)
+    texts.day = request.day
     ids = read_ahead(job, engine, cached, room)
     sampling = request.max_tokens, request.temperature, request.top_p, request.seed
-    source = engine.generate(ids, *sampling, follow_up=cached > 0, keep_last=tail)
+    source = engine.generate(ids, *sampling, follow_up=cached > 0, keep_last=keep_last)
     tokens = Tokens(source, job, engine)
-    if not cached:
-        engine.model.on_chunk = (
-            job.check
-        )  # a new reading may be broken off anywhere: nothing is lost
+    if not cached:  # a new reading may be broken off anywhere: nothing is lost
+        engine.model.on_chunk = job.check
     try:
         for piece in tok.stream(tokens, request.stop):
             job.out.put(piece)
@@ -150,7 +152,7 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
 
 
 def read_ahead(job: Job, engine, cached: int, room: int) -> list[int]:
-    """Read a long follow-up in pieces, checking the client in between; return the ids still to run."""
+    """Read a long follow-up in pieces, checking the client in between; return the ids left."""
     ids = job.request.ids[cached:]
     while cached and len(ids) > PIECE:
         engine.extend(ids[:PIECE], room=len(ids) - PIECE + room)
