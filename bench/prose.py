@@ -1,11 +1,11 @@
 """Questions on real prose: the answer lies somewhere in a long text.
 
 A document is a stretch of a book with the facts of all tasks put in at random places; each task
-asks for its own, and the others' distract. The model is asked in its own chat format, and the answer's
-first words are given, so that it has to name the fact and nothing else. All prompts of a document
-begin alike, so a dense run of this beginning is shared. Texts for choosing a rule and texts for
-reporting about it are different parts of the book: even stretches of 2^16 characters for choosing,
-odd ones for reporting.
+asks for its own, and the others' distract. The model is asked in its own chat format, and the
+answer's first words are given, so that it has to name the fact and nothing else. All prompts of
+a document begin alike, so a dense run of this beginning is shared. Texts for choosing a rule
+and texts for reporting about it are different parts of the book: even stretches of 2^16
+characters for choosing, odd ones for reporting.
 """
 
 import os
