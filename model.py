@@ -205,7 +205,7 @@ class Model:
         )
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return RoPE's cos and sin (T, 1, R/2) at positions (T,), and the queries' scale (T, 1, 1) if there is one.
+        """Return RoPE's cos, sin (T, 1, R/2) and the queries' scale (T, 1, 1) or None, at positions (T,).
 
         Computed in float32 even for a float64 run, as the reference implementations do.
         """

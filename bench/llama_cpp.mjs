@@ -1,4 +1,4 @@
-// One run of llama.cpp for bench/compare.py: node llama_cpp.mjs MODEL.gguf THREADS NEW < ids.json
+// One run of llama.cpp for bench/speed.py: node llama_cpp.mjs MODEL.gguf THREADS NEW < ids.json
 import fs from "node:fs";
 import {getLlama} from "node-llama-cpp";
 

@@ -1,13 +1,14 @@
 """Questions on real prose: the answer lies somewhere in a long text.
 
 A document is a stretch of a book with the facts of all tasks put in at random places; each task
-asks for its own, and the others' distract. The model is asked in its own chat format, and the answer's
-first words are given, so that it has to name the fact and nothing else. All prompts of a document
-begin alike, so a dense run of this beginning is shared. Texts for choosing a rule and texts for
-reporting about it are different parts of the book: even stretches of 2^16 characters for choosing,
-odd ones for reporting.
+asks for its own, and the others' distract. The model is asked in its own chat format, and the
+answer's first words are given, so that it has to name the fact and nothing else. All prompts of
+a document begin alike, so a dense run of this beginning is shared. Texts for choosing a rule
+and texts for reporting about it are different parts of the book: even stretches of 2^16
+characters for choosing, odd ones for reporting.
 """
 
+import itertools
 import os
 import random
 from typing import NamedTuple
@@ -32,8 +33,9 @@ class Book:
     """A text and a tokenizer; part 0 is for choosing, 1 for reporting."""
 
     def __init__(self, text: str, tok, part: int):
-        pieces = [text[at : at + STRETCH] for at in range(part * STRETCH, len(text), 2 * STRETCH)]
-        self.tok, self.pieces = tok, [piece for piece in pieces if len(piece) == STRETCH]
+        starts = range(part * STRETCH, len(text) - STRETCH + 1, 2 * STRETCH)
+        self.tok = tok
+        self.pieces = [text[start : start + STRETCH] for start in starts]
         if not self.pieces:
             raise ValueError(
                 f"the text has {len(text):,} characters; {2 * STRETCH:,} are needed, a book's"
@@ -58,7 +60,8 @@ def number(rng: random.Random, digits: int = 7) -> str:
 
 def fact(rng: random.Random):
     """The only access code of the text."""
-    door, value = rng.choice(DOORS), number(rng)
+    door = rng.choice(DOORS)
+    value = number(rng)
     begin = f"The access code of the {door} mentioned in the provided text is:"
     question = f"What is the access code of the {door} mentioned in the provided text?"
     return [f"The access code of the {door} is: {value}."], question, begin, f" {value}."
@@ -70,7 +73,7 @@ def lookalike(rng: random.Random):
     city = rng.choice(list(found))
     question = f"What is the special magic number for {city} mentioned in the provided text?"
     begin = f"The special magic number for {city} mentioned in the provided text is:"
-    lines = [f"One of the special magic numbers for {c} is: {value}." for c, value in found.items()]
+    lines = [f"One of the special magic numbers for {name} is: {found[name]}." for name in found]
     return lines, question, begin, f" {found[city]}."
 
 
@@ -80,10 +83,8 @@ def values(rng: random.Random):
     found = [number(rng, 5) for _ in range(3)]
     lines = [f"One of the lucky numbers of {name} is: {value}." for value in found]
     for _ in range(2):
-        lines.insert(
-            rng.randrange(len(lines) + 1),
-            f"One of the lucky numbers of {other} is: {number(rng, 5)}.",
-        )
+        place = rng.randrange(len(lines) + 1)
+        lines.insert(place, f"One of the lucky numbers of {other} is: {number(rng, 5)}.")
     question = f"What are all the lucky numbers of {name} mentioned in the provided text?"
     begin = f"The lucky numbers of {name} mentioned in the provided text are:"
     return lines, question, begin, f" {', '.join(found)}."
@@ -91,11 +92,14 @@ def values(rng: random.Random):
 
 def assignments(rng: random.Random) -> list[tuple[list[str], str, str, str]]:
     """Three tasks, each a chain of variables that get one value from another."""
-    names = rng.sample([f"{a}{b}{c}" for a in "BCDFGKLM" for b in "AEIOU" for c in "NPRSTVXZ"], 9)
+    letters = itertools.product("BCDFGKLM", "AEIOU", "NPRSTVXZ")
+    names = rng.sample(["".join(three) for three in letters], 9)
     chains = []
-    for a, b, c in zip(names[::3], names[1::3], names[2::3]):
+    for i in (0, 3, 6):
+        first, second, third = names[i : i + 3]
         value = number(rng, 5)
-        lines = [f"VAR {a} = {value}", f"VAR {b} = VAR {a} ", f"VAR {c} = VAR {b} "]
+        lines = [f"VAR {first} = {value}"]
+        lines += [f"VAR {second} = VAR {first} ", f"VAR {third} = VAR {second} "]
         question = (
             f"Question: Find all variables that are assigned the value {value} in the text above."
         )
@@ -103,7 +107,7 @@ def assignments(rng: random.Random) -> list[tuple[list[str], str, str, str]]:
             f"Answer: According to the chain of variable assignments in the text above, "
             f"3 variables are assigned the value {value}, they are:"
         )
-        chains.append((lines, question, begin, f" {a} {b} {c}"))
+        chains.append((lines, question, begin, f" {first} {second} {third}"))
     return chains
 
 
@@ -168,7 +172,8 @@ def document(book: Book, n: int, seed: int) -> Document:
     passage asks for the text's own words again: 24 tokens are quoted, the next 32 wanted.
     continuation asks for the book's next 64 tokens, for perplexity.
     """
-    rng, tok = random.Random(f"{n} {seed}"), book.tok
+    rng = random.Random(f"{n} {seed}")
+    tok = book.tok
     chain, other, example = assignments(rng)
     asked = {
         "fact": fact(rng),
@@ -178,35 +183,49 @@ def document(book: Book, n: int, seed: int) -> Document:
         "reworded": reworded(rng),
     }
     groups = [lines for lines, *_ in asked.values()] + [other[0]]
-    for lines in (asked["lookalike"][0], asked["reworded"][0]):
-        rng.shuffle(lines)
-    placed = sorted(
-        (at, line)
-        for lines in groups
-        for at, line in zip(sorted(rng.random() for _ in lines), lines)
-    )
+    for task in ("lookalike", "reworded"):
+        rng.shuffle(asked[task][0])
     intro = (
         "Some facts, special magic numbers and chains of variable assignments are hidden within "
         "a text. Memorize them. An example of a chain:\n\n"
         + "\n".join([*example[0], example[1], example[2] + example[3]])
         + "\n\nThe text:\n"
     )
-    parts = [(at, tok.encode(f"\n{line}\n")) for at, line in placed]
-    ids = book.prose(
-        n - ROOM - len(tok.encode(intro)) - sum(len(part) for _, part in parts) + 64, rng
-    )
-    ids, after = ids[:-64], ids[-64:]
-    out, last = [], 0
-    for at, part in parts:
-        cut = int(len(ids) * (0.03 + 0.94 * at))
-        out, last = out + ids[last:cut] + part, cut
-    text = intro + tok.decode(out + ids[last:])
-    prompts = {
-        task: (tok.chat(f"{text}\n\n{question}") + tok.encode(begin), tok.encode(answer))
-        for task, (_, question, begin, answer) in asked.items()
-    }
-    shared = os.path.commonprefix([prompt for prompt, _ in prompts.values()])
-    at = rng.randrange(len(ids) // 20, len(ids) - 200)
-    quoted = shared + tok.encode("\n\n* * *\n\n") + ids[at : at + 24]
-    prompts |= {"passage": (quoted, ids[at + 24 : at + 56]), "continuation": (shared, after)}
-    return Document(os.path.commonprefix([prompt for prompt, _ in prompts.values()]), prompts)
+    parts = [(place, tok.encode(f"\n{line}\n")) for place, line in places(groups, rng)]
+    taken = ROOM + len(tok.encode(intro)) + sum(len(part) for _, part in parts)
+    running = book.prose(n - taken + 64, rng)
+    ids = running[:-64]
+    text = intro + tok.decode(put_in(parts, ids))
+    questions = {}
+    for task, (_, question, begin, answer) in asked.items():
+        prompt = tok.chat(f"{text}\n\n{question}") + tok.encode(begin)
+        questions[task] = (prompt, tok.encode(answer))
+    shared = common_start(questions)
+    quote = rng.randrange(len(ids) // 20, len(ids) - 200)
+    quoted = shared + tok.encode("\n\n* * *\n\n") + ids[quote : quote + 24]
+    questions["passage"] = (quoted, ids[quote + 24 : quote + 56])
+    questions["continuation"] = (shared, running[-64:])
+    return Document(common_start(questions), questions)
+
+
+def places(groups: list[list[str]], rng: random.Random) -> list[tuple[float, str]]:
+    """Return (part of the text within 0..1, line); the lines of a group stay in their order."""
+    placed = []
+    for lines in groups:
+        placed += zip(sorted(rng.random() for _ in lines), lines)
+    return sorted(placed)
+
+
+def put_in(parts: list[tuple[float, list[int]]], ids: list[int]) -> list[int]:
+    """Return ids with the parts put in at their places."""
+    out = []
+    last = 0
+    for place, part in parts:
+        cut = int(len(ids) * (0.03 + 0.94 * place))
+        out += ids[last:cut] + part
+        last = cut
+    return out + ids[last:]
+
+
+def common_start(questions: dict[str, tuple[list[int], list[int]]]) -> list[int]:
+    return os.path.commonprefix([prompt for prompt, _ in questions.values()])

@@ -25,15 +25,15 @@ def train(path, vocab_size=128):
     lines = ["abcdefghijklmnopqrstuvwxyz 0123456789 . , : ? - ' ! ; ( )"] * 20
     for seed in range(300):
         for kind in tasks.KINDS:
-            s = tasks.make(kind, 800, seed, Characters(), n_questions=8)
-            lines += s.document.split("\n")
-            for q in s.questions:
-                lines.append(f"question: {q.text} {q.answer}")
+            sample = tasks.make(kind, 800, seed, Characters(), n_questions=8)
+            lines += sample.document.split("\n")
+            for question in sample.questions:
+                lines.append(f"question: {question.text} {question.answer}")
     random.Random(0).shuffle(lines)
-    with open(path, "wb") as f:
+    with open(path, "wb") as file:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
-            model_writer=f,
+            model_writer=file,
             model_type="bpe",
             vocab_size=vocab_size,
             user_defined_symbols=["\n"] + tasks.SYLLABLES,
@@ -54,10 +54,13 @@ def train(path, vocab_size=128):
 if __name__ == "__main__":
     path = sys.argv[1] if len(sys.argv) > 1 else "tokenizer.model"
     train(path)
-    sp = spm.SentencePieceProcessor(model_file=path)
-    print([sp.id_to_piece(i) for i in range(sp.get_piece_size())])
-    s = tasks.make("mixed", 300, 0, sp, n_questions=3)
-    ids, where = tasks.build_ids(s, sp)
-    whole = s.document + "\n" + "".join(f"question: {q.text} {q.answer}\n" for q in s.questions)
-    assert ids[1:] == sp.encode(whole) and sp.decode(ids[1:]) == whole and 0 not in ids
-    print(" ".join(sp.id_to_piece(i) for i in ids[-160:]))
+    pieces = spm.SentencePieceProcessor(model_file=path)
+    print([pieces.id_to_piece(i) for i in range(pieces.get_piece_size())])
+    sample = tasks.make("mixed", 300, 0, pieces, n_questions=3)
+    ids, _ = tasks.build_ids(sample, pieces)
+    whole = sample.document + "\n"
+    for question in sample.questions:
+        whole += f"question: {question.text} {question.answer}\n"
+    assert ids[1:] == pieces.encode(whole)
+    assert pieces.decode(ids[1:]) == whole and 0 not in ids
+    print(" ".join(pieces.id_to_piece(i) for i in ids[-160:]))

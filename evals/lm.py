@@ -159,7 +159,7 @@ class SlimLM(LM):
     def pair(
         self, context: str, answer: str, question: str | None = None
     ) -> tuple[Prompt, list[int]]:
-        """Return what to read and the ids to score; the context's last spaces belong to the answer."""
+        """Return what to read and the ids to score; last spaces of a context go to the answer."""
         if context.startswith(MESSAGES):
             prompt = self.read(context, len(self.tok.encode(answer)), question)
             return prompt, self.tok.encode(answer, after=prompt.ids)

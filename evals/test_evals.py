@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness: scores, stops, cuts, second runs, tasks without a network."""
+"""The adapter to lm-evaluation-harness: scores, stops, cuts, second runs, offline tasks."""
 
 import json
 import random
@@ -81,6 +81,7 @@ def test_scores_are_added_up_in_slices(talking, monkeypatch):
 
 
 def test_pruned_scores_are_those_of_the_engine_a_token_at_a_time(talking):
+    """A pruned engine chooses blocks at each token; a score in one go would hide that."""
     lm, context, answer = lm_of(talking, {2: 256, 3: 128}), text(150, 3), " The sun is blue."
     score, _ = lm.loglikelihood([request(context, answer)])[0]
     (ids, *_), wanted = lm.pair(context, answer)
@@ -96,6 +97,7 @@ def test_pruned_scores_are_those_of_the_engine_a_token_at_a_time(talking):
 
 
 def test_answers_are_written_once_and_end_at_a_stop(talking, tmp_path, monkeypatch):
+    """Runs take days and are killed: what is in the file is not computed again."""
     lm = lm_of(talking, {2: 256}, out=tmp_path / "out.jsonl")
     options = {"max_gen_toks": 12, "until": [], "do_sample": False, "temperature": 0.0}
     first = lm.generate_until([request(text(60, i), options) for i in range(3)])
@@ -147,6 +149,7 @@ def test_a_tasks_other_options_are_done_or_refused():
 
 
 def test_what_is_too_long_is_cut_in_the_middle(talking):
+    """As LongBench does: the instruction stands at either end."""
     lm = lm_of(talking, max_len=400)
     ids, *_ = lm.read("BEGIN " + text(200, 1) + " END", 30)
     assert 350 < len(ids) <= 370
@@ -160,6 +163,7 @@ def test_what_is_too_long_is_cut_in_the_middle(talking):
 
 
 def test_what_cannot_be_cut_to_the_context_is_refused(talking):
+    """The engine would refuse it later, in the middle of a run."""
     lm = lm_of(talking, max_len=400)
     chat = [{"role": "user", "content": text(40, i)} for i in range(9)]
     for prompt, room in ((text(200, 1), 400), (MESSAGES + json.dumps(chat), 30)):
@@ -170,7 +174,7 @@ def test_what_cannot_be_cut_to_the_context_is_refused(talking):
 
 
 def test_where_a_question_begins_is_known_from_its_task(talking):
-    """The question comes later, not the last paragraph; without one after the text, nothing does."""
+    """The question comes later, not the last paragraph; where there is none, nothing does."""
     doc = {"context": text(20, 1), "question": "An abstract.\n\nOf two paragraphs."}
     tasks, lm = harness.long_tasks().task_index, lm_of(talking, {2: 256}, later=True)
     for name, begin, in_view in [
@@ -196,6 +200,7 @@ def test_where_a_question_begins_is_known_from_its_task(talking):
 
 
 def test_messages_go_through_the_models_template_and_a_question_can_come_later(talking):
+    """The text is pruned before the question is known, with the same ids in the same order."""
     lm = lm_of(talking, {2: 256, 3: 128}, later=True)
     chat = [
         {"role": "user", "content": text(80, 1) + "\nQuestion: where?"},
@@ -219,6 +224,7 @@ def test_messages_go_through_the_models_template_and_a_question_can_come_later(t
 def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_run(
     talking, tmp_path, capsys, monkeypatch
 ):
+    """RULER's code is patched to make few samples offline; a new release may break that."""
     pytest.importorskip(
         "wonderwords", reason='RULER is not installed: pip install "lm-eval[ruler]"'
     )
@@ -255,6 +261,7 @@ def test_a_table_of_ruler_is_made_without_a_network_and_completed_by_a_second_ru
 
 
 def test_longbench_reads_its_file(talking, tmp_path, capsys):
+    """LongBench's files are read as they are, and its own metric scores the answers."""
     for package in ("jieba", "fuzzywuzzy", "rouge"):
         pytest.importorskip(
             package, reason='LongBench is not installed: pip install "lm-eval[longbench]"'
@@ -292,6 +299,7 @@ def test_longbench_reads_its_file(talking, tmp_path, capsys):
 
 
 def test_tasks_are_expanded_and_columns_must_be_alike():
+    """A row of the table compares columns, so each must have the same rows."""
     assert harness.expand("ruler_vt,ruler,arc_easy", None) == [
         "ruler_vt",
         *(name for name in harness.WITHOUT_ESSAYS if name != "ruler_vt"),
@@ -304,6 +312,7 @@ def test_tasks_are_expanded_and_columns_must_be_alike():
 
 
 def test_a_task_without_a_score_a_sample_is_refused(talking):
+    """Standard errors need a score of each sample."""
     datasets = pytest.importorskip("datasets", reason="it comes with lm-eval")
     data = {
         split: datasets.Dataset.from_list([{"page": text(20, 1)}])
@@ -336,6 +345,7 @@ def test_a_task_without_a_score_a_sample_is_refused(talking):
     ],
 )
 def test_bad_input_is_one_line(talking, tmp_path, capsys, monkeypatch, args, names):
+    """What is wrong is said before the first answer is computed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no_such.jsonl").write_text("{}")
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')

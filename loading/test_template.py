@@ -285,6 +285,7 @@ def test_what_a_user_types_stays_text(tmp_path, name):
 
 
 def test_an_empty_system_text_takes_the_place_of_the_template_s_own(tmp_path):
+    """Empty is given; only None leaves the template its own."""
     tok, theirs = make(tmp_path, CHATML, "smollm2")
     tok.system = ""
     talk = messages([("system", ""), ("user", U)])
@@ -303,6 +304,7 @@ def test_an_empty_system_text_takes_the_place_of_the_template_s_own(tmp_path):
     ],
 )
 def test_a_template_that_drops_a_text_is_refused(tmp_path, source, whose):
+    """The model would answer what nobody asked."""
     tok, _ = make(tmp_path, source, "smollm2")
     tok.system = S
     with pytest.raises(
@@ -313,6 +315,7 @@ def test_a_template_that_drops_a_text_is_refused(tmp_path, source, whose):
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm3"])
 def test_thinking_can_be_turned_off(tmp_path, name):
+    """By a variable that the template knows, as in transformers."""
     tok, theirs = make(tmp_path, TEMPLATES[name], name)
     talk = messages(TALKS["one"])
     want = theirs.apply_chat_template(talk, add_generation_prompt=True, enable_thinking=False)[
@@ -325,6 +328,7 @@ def test_thinking_can_be_turned_off(tmp_path, name):
 
 @pytest.mark.parametrize("where", ["config", "list", "jinja"])
 def test_a_template_is_found_where_checkpoints_keep_it(tmp_path, where):
+    """Three places are in use."""
     template = "{{ messages[0].content }} and {{ bos_token }}"
     named = [{"name": "tools", "template": "tools"}, {"name": "default", "template": template}]
     config = {"config": template, "list": named, "jinja": "of old"}[where]
@@ -440,6 +444,7 @@ BAD = {  # what the line must name: a template
 
 @pytest.mark.parametrize("words", BAD)
 def test_a_template_that_cannot_be_used_is_one_line(tmp_path, words, monkeypatch):
+    """It is somebody else's program; --raw remains."""
     monkeypatch.setattr(loading.template, "SECONDS", 1)
     tok, _ = make(tmp_path, "")
     write(tmp_path, (tmp_path / "tokenizer.json").read_bytes(), {"chat_template": BAD[words]})
@@ -453,6 +458,7 @@ def test_a_template_that_cannot_be_used_is_one_line(tmp_path, words, monkeypatch
 
 
 def test_a_template_in_a_file_is_utf8_whatever_the_locale(tmp_path):
+    """Python would read it by the locale."""
     write(tmp_path, trained("llama3").to_str().encode())
     path = tmp_path / "chat_template.jinja"
     path.write_bytes("naïve 語 {{ messages[0].content }}".encode())
@@ -492,6 +498,7 @@ def test_what_templates_may_call_gives_what_it_gives_in_transformers(tmp_path, t
 
 
 def test_nested_too_deep_is_one_line_too(tmp_path):
+    """The parser's recursion must not end the program."""
     for source in (
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
         "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
@@ -501,6 +508,7 @@ def test_nested_too_deep_is_one_line_too(tmp_path):
 
 
 def test_without_a_template_there_are_no_messages(tmp_path):
+    """A base model continues plain text."""
     write(tmp_path, trained("llama3").to_str().encode(), {"chat_template": None})
     tok = tokenizer.load(tmp_path)
     ids = tok.chat("A", end=False) + tok.rest("B")
@@ -515,6 +523,7 @@ def of_pieces(pieces):
 
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
 def test_the_stop_that_is_complete_first_ends_the_text(text, stops):
+    """Of several stops, in any order."""
     tok = of_pieces({ord(c): c.encode() for c in "abc"})
     ends = [n for n in range(len(text) + 1) if text[:n].endswith(tuple(stops))]
     seen = text[: ends[0]] if ends else text
@@ -524,6 +533,7 @@ def test_the_stop_that_is_complete_first_ends_the_text(text, stops):
 
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_an_answer_ends_before_a_stop_wherever_tokens_are_cut(n):
+    """Nothing of a stop is shown, nothing after it generated."""
     text, stops = "One. Two!! User: three", ("User:", "!!!", "ser: threes")
     tok = of_pieces({i: text[i : i + n].encode() for i in range(0, len(text), n)})
     ids = range(0, len(text), n)

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 import tokenizer
 from conftest import DATA, HERE, needs_data
 from loading import encoders, vocabulary
+from loading.template import Template
+from serve.api import chat_ids
 
 HARD = [
     "",
@@ -183,6 +185,7 @@ def all_kinds():
 @needs_data
 @pytest.mark.parametrize("name, golden", [("llama3", "llama3-bpe"), ("llama2", "llama2-spm")])
 def test_ids_are_the_goldens(name, golden):
+    """Real vocabularies, whose ids others have published."""
     texts = (DATA / f"goldens/{golden}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     want = [
         list(map(int, line.split()))
@@ -195,12 +198,14 @@ def test_ids_are_the_goldens(name, golden):
 @relaxed
 @given(text=TEXTS)
 def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, text):
+    """Our splits and merges are another program's; a single other id would go unseen."""
     for text in (text, *HARD, "x <tool>y<tool><tool><tool>\u0338 </tool>"):
         assert ours(kind).encode(text) == by_reference(kind, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json_knows_bos_special_tokens_and_size(kind):
+    """Templates and checks of the model rest on these."""
     tok, reference = ours(kind), trained(kind)
     bos = {"qwen": None, "smollm2": None, "tekken": "<s>"}.get(kind, "<|begin_of_text|>")
     assert tok.bos_id == (bos and reference.token_to_id(bos))
@@ -279,6 +284,7 @@ def as_tekken(reference):
 
 
 def test_a_tekken_json_is_the_tokenizer_json_it_belongs_to(tmp_path):
+    """Mistral publishes both; either must give the same ids."""
     tok, same = (
         tokenizer.load(write(tmp_path, as_tekken(trained("tekken")), name="tekken.json")),
         ours("tekken"),
@@ -425,6 +431,7 @@ def test_cuts_of_a_long_text_do_not_show_in_the_ids(kind, monkeypatch):
 
 
 def test_only_runs_beyond_the_limit_are_cut():
+    """A cut may change ids, so it is the last resort."""
     for text in ("a" * 25_000 + " b", " " * 25_000 + "b"):
         assert list(encoders._pieces(text)) == [text] and ours("llama3").encode(
             text
@@ -447,6 +454,7 @@ def test_a_megabyte_of_anything_goes_there_and_back(text):
 @relaxed
 @given(text=TEXTS)
 def test_text_comes_back_and_streams_in_whole_characters(text):
+    """A reader sees neither half a character nor another text."""
     for tok in all_kinds():
         ids = tok.encode(text)
         want = unicodedata.normalize("NFC", text) if tok is ours("qwen") else text
@@ -477,6 +485,7 @@ def test_text_comes_back_and_streams_in_whole_characters(text):
 
 
 def test_a_stream_waits_for_the_rest_of_a_character_and_flushes():
+    """It waits for no token more than it must."""
     tok = ours("gpt2")
     ids = [
         i for b in "é😀".encode() for i, piece in tok.encoder.pieces.items() if piece == bytes([b])
@@ -520,6 +529,7 @@ def refused(folder, *words):
     ],
 )
 def test_a_garbage_tokenizer_is_refused(tmp_path, name, blob):
+    """A broken download is one line, not a traceback."""
     refused(write(tmp_path, blob, name=name), name)
 
 
@@ -597,12 +607,14 @@ SPOILED = {  # what the line must name: what is done to a good tokenizer.json
 
 @pytest.mark.parametrize("word", SPOILED)
 def test_a_tokenizer_json_that_asks_for_something_else_is_refused(tmp_path, word):
+    """What is ignored would give wrong ids silently."""
     data = json.loads(trained("llama3").to_str())
     SPOILED[word](data)
     refused(write(tmp_path, data), word)
 
 
 def test_text_that_is_no_text_is_refused():
+    """A None from a caller must not become the text None."""
     for wrong in (ours("gpt2").encode, ours("gpt2").chat, ours("gpt2").rest):
         with pytest.raises(ValueError, match="str"):
             wrong(5)
@@ -751,6 +763,9 @@ def test_where_a_text_was_cut_does_not_show_in_its_ids(tmp_path, legacy):
     assert (tok.encode("one", after=mark) == first) == legacy
     text = tok.chat("one", end=False) + tok.rest("two") + tok.chat("three", begin=False)
     assert text[1:] == tok.encode("one\ntwo\nthree")
+    tok.template = Template(Path("chat"), "{{ messages[0].content }}:", {})
+    begun = [{"role": "user", "content": "one"}, {"role": "assistant", "content": " two"}]
+    assert chat_ids(tok, begun) == tok.encode("one: two")
 
 
 STOPS = {  # what names the end: the ids of it

@@ -772,7 +772,7 @@ def test_a_rank_killed_while_rank_0_waits_for_a_question_ends_all(tmp_path):
     os.mkfifo(tmp_path / "typed")
     group = Group(tmp_path, 2, command(*QUIET[1:], "--chat", stdin=tmp_path / "typed"))
     with open(tmp_path / "typed", "w"):
-        group.wait_for("ask away")
+        group.wait_for("type a question")
         assert "Ctrl-C ends all ranks" in group.text("err", 0)
         group.ranks[1].kill()
         assert group.codes() == [2, -signal.SIGKILL]
@@ -789,7 +789,7 @@ def test_a_signal_to_rank_0_in_a_step_ends_all(tmp_path, sent, code):
     assert group.text("err").count("slim: ") == (code == 143)
 
 
-@pytest.mark.parametrize("when", ["ask away", "in a step"])
+@pytest.mark.parametrize("when", ["type a question", "in a step"])
 def test_ctrl_c_in_a_chat_ends_all_as_interrupted(tmp_path, when):
     """At the prompt and in an answer: torchrun passes the signal on to every rank."""
     os.mkfifo(tmp_path / "typed")
@@ -802,14 +802,14 @@ def test_ctrl_c_in_a_chat_ends_all_as_interrupted(tmp_path, when):
     asked = command(*QUIET[1:], "--chat", stdin=tmp_path / "typed", patches=patches)
     group = Group(tmp_path, 2, asked)
     with open(tmp_path / "typed", "w") as typed:
-        group.wait_for("ask away")
+        group.wait_for("type a question")
         if when == "in a step":
             print("x", file=typed, flush=True)
             group.wait_for(when)
         for rank in group.ranks:
             os.kill(rank.pid, signal.SIGINT)
         assert group.codes() == [130, -signal.SIGINT], group.text("err")
-    said = group.text("err").partition("ask away")[2].splitlines()[1:]
+    said = group.text("err").partition("type a question")[2].splitlines()[1:]
     assert [line for line in said if line.startswith("slim: ")] == ["slim: interrupted"], said
 
 
@@ -971,7 +971,7 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path):
         said = []
         for line in run.stderr:
             said.append(line)
-            if "ask away" in line:
+            if "type a question" in line:
                 break
         children = [
             int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
@@ -1016,9 +1016,7 @@ def test_ranks_send_what_the_arithmetic_says(tmp_path, cut):
 
     def work():
         parallel.VOCABULARY_BYTES = 0 if cut else 2**25
-        engine = parallel.start(
-            speed.random_checkpoint("tiny", "cpu", "bfloat16", "2:1/4,3:1/8", 300)
-        )
+        engine = speed.make_engine("tiny", "cpu", "bfloat16", "2:1/4,3:1/8", 300)
         engine.model.gamma, sent = 0.0, []
         for n, step in (
             (1500, lambda: engine.prefill([7] * 1500, room=2)),
