@@ -113,7 +113,7 @@ class Point(NamedTuple):
 
 
 SHOWN = {  # entries at equal FLOPs, and what the plot calls them
-    "oracle, frozen": "knows the answer",
+    "oracle, frozen": "oracle",
     "Slim, peak": "Slim",
     "Slim, peak, frozen": "Slim, chosen once",
     "LazyLLM": "LazyLLM",
@@ -123,7 +123,7 @@ SHOWN = {  # entries at equal FLOPs, and what the plot calls them
     "paper's rule": "SlimInfer",
 }
 CURVE = {  # schedules of Slim's that cut deeper or sooner
-    "9:1/8 19:1/16": "at 9: 1/8, at 19: 1/16",
+    "9:1/8 19:1/16": "9:1/8 19:1/16",
     "5:1/2 9:1/4 19:1/8 28:1/16": "first cut at 5",
     "3:1/2 9:1/4 19:1/8 28:1/16": "first cut at 3",
 }
@@ -192,7 +192,7 @@ def draw_panel(axes, results: Results, ckpt: str, n: int) -> None:
     axes.text(1.48, 0.8, "dense", color="black")
     heights = spread([point.gap for point in methods], least=4.2)
     for point, height in zip(methods, heights):
-        color = RED if point.label.startswith("Slim") and point.label != "SlimInfer" else BLUE
+        color = RED if point.label.split(",")[0] == "Slim" else BLUE
         draw_point(axes, point, color)
         axes.annotate(
             point.label,
@@ -206,13 +206,10 @@ def draw_panel(axes, results: Results, ckpt: str, n: int) -> None:
     axes.plot([p.saving for p in curve], [p.gap for p in curve], color=ORANGE, lw=1.5)
     for point in curve:
         draw_point(axes, point, ORANGE)
-        axes.annotate(
-            point.label,
-            (point.saving, point.gap),
-            (8, 10),
-            textcoords="offset points",
-            color=ORANGE,
-        )
+        above = point.gap > 0  # the curve falls, so below it there is room further on
+        height = point.gap + (point.error + 0.8 if above else -point.error - 0.8)
+        align = {"ha": "center", "va": "bottom" if above else "top"}
+        axes.text(point.saving, height, point.label, color=ORANGE, **align)
     axes.set_title(f"{ckpt}, {n:,} tokens")
     axes.set_xlabel("FLOPs of the first token, times fewer")
     axes.set_xlim(1.45, 4.9)
