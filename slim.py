@@ -109,12 +109,15 @@ class Engine:
         """The checkpoint's tokenizer, loaded when first asked for: the engine needs ids only."""
         return tokenizer.load(self.ckpt.folder, self.config.vocab_size)
 
-    def prefill(self, ids, room: int = 0, schedule=None, keep_last: int = 0) -> Tensor:
+    def prefill(
+        self, ids, room: int = 0, schedule=None, keep_last: int = 0, reserve: int | None = None
+    ) -> Tensor:
         """Start afresh with a prompt; return the logits (V,) after it, in at least float32.
 
-        room: new tokens to check memory for. schedule: one for this conversation instead of the
+        room: new tokens that may follow. schedule: one for this conversation instead of the
         engine's. keep_last: ids at the end that are never pruned, so that `rewind` can go back
-        among them. Raises ValueError for ids outside the vocabulary, or too little memory.
+        among them. reserve: of `room`, the tokens to check memory for now, by default all. Raises
+        ValueError for ids outside the vocabulary, or too little memory.
         """
         ids = self.check_ids(ids)
         ckpt = self.ckpt
@@ -123,7 +126,7 @@ class Engine:
         if schedule is not None:
             schedule = resolve_schedule(schedule, self.config, ckpt.settings.block_len)
             ckpt = replace(ckpt, schedule=schedule)
-        self.check_room(ckpt, len(ids), room, keep_last)
+        self.check_room(ckpt, len(ids), at_most(room, reserve), keep_last)
         self.forget()
         started = time.perf_counter()
         self.kv.reset(len(ids), ckpt.schedule, room, keep_last)
@@ -305,13 +308,14 @@ class Engine:
         schedule=None,
         follow_up=False,
         keep_last=0,
+        reserve=None,
     ) -> Iterator[int]:
         """Return an iterator of new ids after a prompt, or after a follow-up to the conversation.
 
         temperature: 0 is greedy. top_p: keep the likeliest tokens of that total probability.
-        schedule and keep_last: as in `prefill`. Ends at max_new_tokens or before a stop token,
-        which is not yielded. Raises ValueError at once for wrong arguments, and later if the engine
-        was used for something else in between.
+        schedule, keep_last, reserve: as in `prefill`. Ends at max_new_tokens or before a stop
+        token, which is not yielded. Raises ValueError at once for wrong arguments, and later if the
+        engine was used for something else in between.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
         check_count(keep_last, "keep_last")
@@ -331,9 +335,9 @@ class Engine:
 
         def stream():
             if follow_up:
-                logits = self.extend(ids, room=max_new_tokens)
+                logits = self.extend(ids, room=at_most(max_new_tokens, reserve))
             else:
-                logits = self.prefill(ids, max_new_tokens, schedule, keep_last)
+                logits = self.prefill(ids, max_new_tokens, schedule, keep_last, reserve)
             for n_left in reversed(range(max_new_tokens)):
                 token = sample(logits, temperature, top_p, rng)
                 if token in self.ckpt.stop:
@@ -347,7 +351,7 @@ class Engine:
                         "load a second engine"
                     )
                 if n_left:
-                    logits = self.extend(room=n_left - 1)
+                    logits = self.extend(room=at_most(n_left - 1, reserve))
 
         return stream()
 
@@ -355,6 +359,10 @@ class Engine:
     def stats(self) -> dict:
         """Counters of the conversation: those of `KVCache.stats`, and the prefill's seconds."""
         return self.kv.stats() | {"prefill_s": self.prefill_s}
+
+
+def at_most(n: int, limit: int | None) -> int:
+    return n if limit is None else min(n, limit)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> int:

@@ -383,3 +383,13 @@ def test_a_prompt_too_long_for_memory_is_refused_before_it_is_read(tiny, monkeyp
     assert engine.prefill(draw(100)) is not None
     with pytest.raises(ValueError, match="not enough memory.*100,000 tokens"):
         engine.prefill(draw(100_000))
+
+
+def test_memory_is_checked_for_as_much_of_an_answer_as_is_asked(tiny, monkeypatch):
+    """An answer that may have 100,000 tokens is not refused where its first ones fit."""
+    engine = slim.load(tiny, "cpu", schedule="dense")
+    set_free(monkeypatch, 3_000_000)
+    with pytest.raises(ValueError, match="not enough memory"):
+        next(engine.generate(draw(100), 100_000))
+    answer = engine.generate(draw(100), 100_000, reserve=256)
+    assert len(list(itertools.islice(answer, 5))) == 5

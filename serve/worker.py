@@ -136,7 +136,8 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     texts.day = request.day
     ids = read_ahead(job, engine, cached, room)
     sampling = request.max_tokens, request.temperature, request.top_p, request.seed
-    source = engine.generate(ids, *sampling, follow_up=cached > 0, keep_last=keep_last)
+    options = {"follow_up": cached > 0, "keep_last": keep_last, "reserve": ROOM}
+    source = engine.generate(ids, *sampling, **options)
     tokens = Tokens(source, job, engine)
     if not cached:  # a new reading may be broken off anywhere: nothing is lost
         engine.model.on_chunk = job.check
