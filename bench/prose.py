@@ -198,11 +198,12 @@ def document(book: Book, n: int, seed: int) -> Document:
     text = intro + tok.decode(put_in(parts, ids))
     questions = {}
     for task, (_, question, begin, answer) in asked.items():
-        prompt = tok.chat(f"{text}\n\n{question}") + tok.encode(begin)
-        questions[task] = (prompt, tok.encode(answer))
+        prompt = tok.chat(f"{text}\n\n{question}")
+        prompt += tok.encode(begin, after=prompt)
+        questions[task] = (prompt, tok.encode(answer, after=prompt))
     shared = common_start(questions)
     quote = rng.randrange(len(ids) // 20, len(ids) - 200)
-    quoted = shared + tok.encode("\n\n* * *\n\n") + ids[quote : quote + 24]
+    quoted = shared + tok.encode("\n\n* * *\n\n", after=shared) + ids[quote : quote + 24]
     questions["passage"] = (quoted, ids[quote + 24 : quote + 56])
     questions["continuation"] = (shared, running[-64:])
     return Document(common_start(questions), questions)

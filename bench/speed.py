@@ -447,7 +447,7 @@ def follow_up_bytes(engine: slim.Engine, n: int) -> int:
     held = sum(engine.stats[key] for key in ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes"))
     slots = [stage.n_slots for stage in kv.stages]
     step = step_bytes(engine.ckpt, slots, n, end - kv.tail_start)
-    return held + kv.growth_bytes(end) + kv.swap_bytes() + step
+    return held + kv.growth_bytes(end) + kv.exchange_bytes() + step
 
 
 # ---- command line -----------------------------------------------------------------------------

@@ -78,8 +78,10 @@ def ruler_task(name: str, folder: Path, lengths: list[int], n: int, essays: Path
         options["num_samples"] = min(n, options.get("num_samples", n))
         return make(*args, **options)
 
-    def words(kind: str):
-        return essays.read_text("utf-8").split() if kind == "essay" else haystack(kind)
+    def words(type_haystack: str):
+        if type_haystack == "essay":
+            return essays.read_text("utf-8").split()
+        return haystack(type_haystack)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(module, MAKERS[where], few))
