@@ -103,7 +103,8 @@ class Rows:
 class Model:
     """Weights, KV and the step; `rule` ranks the blocks.
 
-    Three hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_scores(layer, scores)`
+    Hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_queries(layer, queries)` the
+    newest queries (w, H, D) of each layer; `on_scores(layer, scores)`
     what each of the newest tokens (W, N) gives the prompt's blocks so far; `on_select(i,
     candidates, scores, active)` each choice of stage i's blocks before it takes effect, with scores
     (N,) in the candidates' order.
@@ -130,6 +131,7 @@ class Model:
         self.chunk = chunk
         self.wide = torch.promote_types(kv.dtype, torch.float32)  # of scores, RoPE and logits
         self.on_chunk = lambda layer, rows, keys: None
+        self.on_queries = lambda layer, queries: None
         self.on_scores = lambda layer, scores: None
         self.on_select = lambda stage, candidates, scores, active: None
 
@@ -152,6 +154,7 @@ class Model:
             below_top = i + 1 < len(kv.stages)
             for layer in stage.layers:
                 queries, weights = self.attention(layer, x, rows)
+                self.on_queries(layer, queries)
                 if below_top:
                     ranking.see(layer, stage, rows, queries, weights)
                 move = None
@@ -386,8 +389,10 @@ class WeightRanking(Ranking):
 
     def __init__(self, model: Model, n_newest: int):
         super().__init__(model, n_newest)
-        shape = n_newest, model.kv.stages[0].n_slots  # (W, N)
-        self.scores = torch.full(shape, -torch.inf, dtype=model.wide, device=model.kv.device)
+        n_blocks = model.kv.stages[0].n_slots
+        shape = n_newest, n_blocks + 1  # a column more, for what follows the last block
+        self.padded = torch.full(shape, -torch.inf, dtype=model.wide, device=model.kv.device)
+        self.scores = self.padded[:, :n_blocks]  # (W, N)
 
     def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights) -> None:
         """Score a layer's newest queries (w, H, D); weights: theirs (1, H, S), if they are made.
@@ -398,25 +403,34 @@ class WeightRanking(Ranking):
         if not self.rule.every_layer:
             if not at_boundary:
                 return
-            self.scores.fill_(-torch.inf)
-        for newest, of_blocks in self.block_weights(layer, stage, rows, queries, weights):
-            new = check_scores(self.rule.score(of_blocks), of_blocks)
-            where = newest[:, None], stage.blocks
-            self.scores[where] = torch.maximum(self.scores[where], new.to(self.scores.dtype))
-        self.model.join_scores(self.scores, at_boundary)
+            self.padded.fill_(-torch.inf)
+        heads = range(queries.shape[1]) if self.rule.heads is None else self.rule.heads[layer]
+        if len(heads):
+            parts = self.block_weights(layer, stage, rows, queries, weights, heads)
+            for newest, of_blocks in parts:
+                self.score(newest, stage.blocks, of_blocks)
+        self.model.join_scores(self.padded, at_boundary)
         self.model.on_scores(layer, self.scores)
 
-    def block_weights(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights):
-        """Yield few of the newest tokens (t,) at a time, and their weights (t, H, N, B)."""
+    def score(self, newest: Tensor, blocks: Tensor, of_blocks: Tensor) -> None:
+        """Let the rule score blocks (N,) by the weights (t, H, N, B) of some newest tokens (t,)."""
+        self.keep_maximum(newest, blocks, check_scores(self.rule.score(of_blocks), of_blocks))
+
+    def keep_maximum(self, newest: Tensor, blocks: Tensor, scores: Tensor) -> None:
+        where = newest[:, None], blocks
+        self.padded[where] = torch.maximum(self.padded[where], scores.to(self.padded.dtype))
+
+    def block_weights(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights, heads):
+        """Yield few of the newest tokens (t,) at a time, and their weights (t, heads, N, B)."""
         kv = self.model.kv
         n_keys = rows.keys_before + len(rows.pos)
         n_in_slots = stage.n_slots * kv.block_len
         keys, _ = kv.read(layer, n_keys)  # (S, G, D)
-        few = rows_at_once(queries.shape[1], n_keys)
+        few = rows_at_once(len(heads), n_keys)
         for start in range(0, len(queries), few):
             part = queries[start : start + few]
             seen = n_keys - len(queries) + start + len(part)  # keys up to the last of these rows
-            of_keys = attention_weights(part, keys[:seen]) if weights is None else weights
+            of_keys = weights_of_heads(part, keys[:seen], heads, weights)  # (t, heads, seen)
             # a slot that holds none of these keys has no weight: pad with zeros
             of_slots = F.pad(of_keys, (0, max(0, n_in_slots - seen)))[..., :n_in_slots]
             shape = len(part), -1, stage.n_slots, kv.block_len
@@ -427,6 +441,20 @@ class WeightRanking(Ranking):
         """Return the scores (N,) of the blocks active below, for a stage's boundary."""
         stage.remember(self.scores, self.model.window)
         return stage.newest.amax(0)[below.blocks]
+
+
+class LookupRanking(WeightRanking):
+    """As `WeightRanking`, by the lookup heads alone, with what they find for the next block."""
+
+    def score(self, newest: Tensor, blocks: Tensor, of_blocks: Tensor) -> None:
+        own, of_next = self.rule.score(of_blocks)
+        self.keep_maximum(newest, blocks, own)
+        self.keep_maximum(newest, blocks + 1, of_next)
+
+    def rank(self, below: Stage, stage: Stage) -> Tensor:
+        """Return the scores; the newest block before the tail, which may be short, always stays."""
+        newest_block = self.scores.shape[1] - 1
+        return super().rank(below, stage).masked_fill(below.blocks == newest_block, torch.inf)
 
 
 class KeyRanking(Ranking):
@@ -442,7 +470,11 @@ class KeyRanking(Ranking):
         return self.rule.score(stage.newest, keys, below.blocks, self.model.unit_len)
 
 
-RANKINGS = {"weights": WeightRanking, "keys": KeyRanking}  # by what a rule sees
+RANKINGS = {
+    "weights": WeightRanking,
+    "lookup": LookupRanking,
+    "keys": KeyRanking,
+}  # by what a rule sees
 
 
 def check_scores(scores, weights: Tensor) -> Tensor:
@@ -556,6 +588,21 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
         later = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu(1)
         logits[..., n_keys - n_rows :].masked_fill_(later[:, None], -torch.inf)
     return logits.softmax(-1).transpose(0, 1).reshape(n_rows, n_heads, n_keys)
+
+
+def weights_of_heads(q: Tensor, k: Tensor, heads, weights: Tensor | None = None) -> Tensor:
+    """Return `attention_weights` (t, heads, S) of some heads alone; weights: of all, if known."""
+    n_heads = q.shape[1]
+    if len(heads) == n_heads:
+        return attention_weights(q, k) if weights is None else weights
+    if weights is not None:
+        return torch.stack([weights[:, head] for head in heads], 1)
+    group = n_heads // k.shape[1]
+    parts = []
+    for head in heads:
+        kv_head = head // group
+        parts.append(attention_weights(q[:, head : head + 1], k[:, kv_head : kv_head + 1]))
+    return torch.cat(parts, 1)
 
 
 def rows_at_once(n_heads: int, n_keys: int) -> int:

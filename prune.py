@@ -5,8 +5,9 @@ critical tokens know spreads over the whole sequence, so whole blocks of prompt 
 hidden states. At a *boundary* the candidate blocks are ranked, and the best within a token budget
 stay for the layers above.
 
-Two rules rank them: `peak`, the default, and `paper`, which is SlimInfer's. A rule of your own is
-a `Rule`, passed as `slim.load(..., score=yours)`.
+Three rules rank them: `lookup`, the default, by the few heads that look things up; `peak`, by all
+heads; and `paper`, which is SlimInfer's. A rule of your own is a `Rule`, passed as
+`slim.load(..., score=yours)`.
 
 Shapes: W window queries, H heads, G KV heads, D head_dim, N blocks, B block_len.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
 SHARED_FROM = 1024  # tokens: a share prunes no shorter prompt, as there is nothing to gain
+NEXT = 16  # a match among a block's last tokens counts for the next block too
 LEAST_BLOCKS = 8  # that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
 
 
@@ -72,9 +74,15 @@ class Rule:
     sees "keys": score(queries (W, H, D), keys (N, B, G, D), blocks (N,), unit_len) -> (N,), from
     the post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
 
+    sees "lookup": as "weights", of the model's lookup heads alone (planning/probe.py), and score
+    returns two results: what a block is worth, and what its end is worth to the next block. The
+    newest block before the tail always stays.
+
     Higher is kept. window: newest queries that count. gamma: overlap of the new choice with the
     active blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name
     belongs to a saved conversation; a rule without one cannot be saved.
+
+    heads: per layer the heads it is given; None: all.
 
     join: with the heads on several GPUs, "max" joins the scores that each GPU's heads gave; "all"
     gives the function the heads of all GPUs: right for any function, but what it sees must be sent.
@@ -87,6 +95,7 @@ class Rule:
     window: int = 32
     gamma: float = 1.0
     join: str = "all"
+    heads: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str):
@@ -94,8 +103,9 @@ class Rule:
         rule = f"rule {self.name!r:.60}"
         if not callable(self.score):
             raise ValueError(f"{rule}: score is {self.score!r:.60}; it must be a function")
-        if self.sees not in ("weights", "keys"):
-            raise ValueError(f"{rule}: sees is {self.sees!r:.60}; it must be 'weights' or 'keys'")
+        if self.sees not in ("weights", "keys", "lookup"):
+            known = "'weights', 'keys' or 'lookup'"
+            raise ValueError(f"{rule}: sees is {self.sees!r:.60}; it must be {known}")
         if type(self.every_layer) is not bool:
             raise ValueError(f"{rule}: every_layer is {self.every_layer!r:.60}; it must be a bool")
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
@@ -115,6 +125,20 @@ def peak(weights: Tensor) -> Tensor:
     dilutes it. It is also the same, bit for bit, in any order of heads, layers and devices.
     """
     return weights.amax((1, 3))
+
+
+def lookup(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what blocks are worth by their lookup heads' weights (W, H, N, B): (W, N), twice.
+
+    First each block itself, then what its end finds for the next block: a copy runs on into it,
+    where nothing has looked yet. In one row, weight alone underrates a match that several blocks
+    share; contrast, the ratio to the median block's, overrates rows that look at nothing here. This
+    is half way between, in logarithms. A maximum over heads, so the same in any order.
+    """
+    best = weights.amax(3).clamp(min=1e-7).log()  # (W, H, N)
+    end = weights[..., -NEXT:].amax(3).clamp(min=1e-7).log()
+    usual = best[..., 1:].median(-1, keepdim=True).values  # without slot 0, which holds the sink
+    return (best - usual / 2).amax(1), (end - usual / 2).amax(1)
 
 
 def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
@@ -138,6 +162,7 @@ def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tenso
 
 
 RULES = {
+    "lookup": Rule("lookup", lookup, sees="lookup", join="max"),
     "peak": Rule("peak", peak, join="max"),
     "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9),
 }

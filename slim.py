@@ -15,7 +15,6 @@ if __name__ == "__main__":  # start the command line, which imports this file as
 import operator
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -27,9 +26,10 @@ from loading.files import format_bytes
 from loading.saved import check_contents, check_saved, read_saved, write_saved
 from loading.weights import load_weights, weight_bytes
 from model import Model
+from planning import probe
 from planning.checkpoint import Checkpoint
 from planning.memory import KERNEL_BYTES, check_memory, fits, step_bytes
-from planning.schedule import format_schedule, resolve_schedule
+from planning.probe import PROBE_LEN
 from planning.settings import check_count, check_sampling
 
 
@@ -38,7 +38,7 @@ def load(
     device="auto",
     dtype="auto",
     schedule="auto",
-    score="peak",
+    score="lookup",
     n_prompt=1,
     n_new=0,
     progress=None,
@@ -46,11 +46,12 @@ def load(
 ) -> "Engine":
     """Load a checkpoint and return an Engine.
 
-    schedule: "auto", "paper", "dense", {} or {boundary: tokens, or a share of the prompt}. score: a
-    name in prune.RULES, a prune.Rule, or a function of attention weights. n_prompt, n_new: tokens
-    to check memory and pin it for, so that the first token does not wait. progress(done, total)
-    follows the weights, in bytes. settings: fields of planning.settings.Settings. Raises ValueError
-    or FileNotFoundError, in one line, before anything is allocated.
+    schedule: "auto" (by the model's lookup heads), "paper", "dense", {} or {boundary: tokens, or a
+    share of the prompt}. score: a name in prune.RULES, a prune.Rule, or a function of attention
+    weights. n_prompt, n_new: tokens to check memory and pin it for, so that the first token does
+    not wait. progress(done, total) follows the weights, in bytes. settings: fields of
+    planning.settings.Settings. Raises ValueError or FileNotFoundError, in one line, before anything
+    is allocated.
     """
     opened = Checkpoint.open(ckpt, device, dtype, schedule, score, **settings)
     return start(opened, n_prompt, n_new, progress)
@@ -62,7 +63,7 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     check_count(n_new, "n_new")
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
-    check_memory(ckpt, n_prompt, n_new)
+    check_memory(ckpt, max(n_prompt, 2 * PROBE_LEN if ckpt.needs_probe else 0), n_new)
     return build(ckpt, n_prompt, n_new, progress, KVCache, Model, Engine)
 
 
@@ -83,7 +84,11 @@ def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model,
     kv.reset(n_prompt, ckpt.schedule, n_new)
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
     model = Model(c, weights, kv, ckpt.rule, settings.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk)
-    return Engine(ckpt, model)
+    engine = Engine(ckpt, model)
+    if ckpt.needs_probe:
+        engine.find_heads()
+        kv.reset(n_prompt, engine.ckpt.schedule, n_new)
+    return engine
 
 
 class Engine:
@@ -120,19 +125,51 @@ class Engine:
         ValueError for ids outside the vocabulary, or too little memory.
         """
         ids = self.check_ids(ids)
-        ckpt = self.ckpt
         check_count(keep_last, "keep_last")
         keep_last = min(keep_last, len(ids) - 1)
-        if schedule is not None:
-            schedule = resolve_schedule(schedule, self.config, ckpt.settings.block_len)
-            ckpt = replace(ckpt, schedule=schedule)
+        ckpt = self.run_by(schedule)
         self.check_room(ckpt, len(ids), at_most(room, reserve), keep_last)
         self.forget()
+        self.rank_by(ckpt)
         started = time.perf_counter()
         self.kv.reset(len(ids), ckpt.schedule, room, keep_last)
         logits = self.run(ids)[0]
         self.prefill_s = time.perf_counter() - started
         return logits
+
+    def run_by(self, schedule) -> Checkpoint:
+        """Return the run by a schedule, None for the engine's; find the lookup heads if need be."""
+        ckpt = self.ckpt if schedule is None else self.ckpt.with_schedule(schedule)
+        if not ckpt.needs_probe:
+            return ckpt
+        self.find_heads()
+        return self.ckpt if schedule is None else self.ckpt.with_schedule(schedule)
+
+    def find_heads(self) -> None:
+        """Find the heads that look things up (planning/probe.py); drops the conversation."""
+        self.forget()
+        ids = probe.random_ids(self.config.vocab_size, self.is_text)
+        strengths = self.measure_heads(ids)
+        probe.write_cache(self.ckpt.probe_key, strengths)
+        self.ckpt = self.ckpt.with_strengths(strengths)
+        self.rank_by(self.ckpt)
+
+    def measure_heads(self, ids: list[int]) -> Tensor:
+        return probe.measure(self.model, ids)
+
+    def is_text(self, token: int) -> bool:
+        """Return whether an id is text, not special or unused; without a tokenizer, all are."""
+        try:
+            return bool(self.tokenizer.bytes(token))
+        except (OSError, ValueError):
+            return True
+
+    def rank_by(self, ckpt: Checkpoint) -> None:
+        """Let a run's rule rank the blocks, if it is another one than now."""
+        if ckpt.rule != self.model.rule:
+            self.model.rule = ckpt.rule
+            self.model.window = ckpt.window
+            self.model.gamma = ckpt.gamma
 
     def extend(self, ids=(), all_logits: bool = False, room: int = 0) -> Tensor:
         """Append ids, one (a decode step) or many (a follow-up); return the logits (V,) after them.
@@ -203,7 +240,7 @@ class Engine:
                 "the scoring function has no name; give it one: score=prune.Rule('name', function)"
             )
         layout, tensors = self.kv.state()
-        identity = self.ckpt.identity | {"schedule": format_schedule(self.kv.schedule)}
+        identity = self.ckpt.with_schedule(self.kv.schedule).identity
         header = {
             "ckpt": str(self.ckpt.folder.resolve()),
             "identity": identity,
@@ -221,8 +258,8 @@ class Engine:
         Raises ValueError if the file is damaged, was saved with other weights or settings, or
         does not fit into memory; the engine then keeps what it had before.
         """
-        ckpt = self.ckpt
         header, file = read_saved(path)
+        ckpt = self.run_by(None)
         check_saved(path, header, ckpt.identity)
         layout = header["kv"]
         ids = self.check_ids(header["ids"])
@@ -234,6 +271,7 @@ class Engine:
         n_homes = sum(file.get_slice(name).get_shape()[0] for name in homes)
         self.check_room(ckpt, len(ids), room, len(ids) - n_prunable, n_homes)
         self.forget()
+        self.rank_by(ckpt)
         self.kv.load_state(layout, file.get_tensor, ckpt.schedule, room)
         self.ids = ids
         self.pending = header["pending"]
@@ -326,7 +364,7 @@ class Engine:
                 "a follow-up cannot change them"
             )
         if schedule is not None:
-            schedule = resolve_schedule(schedule, self.config, self.ckpt.settings.block_len)
+            self.ckpt.with_schedule(schedule)  # raises for a wrong one now, not at the first token
         rng = torch.Generator()
         if seed is None:
             rng.seed()
@@ -357,8 +395,8 @@ class Engine:
 
     @property
     def stats(self) -> dict:
-        """Counters of the conversation: those of `KVCache.stats`, and the prefill's seconds."""
-        return self.kv.stats() | {"prefill_s": self.prefill_s}
+        """Counters of the conversation: of `KVCache.stats`, the heads that rank, the seconds."""
+        return self.kv.stats() | {"lookup_heads": self.ckpt.heads, "prefill_s": self.prefill_s}
 
 
 def at_most(n: int, limit: int | None) -> int:

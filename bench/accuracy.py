@@ -62,6 +62,8 @@ class Bench:
 
     def __init__(self, ckpt: str, device: str, dtype: str, entries: dict[str, Entry]):
         self.engine = slim.load(ckpt, device, dtype, schedule="dense")
+        self.engine.run_by("auto")  # finds the lookup heads
+        self.ckpt = self.engine.ckpt
         self.model = self.engine.model
         self.config = self.engine.config
         self.caches: dict[int | str, KVCache] = {}
@@ -69,7 +71,7 @@ class Bench:
         self.ffn = self.model.ffn
         self.model.attention = self.attend
         self.model.ffn = self.feed
-        schedules = [entry.schedule(self.config, 4096) for entry in entries.values()]
+        schedules = [entry.schedule(self.ckpt, 4096) for entry in entries.values()]
         self.first_boundaries = {next(iter(schedule)) for schedule in schedules if schedule}
         self.first = 0  # layers below this one are taken from the dense run
         self.recording: Record | None = None
@@ -170,8 +172,10 @@ class Bench:
 
     def run(self, entry: Entry, prompt: list[int], answer: list[int], oracle: Tensor | None):
         """Answer as an entry does; return the logits (answer tokens, V)."""
-        schedule = entry.schedule(self.config, len(prompt))
+        schedule = entry.schedule(self.ckpt, len(prompt))
         rule = entry.rule
+        if rule is rivals.LOOKUP:
+            rule = self.ckpt.with_schedule(schedule).rule
         if rule is rivals.ORACLE:
             rule = oracle_rule(oracle, entry.block_len)
         if entry.second_run:
@@ -202,7 +206,7 @@ class Bench:
 
     def second_run_length(self, n_layers: int, n_prompt: int) -> int:
         """Return how many tokens may run after n_layers of a first run, at the default's FLOPs."""
-        default = prefill_flops(self.config, n_prompt, rivals.auto(self.config, n_prompt))
+        default = prefill_flops(self.config, n_prompt, rivals.auto(self.ckpt, n_prompt))
         whole = prefill_flops(self.config, n_prompt, {}, 1)
         left = default - whole * n_layers / self.config.n_layers
         return bisect(
@@ -212,7 +216,7 @@ class Bench:
     def saving(self, entry: Entry, n_prompt: int) -> float:
         """Return how many times fewer FLOPs an entry's first token takes than dense."""
         schedule = rivals.auto if entry.second_run else entry.schedule
-        cut = schedule(self.config, n_prompt)
+        cut = schedule(self.ckpt, n_prompt)
         cost = prefill_flops(self.config, n_prompt, cut, entry.block_len)
         return prefill_flops(self.config, n_prompt, {}) / cost
 
@@ -291,7 +295,7 @@ def run_document(bench: Bench, document, missing: list[Key], entries: dict) -> I
                 | judge(logits, answer)
                 | {
                     "flops": round(bench.saving(entry, len(prompt)), 4),
-                    "schedule": format_schedule(entry.schedule(bench.config, len(prompt))),
+                    "schedule": format_schedule(entry.schedule(bench.ckpt, len(prompt))),
                     "dtype": dtype_name(bench.engine.kv.dtype),
                 }
             )

@@ -16,30 +16,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import prune
-from model import Config
+from planning.checkpoint import Checkpoint
 from planning.flops import prefill_flops
 from planning.schedule import at_depth, auto_schedule
 
-Schedule = Callable[[Config, int], dict]  # (model, prompt tokens) -> {boundary: budget}
+Schedule = Callable[[Checkpoint, int], dict]  # (model, prompt tokens) -> {boundary: budget}
 
 # ---- schedules ---------------------------------------------------------------------------
 
 
-def dense(config: Config, n_prompt: int) -> dict:
+def dense(ckpt: Checkpoint, n_prompt: int) -> dict:
     return {}
 
 
-def auto(config: Config, n_prompt: int) -> dict:
-    """Return the engine's default."""
-    return auto_schedule(config.n_layers)
+def auto(ckpt: Checkpoint, n_prompt: int) -> dict:
+    """Return the engine's default for a model without lookup heads, by depth."""
+    return auto_schedule(ckpt.config.n_layers)
+
+
+def by_heads(ckpt: Checkpoint, n_prompt: int) -> dict:
+    """Return the engine's default, by the model's lookup heads."""
+    return ckpt.with_schedule("auto").schedule
+
+
+def at_layers(*shares: str) -> Schedule:
+    """Return the default's boundaries with other shares; "0" leaves a boundary out."""
+
+    def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
+        found = by_heads(ckpt, n_prompt)
+        cuts = {layer: Fraction(share) for layer, share in zip(found, shares)}
+        return {layer: share for layer, share in cuts.items() if share}
+
+    return schedule
 
 
 def of_30_layers(text: str) -> Schedule:
     """Return a schedule such as "9:1/4 19:1/8", of 30 layers, for models of any depth."""
     pairs = [part.split(":") for part in text.split()]
 
-    def schedule(config: Config, n_prompt: int) -> dict:
-        return {at_depth(config.n_layers, int(p), 30): Fraction(share) for p, share in pairs}
+    def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
+        return {at_depth(ckpt.config.n_layers, int(p), 30): Fraction(share) for p, share in pairs}
 
     return schedule
 
@@ -47,8 +63,8 @@ def of_30_layers(text: str) -> Schedule:
 def at_least(n_blocks: int) -> Schedule:
     """Return the default with another floor than prune.LEAST_BLOCKS."""
 
-    def schedule(config: Config, n_prompt: int) -> dict:
-        shares = auto(config, n_prompt)
+    def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
+        shares = auto(ckpt, n_prompt)
         return {p: max(64 * n_blocks, int(share * n_prompt)) for p, share in shares.items()}
 
     return schedule
@@ -57,13 +73,13 @@ def at_least(n_blocks: int) -> Schedule:
 def at_equal_flops(boundary: int) -> Schedule:
     """Return a schedule with one boundary (of 30 layers) that costs what the default does."""
 
-    def schedule(config: Config, n_prompt: int) -> dict:
-        layer = at_depth(config.n_layers, boundary, 30)
+    def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
+        layer = at_depth(ckpt.config.n_layers, boundary, 30)
 
         def cost(kept: int) -> float:
-            return prefill_flops(config, n_prompt, {layer: kept}, 1)
+            return prefill_flops(ckpt.config, n_prompt, {layer: kept}, 1)
 
-        goal = prefill_flops(config, n_prompt, auto(config, n_prompt))
+        goal = prefill_flops(ckpt.config, n_prompt, auto(ckpt, n_prompt))
         return {layer: bisect(range(n_prompt), goal, key=cost) - 1}
 
     return schedule
@@ -148,7 +164,7 @@ ORACLE = prune.Rule("oracle", by_chance, sees="keys")  # the bench puts in each 
 class Entry(NamedTuple):
     """One way to answer."""
 
-    rule: prune.Rule = prune.RULES["peak"]
+    rule: prune.Rule = prune.RULES["peak"]  # of "lookup" the bench puts in the model's heads
     schedule: Schedule = auto
     window: int | None = None  # None: the rule's
     block_len: int = 64
@@ -158,8 +174,21 @@ class Entry(NamedTuple):
 
 DENSE = Entry(schedule=dense)
 
+LOOKUP = prune.RULES["lookup"]
+
+HEADS = {
+    "dense": DENSE,
+    "Slim": Entry(LOOKUP, by_heads),
+    "Slim, one cut": Entry(LOOKUP, at_layers("1/4")),
+    "Slim, deeper": Entry(LOOKUP, at_layers("1/8", "1/16")),
+    "Slim, peak": Entry(),
+    "peak at the same layers": Entry(prune.RULES["peak"], by_heads),
+    "lookup at the paper's layers": Entry(LOOKUP, auto),
+}
+
 RIVALS = {
     "dense": DENSE,
+    "Slim": Entry(LOOKUP, by_heads),
     "Slim, peak": Entry(),
     "Slim, peak, frozen": Entry(frozen=True),
     "paper's rule": Entry(prune.RULES["paper"]),
@@ -199,6 +228,7 @@ SCHEDULES = {
 }
 
 SETS = {
+    "heads": HEADS,
     "rivals": RIVALS,
     "floors": {"dense": DENSE} | FLOORS,
     "schedules": {"dense": DENSE} | SCHEDULES,

@@ -112,7 +112,9 @@ def random_checkpoint(name: str, device: str, dtype: str, schedule: str, **optio
     tensors = RandomTensors(config, place, kind)
     budgets = resolve_schedule(schedule, config, settings.block_len)
     rule = prune.RULES["peak"]
-    return Checkpoint(Path(name), config, tensors, set(), place, kind, budgets, rule, settings)
+    return Checkpoint(
+        Path(name), config, tensors, set(), place, kind, budgets, rule, settings, budgets, rule
+    )
 
 
 def make_engine(name: str, device: str, dtype: str, schedule: str, chunk: int) -> slim.Engine:
@@ -390,7 +392,12 @@ def read_ids(args, ckpt: Checkpoint, n: int) -> list[int]:
 # ---- memory: the peak of a process beside what was planned ------------------------------------
 
 WORK = ("prompt", "follow-ups", "save", "resume")
-RANKINGS = (("dense", "peak"), ("auto", "peak"), ("auto", "paper"))  # schedule and score
+RANKINGS = (
+    ("dense", "lookup"),
+    ("auto", "lookup"),
+    ("auto", "peak"),
+    ("auto", "paper"),
+)  # schedule and score
 
 
 def memory_table(args) -> None:

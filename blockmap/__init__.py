@@ -68,7 +68,7 @@ class Recorder:
 
     def first_choice(self, i: int, candidates: list[int], scores, active: set[int]) -> dict:
         """Return what stage i chose in the prompt's step, and why."""
-        if self.engine.model.rule.sees == "weights":
+        if self.engine.model.rule.sees != "keys":
             seen = self.seen[candidates].tolist()
         else:  # a rule that sees keys looks at the boundary's layer alone
             boundary = self.engine.kv.stages[i].layers[0] - 1

@@ -103,14 +103,15 @@ def run(args, progress: Progress) -> int:
     ids = []
     n_prompt = 1
     if header:
-        check_saved(args.resume, header, ckpt.identity)
+        if not ckpt.needs_probe:  # else what the rule depends on is not known before loading
+            check_saved(args.resume, header, ckpt.identity)
         n_prompt = len(header["ids"])
     elif not server:
         ids = build_ids(args, read_prompt(args), tok)
         n_prompt = max(1, len(ids))
     engine = start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
     engine.tokenizer = tok
-    say(describe(ckpt, n_prompt))
+    say(describe(engine.ckpt, n_prompt))
     if server:
         return serve.run(server, engine, tok, args, say)
     say(describe_memory(engine, n_prompt, args.max_new_tokens))
@@ -167,6 +168,10 @@ def describe(ckpt: Checkpoint, n_prompt: int) -> str:
     pruning = "dense"
     if ckpt.schedule:
         pruning = f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
+        if ckpt.heads:
+            pruning += f" ({len(ckpt.heads)} heads)"
+        elif ckpt.asked_rule.sees == "lookup":
+            pruning += " (no heads that look things up were found below the first boundary)"
     return (
         f"slim: {ckpt.folder.name}, {ckpt.config.n_layers} layers, schedule {pruning}, "
         f"{n_prompt:,} prompt tokens"

@@ -85,18 +85,18 @@ def add_pruning(add) -> None:
     )
     add("--schedule", default="auto", help=schedule)
     rules = f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)"
-    add("--score", default="peak", help=rules)
+    add("--score", default="lookup", help=rules)
     add("--dense", **FLAG, help="no pruning: an empty schedule")
     texts = {
         "block_len": "tokens per block (%(default)s)",
         "unit_len": "tokens per unit of a block (%(default)s)",
-        "window": "newest queries that rank the blocks; 0: 32 for peak, 4 for paper (%(default)s)",
+        "window": "newest queries that rank the blocks; 0: 32, or 4 for paper (%(default)s)",
     }
     for name, text in texts.items():
         add("--" + name.replace("_", "-"), **COUNT, default=DEFAULT[name], help=text)
     overlap = (
-        "overlap of the new choice from which the active blocks stay; -1: 1 for peak, "
-        "0.9 for paper (%(default)s)"
+        "overlap of the new choice from which the active blocks stay; -1: as the rule wants, "
+        "1 or 0.9 for paper (%(default)s)"
     )
     add("--gamma", type=float, default=DEFAULT["gamma"], metavar="G", help=overlap)
 

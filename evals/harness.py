@@ -59,7 +59,11 @@ MAKERS = {  # what makes 500 samples a length, whatever is asked for
 # LongBench's few-shot and code tasks
 NO_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 # schedule and rule
-COLUMNS = {"dense": ("dense", "peak"), "paper": ("paper", "paper"), "default": ("auto", "peak")}
+COLUMNS = {
+    "dense": ("dense", "lookup"),
+    "paper": ("paper", "paper"),
+    "default": ("auto", "lookup"),
+}
 
 
 def ruler_task(name: str, folder: Path, lengths: list[int], n: int, essays: Path | None) -> dict:
@@ -300,7 +304,7 @@ def open_columns(args) -> dict[str, SlimLM]:
     """Return {column: the model that answers in it}."""
     models = {}
     for column in args.columns:
-        schedule, rule = COLUMNS.get(column) or (*column.split("@"), "peak")[:2]
+        schedule, rule = COLUMNS.get(column) or (*column.split("@"), "lookup")[:2]
         ckpt = Checkpoint.open(args.ckpt, args.device, args.dtype, schedule, rule)
         context = ckpt.config.max_len
         if not 0 <= args.max_len <= context:

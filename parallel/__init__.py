@@ -85,8 +85,8 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     recipe = dict(
         device=ckpt.device.type,
         dtype=dtype_name(ckpt.dtype),
-        schedule=ckpt.schedule,
-        score=ckpt.rule.name,
+        schedule=ckpt.asked_schedule,
+        score=ckpt.asked_rule.name,
         **asdict(ckpt.settings),
     )
     place = str(ckpt.folder.resolve())
@@ -100,7 +100,9 @@ def start_worker(place: str, recipe: dict, n_prompt: int, n_new: int) -> "Engine
 
 
 def start_together(ranks: Ranks, opened, n_prompt: int, n_new: int, progress=None) -> "Engine":
-    part = ranks.together(lambda: split(opened(), ranks))
+    ckpt = ranks.together(opened)
+    strengths = ranks.broadcast(ckpt.strengths)[0]  # rank 0's: not every disk has a cache of them
+    part = ranks.together(lambda: split(ckpt.with_strengths(strengths), ranks))
     ranks.together(lambda: check_memory(part, n_prompt, n_new))
     kinds = partial(KVCache, ranks, part), partial(Model, ranks, part), partial(Engine, ranks)
     return ranks.together(lambda: slim.build(part, n_prompt, n_new, progress, *kinds))
@@ -149,6 +151,13 @@ class Part(Checkpoint):
     def aux_dim(self) -> int:
         return length(self.columns)
 
+    def with_schedule(self, schedule) -> "Part":
+        """As of a checkpoint; the rule gets the lookup heads that this rank has."""
+        part = super().with_schedule(schedule)
+        if part.rule.heads is None or part.rule.heads == self.asked_rule.heads:
+            return part
+        return replace(part, rule=own_heads(part.rule, self.q))
+
     def pieces(self, name: str) -> tuple[int, list[slice]]:
         """Return the dimension along which a tensor is cut, and this rank's pieces; [] for all."""
         config = self.full.config
@@ -172,6 +181,14 @@ class Part(Checkpoint):
         if kind in columns and name.endswith(("weight", SCALE)):
             return 1, columns[kind]
         return 0, rows.get(kind, [])
+
+
+def own_heads(rule: prune.Rule, q: slice) -> prune.Rule:
+    """Return a rule for one rank, with its own heads by their numbers there."""
+    heads = []
+    for found in rule.heads:
+        heads.append(tuple(head - q.start for head in found if q.start <= head < q.stop))
+    return replace(rule, heads=tuple(heads))
 
 
 @dataclass
@@ -212,15 +229,17 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
         hidden_dim=length(hidden),
         vocab_size=length(vocab),
     )
-    rule = replace(ckpt.rule, score=joined(ckpt.rule, ranks, config.n_kv_heads))
+    rule = replace(ckpt.asked_rule, score=joined(ckpt.asked_rule, ranks, config.n_kv_heads))
+    if rule.heads is not None:
+        rule = own_heads(rule, q)
     fields = vars(ckpt) | dict(config=smaller, device=own_device(ckpt.device, ranks.rank))
-    fields |= dict(rule=rule, tensors={})
+    fields |= dict(rule=rule, asked_rule=rule, tensors={})
     fields.pop("weights_hash", None)
     columns = own(config.dim)
     part = Part(**fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=columns)
     for name in ckpt.tensors:
         part.tensors[name] = PartFile(ckpt.tensors[name], part)
-    return part
+    return part.with_schedule(ckpt.asked_schedule)
 
 
 def check_ranks(config: Config, n_ranks: int) -> None:
@@ -473,6 +492,12 @@ class Engine(slim.Engine):
         write = super().save
         writes = self.ranks.rank == 0 or refused
         self.ranks.together(lambda: write(path, extra) if writes else self.kv.state())
+
+    def measure_heads(self, ids: list[int]) -> Tensor:
+        """Return the strengths of all ranks' heads (L, H)."""
+        part = self.ckpt
+        own = super().measure_heads(ids).to(self.kv.device)
+        return self.ranks.assemble(own, 1, part.q, part.full.config.n_heads).cpu()
 
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))

@@ -1,11 +1,12 @@
 """What is decided before anything is allocated: device, dtype, schedule, rule."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import prune
 from loading.config import read_config
@@ -13,6 +14,7 @@ from loading.find import find_checkpoint
 from loading.vocabulary import stop_tokens
 from loading.weights import MappedFile, check_tensors, fingerprint, open_shards, settle_head
 from model import DTYPES, Config
+from planning.probe import lookup_heads, names, read_cache
 from planning.schedule import format_schedule, resolve_schedule
 from planning.settings import Settings
 
@@ -30,10 +32,13 @@ class Checkpoint:
     schedule: dict[int, prune.Budget]
     rule: prune.Rule
     settings: Settings
+    asked_schedule: object  # as it was asked for, such as "auto"
+    asked_rule: prune.Rule
+    strengths: Tensor | None = None  # of all heads (L, H), once the probe has measured them
 
     @staticmethod
     def open(
-        ckpt, device="auto", dtype="auto", schedule="auto", score="peak", **settings
+        ckpt, device="auto", dtype="auto", schedule="auto", score="lookup", **settings
     ) -> "Checkpoint":
         """Find a checkpoint and check it, its tensors and the settings; see `slim.load`."""
         options = Settings(**settings)
@@ -42,21 +47,62 @@ class Checkpoint:
         folder = find_checkpoint(ckpt)
         config = read_config(folder / "config.json", options.rope_yarn)
         dtype = pick_dtype(dtype, config, device)
-        schedule = resolve_schedule(schedule, config, options.block_len)
+        budgets = resolve_schedule(schedule, config, options.block_len)
         tensors = open_shards(folder)
         config = settle_head(config, tensors)
         check_tensors(folder, config, tensors)
-        return Checkpoint(
+        opened = Checkpoint(
             folder=folder,
             config=config,
             tensors=tensors,
             stop=stop_tokens(folder, config.vocab_size),
             device=device,
             dtype=dtype,
-            schedule=schedule,
+            schedule=budgets,
             rule=rule,
             settings=options,
+            asked_schedule=schedule,
+            asked_rule=rule,
         )
+        if not opened.needs_probe:
+            return opened
+        return opened.with_strengths(read_cache(opened.probe_key, config.n_layers, config.n_heads))
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the run depends on the lookup heads, and they are not known yet."""
+        by_heads = self.asked_rule.sees == "lookup" and self.asked_rule.heads is None
+        return by_heads and self.strengths is None and bool(self.schedule)
+
+    @property
+    def probe_key(self) -> str:
+        """Name the weights and what else changes the strengths of heads a little."""
+        yarn = f"-yarn{self.settings.rope_yarn:g}" if self.settings.rope_yarn else ""
+        return f"{self.weights_hash}-{dtype_name(self.dtype)}{yarn}"
+
+    def with_strengths(self, strengths: Tensor | None) -> "Checkpoint":
+        """Return the run once the strengths of its heads (L, H) are known; None: they are not."""
+        return replace(self, strengths=strengths).with_schedule(self.asked_schedule)
+
+    def with_schedule(self, schedule) -> "Checkpoint":
+        """Return the run by another schedule, with the rule that ranks its blocks.
+
+        Where no lookup head lies below the first boundary, `peak` of all heads ranks them.
+        """
+        budgets = resolve_schedule(schedule, self.config, self.settings.block_len, self.strengths)
+        rule = self.asked_rule
+        if rule.sees == "lookup" and rule.heads is None and self.strengths is not None:
+            rule = replace(rule, heads=lookup_heads(self.strengths))
+            if not any(rule.heads[: min(budgets, default=None)]):
+                rule = prune.RULES["peak"]
+        return replace(self, schedule=budgets, rule=rule)
+
+    @property
+    def heads(self) -> list[str]:
+        """The lookup heads that rank the blocks, as "layer.head"; none if all heads do."""
+        if self.rule.sees != "lookup" or self.strengths is None:
+            return []
+        return names(lookup_heads(self.strengths))
 
     @property
     def identity(self) -> dict:
@@ -71,6 +117,7 @@ class Checkpoint:
             "dtype": dtype_name(self.dtype),
             "score": self.rule.name,
             "sees": self.rule.sees,
+            "heads": " ".join(self.heads),
             "every_layer": self.rule.every_layer,
             "rope_yarn": self.settings.rope_yarn,
             "weights": self.weights_hash,

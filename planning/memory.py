@@ -99,7 +99,7 @@ def temporaries(
     for i, n_slots in enumerate(slots):
         n_revived = 0 if first else min(n_slots, slots[0] - n_slots)
         work = StageWork(ckpt, n_slots, n_rows, n_tail, n_slots if first else n_revived, n_revived)
-        ranked = i + 1 < len(slots) and ckpt.rule.sees == "weights"
+        ranked = i + 1 < len(slots) and ckpt.rule.sees != "keys"
         if below is not None:
             parts.append(("rows at a boundary", work.boundary_bytes(below)))
             parts.append(("mean keys at a boundary", below.x_bytes + below.mean_key_bytes()))

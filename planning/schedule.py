@@ -1,12 +1,21 @@
 """A schedule, {boundary: budget}: a named one, or read from text or a dict; checked."""
 
+from bisect import bisect_left
 from fractions import Fraction
+from itertools import accumulate
+
+from torch import Tensor
 
 import prune
 from model import Config
+from planning.probe import lookup_heads
 
 # Shares of the prompt at the paper's boundaries, in a model of 30 layers; we measured none better.
 AUTO = {9: Fraction(1, 4), 19: Fraction(1, 8), 28: Fraction(1, 16)}
+# By the lookup heads: a boundary right after the layer by which this share of their strength lies
+# below, and the share of the prompt that stays. 9 and 19 of 30 layers in SmolLM2, 4 and 17 of 24 in
+# Qwen2.5-Coder-0.5B, chosen on both.
+BY_HEADS = {Fraction(1, 16): Fraction(1, 4), Fraction(2, 3): Fraction(1, 8)}
 # The paper's tokens at boundaries 10, 20 and 30 of 32 layers.
 PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}
 
@@ -18,6 +27,20 @@ def is_tokens(budget) -> bool:
 def auto_schedule(n_layers: int) -> dict[int, prune.Budget]:
     """Return the default, as shares of the prompt, for any depth."""
     return scaled(AUTO, 30, n_layers)
+
+
+def schedule_by_heads(strengths: Tensor) -> dict[int, prune.Budget]:
+    """Return the default for a model whose lookup heads are known; strengths (L, H)."""
+    n_layers = len(strengths)
+    heads = lookup_heads(strengths)
+    by_layer = [sum(strengths[layer, list(found)].tolist()) for layer, found in enumerate(heads)]
+    below = list(accumulate(by_layer))
+    schedule: dict[int, prune.Budget] = {}
+    for share, budget in BY_HEADS.items():
+        boundary = 1 + bisect_left(below, share * below[-1])
+        if boundary < n_layers:
+            schedule.setdefault(boundary, budget)
+    return schedule
 
 
 def paper_schedule(n_layers: int, model_type: str = "llama") -> dict[int, prune.Budget]:
@@ -132,12 +155,20 @@ def check_decreasing(budgets: list[prune.Budget]) -> None:
         )
 
 
-def resolve_schedule(schedule, config: Config, block_len: int) -> dict[int, prune.Budget]:
-    """Return {boundary: budget} for "auto", "paper", "dense", a string or a dict, checked."""
+def resolve_schedule(
+    schedule, config: Config, block_len: int, strengths: Tensor | None = None
+) -> dict[int, prune.Budget]:
+    """Return {boundary: budget} for "auto", "paper", "dense", a string or a dict, checked.
+
+    strengths: of the model's heads (L, H), by which "auto" goes; without them, by depth.
+    """
     if isinstance(schedule, str):
         schedule = parse_schedule(schedule)
     if schedule == "auto":
-        schedule = auto_schedule(config.n_layers)
+        if strengths is not None and any(lookup_heads(strengths)):
+            schedule = schedule_by_heads(strengths)
+        else:
+            schedule = auto_schedule(config.n_layers)
     elif schedule == "paper":
         schedule = paper_schedule(config.n_layers, config.model_type)
     elif schedule == "dense":
