@@ -324,6 +324,9 @@ def make_task(args, name: str, lm: SlimLM) -> tuple[dict, bool, Callable]:
             raise ValueError(
                 f"--lengths {max(args.lengths)} is above the context of {lm.max_len} tokens"
             )
+        if name == "ruler_vt" and min(args.lengths) < 1024:
+            # with less, its example alone does not fit and the harness tries forever
+            raise ValueError(f"--lengths {min(args.lengths)}: ruler_vt needs at least 1024")
         task = ruler_task(name, lm.ckpt.folder, args.lengths, args.limit, args.essays)
         return task, not args.raw, last_line
     if name.startswith("longbench_") and name in long_tasks().task_index:

@@ -335,6 +335,7 @@ def test_a_task_without_a_score_a_sample_is_refused(talking):
         (["--tasks", "ruler_vt", "--max-len", "-5"], "--max-len -5"),
         (["--tasks", "ruler_vt", "--max-len", "99999999"], "--max-len 99999999"),
         (["--tasks", "ruler_vt", "--max-len", "2048", "--lengths", "2049"], "2049"),
+        (["--tasks", "ruler_vt", "--lengths", "512"], "ruler_vt needs at least 1024"),
         (["--tasks", "ruler_vt", "--out", "no/such/folder.jsonl"], "--out no/such"),
         (["--tasks", "ruler_vt", "--out", "other.jsonl"], "other.jsonl holds"),
         (["--tasks", "longbench"], "--longbench"),
