@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import slim
 torch.set_num_threads(1)  # tests run in several processes
 
 HERE = Path(__file__).parent
+# what tests keep about models is theirs alone
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="slim-cache-")
 DATA = Path(os.environ.get("SLIM_TEST_DATA", HERE / "no-data"))
 
 needs_data = pytest.mark.skipif(

@@ -7,6 +7,7 @@ not part of this repository: $SLIM_TEST_DATA names their folder, and without it 
 and skip. So does the test of SmolLM2 where it is not at hand and, without SLIM_REAL=1, not made.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -159,7 +160,9 @@ def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeyp
 class Oracle:
     """What a pruned conversation computes, row by row in float64; a dictionary for everything."""
 
-    def __init__(self, folder, schedule, block_len, unit_len, window=4, gamma=0.9, rule="paper"):
+    def __init__(
+        self, folder, schedule, block_len, unit_len, window=4, gamma=0.9, rule="paper", heads=()
+    ):
         self.w = {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}
         self.config = config = json.loads((folder / "config.json").read_text())
         self.schedule = schedule
@@ -167,7 +170,8 @@ class Oracle:
         self.unit_len = unit_len
         self.window = window
         self.gamma = gamma
-        self.rule = rule  # "paper"; "peak"; "mass": sums of the boundary's layer, mean over heads
+        self.rule = rule  # "paper"; "peak"; "mass": sums of the boundary's layer, mean over heads;
+        self.lookup_heads = heads  # "lookup": by these heads of each layer
         self.H = config["num_attention_heads"]
         self.G = config["num_key_value_heads"]
         self.L = config["num_hidden_layers"]
@@ -253,7 +257,7 @@ class Oracle:
         v = v.repeat_interleave(self.H // self.G, 1)
         weights = (torch.einsum("hd,shd->hs", query, k) / math.sqrt(self.D)).softmax(-1)
         if row >= self.start:
-            self.look(row, keys, weights)
+            self.look(layer, row, keys, weights)
         out = torch.einsum("hs,shd->hd", weights, v).flatten()
         name = f"model.layers.{layer}.self_attn.o_proj."
         return self.w[name + "weight"] @ out + self.w.get(name + "bias", 0)
@@ -275,15 +279,38 @@ class Oracle:
 
     # ---- what blocks are worth
 
-    def look(self, row, keys, weights):
+    def look(self, layer, row, keys, weights):
         """Note what each block is worth to one query, from its weights (H, S) in one layer."""
         worth = self.worth[row]
+        if self.rule == "lookup":
+            for head in self.lookup_heads[layer]:
+                self.look_up(layer, worth, keys, weights[head])
+            return
         for j, key in enumerate(keys):
             block = key // self.block_len
             if self.rule == "mass":
                 worth[block] = worth.get(block, 0.0) + float(weights[:, j].mean())
             else:
                 worth[block] = max(worth.get(block, 0.0), float(weights[:, j].max()))
+
+    def look_up(self, layer, worth, keys, weights):
+        """Note the worth of blocks by one head's weights (S,): half weight, half contrast."""
+        below = self.boundary_below(layer)
+        blocks = set(range(self.last)) if below is None else self.active[below] - {self.last}
+        best = dict.fromkeys(blocks, 1e-7)  # of each block
+        end = dict.fromkeys(blocks, 1e-7)  # of its last 16 tokens
+        for key, weight in zip(keys, weights.tolist()):
+            block = key // self.block_len
+            if block in blocks:
+                best[block] = max(best[block], weight)
+                if key % self.block_len >= self.block_len - 16:
+                    end[block] = max(end[block], weight)
+        ordered = sorted(best[block] for block in blocks - {0})
+        usual = math.log(ordered[(len(ordered) - 1) // 2])
+        for block in blocks:
+            for other, weight in ((block, best[block]), (block + 1, end[block])):
+                score = math.log(weight) - usual / 2
+                worth[other] = max(worth.get(other, -math.inf), score)
 
     def paper_score(self, layer, block, query):
         """Return the largest, over units, mean over heads of |query . mean key| (query: (H, D))."""
@@ -303,7 +330,10 @@ class Oracle:
             query = sum(newest) / len(newest)  # (H, D)
             scores = {b: self.paper_score(p - 1, b, query) for b in candidates - ends}
         else:
-            scores = {b: max(worth.get(b, -1.0) for worth in newest) for b in candidates - ends}
+            lowest = -math.inf
+            scores = {b: max(worth.get(b, lowest) for worth in newest) for b in candidates - ends}
+        if self.rule == "lookup" and self.last - 1 in scores:
+            scores[self.last - 1] = math.inf  # the newest block before the tail
         return ends | set(sorted(scores, key=lambda b: (-scores[b], b))[: k - 2])
 
     # ---- a boundary
@@ -413,6 +443,27 @@ def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
     if rule != "paper":
         swaps, revived = 1, 0  # the other rules change their choice less often
     assert oracle.swaps >= swaps and oracle.revived >= revived
+
+
+LOOKUP_HEADS = (0, 3), (), (1,), (2, 3), ()  # of each layer
+
+
+@pytest.mark.parametrize("window", [4, 20])  # within the prompt's last block, and beyond it
+@pytest.mark.parametrize("schedule, gamma, prompt, swaps, revived", CASES)
+def test_lookup_heads_choose_as_the_oracle_does(
+    tiny, schedule, gamma, prompt, swaps, revived, window
+):
+    """The default rule: few heads of few layers, contrast within a row, the next block."""
+    rule = dataclasses.replace(prune.RULES["lookup"], heads=LOOKUP_HEADS)
+    oracle = Oracle(tiny, schedule, 8, 4, window, gamma, "lookup", LOOKUP_HEADS)
+    settings = dict(block_len=8, unit_len=4, window=window, gamma=gamma)
+    engines = [
+        slim.load(tiny, "cpu", "float64", schedule, rule, chunk=chunk, **settings)
+        for chunk in (7, 0)
+    ]
+    ends = [*range(prompt, prompt + 25), prompt + 34, prompt + 35, prompt + 36]
+    compare(oracle, engines, draw(prompt + 36, seed=prompt), ends)
+    assert oracle.swaps > 0 or gamma < 0.9  # else most choices are near enough to stay
 
 
 OTHERS = "qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn"

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import loading.find
 import planning.checkpoint
 import planning.memory
 import slim
@@ -178,6 +179,7 @@ def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeyp
     assert find_checkpoint("b") == tmp_path / "elsewhere" / "b"
     for name in ("llama3.1-8b", "meta-llama/Llama-3.1-8B"):
         assert find_checkpoint(name) == hub / "snapshots" / "abc"
+    monkeypatch.setattr(loading.find, "ROOT", tmp_path)  # this repository may hold one
     small = ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
     for alias, repo in (("qwen2.5-7b", "Qwen/Qwen2.5-7B"), small):
         with pytest.raises(FileNotFoundError, match=f"hf download {repo}"):

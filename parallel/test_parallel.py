@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -142,6 +143,7 @@ def strongest(queries, keys, blocks, unit_len):
 
 RULES = {
     "peak": "peak",
+    "lookup": replace(prune.RULES["lookup"], heads=((0, 3), (), (1,), (2, 3), ())),
     "paper": "paper",
     "all": prune.Rule("mass", mass, every_layer=False, window=8),
     "keys": prune.Rule("keys", strongest, sees="keys", join="max"),
@@ -190,11 +192,13 @@ def talk(folder, rule="peak", n=300, saved=None, dtype="float64", steps=6, cut=F
         w.head,
         *(t for layer in w.layers for t in vars(layer).values() if t is not None),
     ]
+    strengths = engine.measure_heads(draw(256, seed=5))
     size = sum(t.nbytes for t in {id(t): t for t in tensors}.values())  # a tied head once
     return {
         "logits": [x.double().numpy() for x in logits],
         "choices": choices,
         "stats": stats,
+        "strengths": strengths.numpy(),
         "weights": size,
     }
 
@@ -215,7 +219,7 @@ def all_cases(folders, n_ranks: int, tmp_path) -> dict:
         cases = {family: cases[family] for family in ("qwen2-bias", "demo", "llama2-mha")}
     cases |= {
         f"rule {rule}": dict(folder=folders["llama3-gqa"], rule=rule)
-        for rule in list(RULES)[1 : 6 - n_ranks]
+        for rule in list(RULES)[1 : 7 - n_ranks]
     }
     cases |= {
         f"cut {f}": dict(folder=folders[f], cut=True)
@@ -240,6 +244,7 @@ def test_ranks_compute_what_one_does(folders, tmp_path, n):
             assert got["choices"] == one["choices"], name
             worst = max(abs(a - b).max() for a, b in zip(got["logits"], one["logits"], strict=True))
             assert worst < 1e-10, (name, worst)
+            assert abs(got["strengths"] - one["strengths"]).max() < 1e-6, name
             assert all(
                 got["stats"][key] == one["stats"][key]
                 for key in ("swaps", "revived", "kept", "tokens")
