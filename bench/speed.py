@@ -113,7 +113,18 @@ def random_checkpoint(name: str, device: str, dtype: str, schedule: str, **optio
     budgets = resolve_schedule(schedule, config, settings.block_len)
     rule = prune.RULES["peak"]
     return Checkpoint(
-        Path(name), config, tensors, set(), place, kind, budgets, rule, settings, budgets, rule
+        Path(name),
+        config,
+        tensors,
+        set(),
+        place,
+        kind,
+        budgets,
+        rule,
+        settings,
+        budgets,
+        rule,
+        None,
     )
 
 

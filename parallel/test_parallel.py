@@ -372,6 +372,9 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
         {},
         prune.RULES["peak"],
         planning.settings.Settings(),
+        {},
+        prune.RULES["peak"],
+        None,
     )
     for n in (2, 4):
         parts = [parallel.split(ckpt, Rank(r, n)) for r in range(n)]

@@ -34,7 +34,7 @@ class Checkpoint:
     settings: Settings
     asked_schedule: object  # as it was asked for, such as "auto"
     asked_rule: prune.Rule
-    strengths: Tensor | None = None  # of all heads (L, H), once the probe has measured them
+    strengths: Tensor | None  # of all heads (L, H), once the probe has measured them
 
     @staticmethod
     def open(
@@ -63,6 +63,7 @@ class Checkpoint:
             settings=options,
             asked_schedule=schedule,
             asked_rule=rule,
+            strengths=None,
         )
         if not opened.needs_probe:
             return opened
