@@ -64,7 +64,9 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
     check_memory(ckpt, max(n_prompt, 2 * PROBE_LEN if ckpt.needs_probe else 0), n_new)
-    return build(ckpt, n_prompt, n_new, progress, KVCache, Model, Engine)
+    engine = build(ckpt, n_prompt, n_new, progress, KVCache, Model, Engine)
+    engine.prepare(n_prompt, n_new)
+    return engine
 
 
 def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model, Engine):
@@ -84,11 +86,7 @@ def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model,
     kv.reset(n_prompt, ckpt.schedule, n_new)
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
     model = Model(c, weights, kv, ckpt.rule, settings.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk)
-    engine = Engine(ckpt, model)
-    if ckpt.needs_probe:
-        engine.find_heads()
-        kv.reset(n_prompt, engine.ckpt.schedule, n_new)
-    return engine
+    return Engine(ckpt, model)
 
 
 class Engine:
@@ -144,6 +142,12 @@ class Engine:
             return ckpt
         self.find_heads()
         return self.ckpt if schedule is None else self.ckpt.with_schedule(schedule)
+
+    def prepare(self, n_prompt: int, n_new: int) -> None:
+        """Find the lookup heads if need be, and lay out the KV as they ask for."""
+        if self.ckpt.needs_probe:
+            self.find_heads()
+            self.kv.reset(n_prompt, self.ckpt.schedule, n_new)
 
     def find_heads(self) -> None:
         """Find the heads that look things up (planning/probe.py); drops the conversation."""

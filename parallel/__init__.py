@@ -105,7 +105,9 @@ def start_together(ranks: Ranks, opened, n_prompt: int, n_new: int, progress=Non
     part = ranks.together(lambda: split(ckpt.with_strengths(strengths), ranks))
     ranks.together(lambda: check_memory(part, n_prompt, n_new))
     kinds = partial(KVCache, ranks, part), partial(Model, ranks, part), partial(Engine, ranks)
-    return ranks.together(lambda: slim.build(part, n_prompt, n_new, progress, *kinds))
+    engine = ranks.together(lambda: slim.build(part, n_prompt, n_new, progress, *kinds))
+    engine.prepare(n_prompt, n_new)
+    return engine
 
 
 # ---- a rank's part of a checkpoint --------------------------------------------------------

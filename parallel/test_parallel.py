@@ -321,6 +321,7 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
         )
         torch.manual_seed(int(os.environ["RANK"]))
         head, engine.model.head = engine.model.head, lambda x: torch.randn_like(head(x))
+        engine.ranks.calls = 0
         engine.generate(draw(300), steps)
         assert engine.ranks.calls == 0  # greedy: no seed is sent
         tokens = list(engine.generate(draw(300), steps, temperature=1.0))
@@ -388,8 +389,8 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
             ValueError, match="8 ranks would cut through the FP8 tiles of 16 x 32 weights, at 16"
         ):
             parallel.split(ckpt, Rank(rank, 8))
-    odd = slim.replace(
-        ckpt, config=slim.replace(config, hidden_dim=129)
+    odd = replace(
+        ckpt, config=replace(config, hidden_dim=129)
     )  # its last tile is a piece, and stays whole
     gate, down = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
     shapes |= {
@@ -408,12 +409,10 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
     with pytest.raises(
         ValueError, match="2 ranks would cut through the FP8 tiles of 16 x 32 weights, at 129"
     ):
-        parallel.split(slim.replace(odd, config=slim.replace(odd.config, fused=True)), Rank(1, 2))
+        parallel.split(replace(odd, config=replace(odd.config, fused=True)), Rank(1, 2))
     for field in ("hidden_dim", "vocab_size", "dim"):
         with pytest.raises(ValueError, match="4 ranks cannot share 3 columns"):
-            parallel.split(
-                slim.replace(ckpt, config=slim.replace(config, **{field: 3})), Rank(0, 4)
-            )
+            parallel.split(replace(ckpt, config=replace(config, **{field: 3})), Rank(0, 4))
     with pytest.raises(
         ValueError, match="3 ranks cannot share 8 heads and 4 KV heads; .* can be 1, 2, 4, 8"
     ):
@@ -1013,7 +1012,7 @@ def expected_traffic(engine: slim.Engine, n_rows: int) -> tuple[int, int]:
         size += n_rows * config.dim * item + config.vocab_size * item
     rankings = sum(len(stage.layers) if first else 1 for stage in kv.stages[:-1])
     window = min(engine.model.window, n_rows)
-    size += rankings * window * kv.stages[0].n_slots * max(item, 4)
+    size += rankings * window * (kv.stages[0].n_slots + 1) * max(item, 4)
     logits = config.vocab_size * max(item, 4)  # rank 0's
     return calls + rankings + 1, size + logits
 
