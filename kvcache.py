@@ -24,7 +24,8 @@ The words of this engine:
     slab of one layer     | slot 0 | slot 1 | slot 2 |  ...  | tail: last block, new tokens -> |
     holds, in any order   | block 0| block 9| block 4|       | positions from tail_start on    |
 
-The life of a block in one stage. It is in one of these states, and `Stage.state` tells which:
+The life of a block in one stage. `Stage.state` tells its state between two steps; running and
+riding exist only inside one:
 
     state     rows in x  slot  home   aux            how it gets there
     running   yes        yes   -      -              the prompt's step, or a revival: keys are made
@@ -281,6 +282,11 @@ class KVCache:
         for counter in COUNTERS:
             setattr(self, counter, 0)
 
+    @property
+    def reading_prompt(self) -> bool:
+        """Whether the next step, or the one under way, is the prompt's own."""
+        return self.length == 0
+
     # ---- a new conversation ---------------------------------------------------------
 
     def reset(
@@ -369,9 +375,8 @@ class KVCache:
 
     def longer_slab(self, stage: Stage, n_tail: int, old: Tensor) -> Tensor:
         new = self.new_slab(stage, n_tail)
-        n = min(
-            old.shape[2], new.shape[2]
-        )  # old is the longer one if it grew before memory ran out
+        # old is the longer one if it grew before memory ran out
+        n = min(old.shape[2], new.shape[2])
         new[:, :, :n] = old[:, :, :n]
         return new
 

@@ -103,11 +103,12 @@ class Rows:
 class Model:
     """Weights, KV and the step; `rule` ranks the blocks.
 
-    Hooks watch a step: `on_chunk(layer, rows, keys)` its progress; `on_queries(layer, queries)` the
-    newest queries (w, H, D) of each layer; `on_scores(layer, scores)`
-    what each of the newest tokens (W, N) gives the prompt's blocks so far; `on_select(i,
-    candidates, scores, active)` each choice of stage i's blocks before it takes effect, with scores
-    (N,) in the candidates' order.
+    Hooks watch a step:
+    - on_chunk(layer, rows, keys): its progress
+    - on_queries(layer, queries): the newest queries (w, H, D) of each layer
+    - on_scores(layer, scores): what the newest tokens give the prompt's blocks so far, (W, N)
+    - on_select(i, candidates, scores, active): each choice of stage i's blocks, before it takes
+      effect, with scores (N,) in the candidates' order
     """
 
     def __init__(
@@ -143,20 +144,21 @@ class Model:
         comes before.
         """
         kv = self.kv
-        first = kv.length == 0  # the prompt's own step: a row for every block
+        first = kv.reading_prompt  # the prompt's own step: a row for every block
         end = kv.length + len(ids)
         first_tail = max(kv.length, kv.tail_start)
         blocks = list(kv.stages[0].slots) if first else []  # with rows in x, ascending
         x = self.embed(ids.to(kv.device))  # (T, C)
-        ranking = RANKINGS[self.rule.sees](self, n_newest=min(self.window, len(ids)))
+        n_newest = min(self.window, len(ids))
+        ranking = RANKINGS[self.rule.sees](self, n_newest)
         for i, stage in enumerate(kv.stages):
-            rows = self.locate(stage, blocks, first, first_tail, end)
+            rows = self.locate(stage, blocks, first_tail, end, n_newest)
             below_top = i + 1 < len(kv.stages)
             for layer in stage.layers:
-                queries, weights = self.attention(layer, x, rows)
+                queries, row_weights = self.attention(layer, x, rows)
                 self.on_queries(layer, queries)
                 if below_top:
-                    ranking.see(layer, stage, rows, queries, weights)
+                    ranking.see(layer, stage, rows, queries, row_weights)
                 move = None
                 if below_top and layer == stage.layers[-1]:
                     x, blocks, move = self.boundary(i + 1, x, blocks, ranking)
@@ -168,7 +170,7 @@ class Model:
         return self.head(x).to(self.wide)  # (n_logits, V)
 
     def locate(
-        self, stage: Stage, blocks: list[int], first: bool, first_tail: int, end: int
+        self, stage: Stage, blocks: list[int], first_tail: int, end: int, n_newest: int
     ) -> Rows:
         """Say where rows stand: those of prompt blocks, then of positions first_tail..end-1.
 
@@ -184,7 +186,7 @@ class Model:
         cos, sin, query_scale = self.rope(pos)
 
         n_block_rows = len(blocks) * kv.block_len
-        n_revived = 0 if first else n_block_rows  # in the first step rows and keys are the same
+        n_revived = 0 if kv.reading_prompt else n_block_rows
         key_pos = None
         if n_revived:
             all_tail = torch.arange(kv.tail_start, end, device=kv.device)
@@ -193,7 +195,9 @@ class Model:
         def has_row(position: int) -> bool:
             return position >= kv.tail_start or position // kv.block_len in slot_of
 
-        n_newest = min(self.window, end - kv.length)
+        # The first tail row sees all slots and the tail up to itself. In the prompt's step the rows
+        # of blocks stand before it in x and in the slab alike, so this is 0.
+        keys_before = tail_row + first_tail - kv.tail_start - n_block_rows
         newest = [i for i in range(n_newest) if has_row(end - n_newest + i)]
         return Rows(
             pos=pos,
@@ -201,7 +205,7 @@ class Model:
             sin=sin,
             query_scale=query_scale,
             slab_rows=torch.cat([in_slots, tail - kv.tail_start + tail_row]),
-            keys_before=tail_row + first_tail - kv.tail_start - n_block_rows,
+            keys_before=keys_before,
             n_revived=n_revived,
             key_pos=key_pos,
             newest=kv.upload(newest),
@@ -317,15 +321,15 @@ class Model:
     # ---- a boundary ---------------------------------------------------------------------
 
     def boundary(
-        self, i: int, x: Tensor, blocks: list[int], ranking: "Ranking"
+        self, upper: int, x: Tensor, blocks: list[int], ranking: "Ranking"
     ) -> tuple[Tensor, list[int], Move | None]:
-        """Choose stage i's blocks; move rows out of and into x (T, C).
+        """Choose the blocks of the stage above, `upper`; move rows out of and into x (T, C).
 
         Returns the new x, its prompt blocks, and the copies of keys and values to do later.
         """
         kv = self.kv
-        stage = kv.stages[i]
-        active = self.choose(i, ranking)
+        stage = kv.stages[upper]
+        active = self.choose(upper, ranking)
 
         # rows return: active blocks without keys here. First, so they need not wait for copies
         revived = sorted(active - stage.has_keys() - set(blocks))
@@ -348,21 +352,21 @@ class Model:
         order = torch.cat([kv.block_rows([place[block] for block in blocks]), tail])
         return x[order], blocks, move
 
-    def choose(self, i: int, ranking: "Ranking") -> set[int]:
-        """Return the blocks to be active in stage i.
+    def choose(self, upper: int, ranking: "Ranking") -> set[int]:
+        """Return the blocks to be active in stage `upper`.
 
         The new choice, or those active now if the two overlap enough (gamma).
         """
         kv = self.kv
-        below = kv.stages[i - 1]
-        stage = kv.stages[i]
+        below = kv.stages[upper - 1]
+        stage = kv.stages[upper]
         scores = ranking.rank(below, stage)
         new = set(prune.select(scores, below.slots, stage.n_slots))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
         active = set(stage.slots)
         if active and prune.overlap(new | last, active | last) >= self.gamma:
             new = active
-        self.on_select(i, below.slots, scores, new)
+        self.on_select(upper, below.slots, scores, new)
         return new
 
 
@@ -380,6 +384,14 @@ class Ranking:
         self.model = model
         self.rule = model.rule
 
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
+        """Look at a layer: its newest queries (w, H, D); weights (1, H, S) of a single row."""
+        raise NotImplementedError
+
+    def rank(self, below: Stage, stage: Stage) -> Tensor:
+        """Return the scores (N,) of the blocks active below, for a stage's boundary."""
+        raise NotImplementedError
+
 
 class WeightRanking(Ranking):
     """The maximum over layers of what a rule makes of the newest tokens' attention weights.
@@ -394,11 +406,8 @@ class WeightRanking(Ranking):
         self.padded = torch.full(shape, -torch.inf, dtype=model.wide, device=model.kv.device)
         self.scores = self.padded[:, :n_blocks]  # (W, N)
 
-    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights) -> None:
-        """Score a layer's newest queries (w, H, D); weights: theirs (1, H, S), if they are made.
-
-        Raises ValueError for a rule's result of another shape.
-        """
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
+        """Let the rule score what it is given; raise ValueError for a result of another shape."""
         at_boundary = layer == stage.layers[-1]
         if not self.rule.every_layer:
             if not at_boundary:
@@ -406,7 +415,7 @@ class WeightRanking(Ranking):
             self.padded.fill_(-torch.inf)
         heads = range(queries.shape[1]) if self.rule.heads is None else self.rule.heads[layer]
         if len(heads):
-            parts = self.block_weights(layer, stage, rows, queries, weights, heads)
+            parts = self.block_weights(layer, stage, rows, queries, row_weights, heads)
             for newest, of_blocks in parts:
                 self.score(newest, stage.blocks, of_blocks)
         self.model.join_scores(self.padded, at_boundary)
@@ -438,7 +447,6 @@ class WeightRanking(Ranking):
             del of_keys, of_slots  # the largest temporaries: gone before the next rows' come
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
-        """Return the scores (N,) of the blocks active below, for a stage's boundary."""
         stage.remember(self.scores, self.model.window)
         return stage.newest.amax(0)[below.blocks]
 
@@ -447,12 +455,18 @@ class LookupRanking(WeightRanking):
     """As `WeightRanking`, by the lookup heads alone, with what they find for the next block."""
 
     def score(self, newest: Tensor, blocks: Tensor, of_blocks: Tensor) -> None:
-        own, of_next = self.rule.score(of_blocks)
-        self.keep_maximum(newest, blocks, own)
-        self.keep_maximum(newest, blocks + 1, of_next)
+        results = self.rule.score(of_blocks)
+        if not isinstance(results, tuple) or len(results) != 2:
+            raise ValueError(
+                f"rule {self.rule.name!r:.60} returned {describe(results)}; a rule that sees "
+                "'lookup' must return two tensors of scores"
+            )
+        own, of_next = results
+        self.keep_maximum(newest, blocks, check_scores(own, of_blocks))
+        self.keep_maximum(newest, blocks + 1, check_scores(of_next, of_blocks))
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
-        """Return the scores; the newest block before the tail, which may be short, always stays."""
+        """As above; the newest block stays too if there is a slot: the tail may be short."""
         newest_block = self.scores.shape[1] - 1
         return super().rank(below, stage).masked_fill(below.blocks == newest_block, torch.inf)
 
@@ -460,7 +474,7 @@ class LookupRanking(WeightRanking):
 class KeyRanking(Ranking):
     """What a rule makes of the newest queries and the candidates' keys in the boundary's layer."""
 
-    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights) -> None:
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
         self.queries = queries
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
@@ -477,14 +491,21 @@ RANKINGS = {
 }  # by what a rule sees
 
 
+def describe(value) -> str:
+    """Say in a line what a rule returned."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return f"{value!r:.60}"
+
+
 def check_scores(scores, weights: Tensor) -> Tensor:
     """Return a rule's scores; raise ValueError unless there is one for each query and block."""
     shape = weights.shape[0], weights.shape[2]
     is_tensor = isinstance(scores, Tensor)
     if not is_tensor or scores.shape != shape or not scores.is_floating_point():
         raise ValueError(
-            f"the scoring function returned {scores!r:.60}; of weights {tuple(weights.shape)} it "
-            f"must return floating-point scores {shape}, one per query and block"
+            f"the scoring function returned {describe(scores)}; of weights {tuple(weights.shape)} "
+            f"it must return floating-point scores {shape}, one per query and block"
         )
     return scores
 

@@ -114,8 +114,19 @@ class Rule:
             )
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
             raise ValueError(f"{rule}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
+        if self.heads is not None and not is_heads(self.heads):
+            raise ValueError(
+                f"{rule}: heads is {self.heads!r:.60}; it must be a tuple of head numbers a layer"
+            )
         if self.join not in ("all", "max"):
             raise ValueError(f"{rule}: join is {self.join!r:.60}; it must be 'all' or 'max'")
+
+
+def is_heads(heads) -> bool:
+    """Return whether this is a tuple of layers, each a tuple of head numbers."""
+    if not isinstance(heads, tuple) or not all(isinstance(found, tuple) for found in heads):
+        return False
+    return all(type(head) is int and head >= 0 for found in heads for head in found)
 
 
 def peak(weights: Tensor) -> Tensor:

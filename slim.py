@@ -39,6 +39,7 @@ def load(
     dtype="auto",
     schedule="auto",
     score="lookup",
+    *,
     n_prompt=1,
     n_new=0,
     progress=None,
@@ -69,11 +70,11 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     return engine
 
 
-def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model, Engine):
+def build(ckpt: Checkpoint, n_prompt, n_new, progress, kv_kind, model_kind, engine_kind):
     """Lay out the KV, load the weights, join them; `parallel` passes classes of its own."""
     c = ckpt.config
     settings = ckpt.settings
-    kv = KVCache(
+    kv = kv_kind(
         c.n_layers,
         c.n_kv_heads,
         c.head_dim,
@@ -85,8 +86,10 @@ def build(ckpt: Checkpoint, n_prompt: int, n_new: int, progress, KVCache, Model,
     )
     kv.reset(n_prompt, ckpt.schedule, n_new)
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
-    model = Model(c, weights, kv, ckpt.rule, settings.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk)
-    return Engine(ckpt, model)
+    model = model_kind(
+        c, weights, kv, ckpt.rule, settings.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk
+    )
+    return engine_kind(ckpt, model)
 
 
 class Engine:
@@ -98,10 +101,11 @@ class Engine:
         self.config = ckpt.config
         self.kv = model.kv
         self.steps = 0  # of all conversations: shows a generator that another caller ran one
-        Engine.forget(self)  # `parallel` has one that tells other ranks
+        Engine.forget(self)  # a subclass's would tell other ranks, and is not connected yet
 
     def forget(self) -> None:
         """Drop the conversation; the next prompt starts a new one."""
+        self.running = self.ckpt  # how this conversation is run: its schedule may be its own
         self.ids: list[int] = []  # tokens run so far
         self.pending: list[int] = []  # generated, but not yet run through the model
         self.usable = False  # not before a prefill, while a step runs, or after a broken one
@@ -170,6 +174,7 @@ class Engine:
 
     def rank_by(self, ckpt: Checkpoint) -> None:
         """Let a run's rule rank the blocks, if it is another one than now."""
+        self.running = ckpt
         if ckpt.rule != self.model.rule:
             self.model.rule = ckpt.rule
             self.model.window = ckpt.window
@@ -220,10 +225,12 @@ class Engine:
         if n is None:
             n = self.kv.n_prompt
         least = max(1, self.kv.tail_start)
-        if type(n) is not int or not least <= n <= self.kv.length:
+        is_number = hasattr(n, "__index__") and not isinstance(n, bool)
+        if not is_number or not least <= n <= self.kv.length:
             raise ValueError(
                 f"cannot rewind to {n!r} tokens; it can be to {least}..{self.kv.length} of them"
             )
+        n = operator.index(n)
         self.kv.rewind(n)
         self.ids = self.ids[:n]
         self.pending = []
@@ -308,13 +315,13 @@ class Engine:
         slots = [stage.n_slots for stage in kv.stages]
         n_tail = end - kv.tail_start
         need = kv.growth_bytes(end + room)
-        need += step_bytes(self.ckpt, slots, n_rows, n_tail, n_logits=n_logits)
+        need += step_bytes(self.running, slots, n_rows, n_tail, n_logits=n_logits)
         pruned = kv.exchange_bytes()
         if not fits(kv.device, need, pruned):
             raise ValueError(
                 f"{n_rows:,} more tokens need {format_bytes(need)} on {kv.device} and "
-                f"{format_bytes(pruned)} for pruned blocks, more than is free; ask less, or start "
-                "again with more room"
+                f"{format_bytes(pruned)} for pruned blocks, more than is free; ask for less, or "
+                "start again with more room"
             )
 
     def check_ids(self, ids) -> list[int]:

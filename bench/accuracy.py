@@ -94,7 +94,7 @@ class Bench:
 
     def attend(self, layer: int, x: Tensor, rows) -> tuple[Tensor, Tensor | None]:
         kv = self.model.kv
-        if kv.length == 0 and layer < self.first:
+        if kv.reading_prompt and layer < self.first:
             kv.slabs[layer][:, :, : len(x)] = self.dense.slabs[layer][:, :, : len(x)]
             if layer == self.first - 1:
                 x[:] = torch.cat([record.x[self.first] for record in self.prompt_records()])

@@ -160,6 +160,9 @@ class Part(Checkpoint):
             return part
         return replace(part, rule=own_heads(part.rule, self.q))
 
+    def check_heads(self, rule: prune.Rule, budgets: dict) -> None:
+        """Nothing: the heads of the whole model were checked, and a rank may have none."""
+
     def pieces(self, name: str) -> tuple[int, list[slice]]:
         """Return the dimension along which a tensor is cut, and this rank's pieces; [] for all."""
         config = self.full.config
@@ -373,7 +376,7 @@ class Model(model.Model):
 
     def join_scores(self, scores: Tensor, at_boundary: bool) -> None:
         """Join the maxima at a boundary; in the prompt's step in every layer, for the map."""
-        if self.rule.join == "max" and (at_boundary or self.kv.length == 0):
+        if self.rule.join == "max" and (at_boundary or self.kv.reading_prompt):
             self.ranks.max(scores)
 
 

@@ -159,9 +159,11 @@ class Ranks:
             return
         calls = self.gather((name, digest))
         rank = next(i for i, call in enumerate(calls) if call != calls[0])
+        its, first = calls[rank][0], calls[0][0]
+        how = f"{its} with other arguments than" if its == first else f"{its}, not {first} as"
         raise Agreed(
-            f"rank {rank}'s call of {calls[rank][0]} differs from rank 0's of {calls[0][0]}; give "
-            "every rank the same ids and settings, or each an engine of its own with slim.load"
+            f"rank {rank} calls {how} rank 0; give every rank the same ids and settings, or each "
+            "an engine of its own with slim.load"
         )
 
     @contextlib.contextmanager
@@ -275,9 +277,8 @@ class Ranks:
             self.leave_cause(f"rank {peer} was lost")
         except RuntimeError:
             pass
-        time.sleep(
-            2 * GRACE
-        )  # the main thread ends by itself, unless it waits for a GPU or a person
+        # the main thread ends by itself, unless it waits for a GPU or a person
+        time.sleep(2 * GRACE)
         if self.may_print():
             print_error(f"{self.wait_for_cause() or f'rank {peer} was lost'}; all ranks end")
         os._exit(2)

@@ -517,7 +517,7 @@ def test_ranks_of_a_script_that_differ_get_one_line(folders, tmp_path):
                 call()
             found.append(str(error.value))
         logits = engine.prefill(iter(draw(100)))
-        with pytest.raises(ValueError, match="call of extend differs from rank 0's of extend"):
+        with pytest.raises(ValueError, match="rank 1 calls extend with other arguments"):
             engine.extend([rank])
         return found, [logits.tolist(), engine.extend(torch.tensor([1, 2])).tolist()]
 
@@ -527,12 +527,12 @@ def test_ranks_of_a_script_that_differ_get_one_line(folders, tmp_path):
     for got, want in zip(logits, [alone.prefill(draw(100)), alone.extend([1, 2])]):
         torch.testing.assert_close(torch.tensor(got), want.float(), atol=1e-6, rtol=0)
     for text in texts[:5]:
-        assert text.startswith("rank 1's call of prefill differs from rank 0's of prefill; give")
+        assert text.startswith("rank 1 calls prefill with other arguments than rank 0; give")
     for text in texts[5:8]:
-        assert text.startswith("rank 1's call of generate differs from rank 0's of generate")
-    assert texts[8].startswith("rank 1's call of prefill differs from rank 0's of extend; give")
-    assert texts[9].startswith("rank 1's call of forget differs from rank 0's of rewind")
-    assert texts[10].startswith("rank 1's call of start differs from rank 0's of start")
+        assert text.startswith("rank 1 calls generate with other arguments than rank 0")
+    assert texts[8].startswith("rank 1 calls prefill, not extend as rank 0; give")
+    assert texts[9].startswith("rank 1 calls forget, not rewind as rank 0")
+    assert texts[10].startswith("rank 1 calls start with other arguments than rank 0")
     assert "nowhere" in texts[11] and "\n" not in "".join(texts)
 
 

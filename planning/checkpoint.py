@@ -65,6 +65,7 @@ class Checkpoint:
             asked_rule=rule,
             strengths=None,
         )
+        opened = opened.with_schedule(schedule)
         if not opened.needs_probe:
             return opened
         return opened.with_strengths(read_cache(opened.probe_key, config.n_layers, config.n_heads))
@@ -92,11 +93,28 @@ class Checkpoint:
         """
         budgets = resolve_schedule(schedule, self.config, self.settings.block_len, self.strengths)
         rule = self.asked_rule
+        if rule.heads is not None:
+            self.check_heads(rule, budgets)
         if rule.sees == "lookup" and rule.heads is None and self.strengths is not None:
             rule = replace(rule, heads=lookup_heads(self.strengths))
             if not any(rule.heads[: min(budgets, default=None)]):
                 rule = prune.RULES["peak"]
         return replace(self, schedule=budgets, rule=rule)
+
+    def check_heads(self, rule: prune.Rule, budgets: dict) -> None:
+        """Raise ValueError unless a rule's own heads are this model's, and some can rank."""
+        n_layers = self.config.n_layers
+        last = max((head for found in rule.heads for head in found), default=0)
+        if len(rule.heads) != n_layers or last >= self.config.n_heads:
+            raise ValueError(
+                f"rule {rule.name!r:.60}: heads has {len(rule.heads)} layers and numbers up to "
+                f"{last}; the model has {n_layers} layers of {self.config.n_heads} heads"
+            )
+        if budgets and not any(rule.heads[: min(budgets)]):
+            raise ValueError(
+                f"rule {rule.name!r:.60}: no head is below the first boundary, {min(budgets)}, so "
+                "nothing could rank the blocks; add one, or set a later boundary"
+            )
 
     @property
     def heads(self) -> list[str]:

@@ -21,9 +21,7 @@ from model import Model, attention_weights
 PROBE_LEN = 256  # ids, read twice
 QUERIES = 64  # the last of them are looked at
 LEAST = 0.05  # weight from which a head counts; at 0.2 a head is lost on which SmolLM2 depends
-NO_HEADS = (
-    1.0  # total strength below which a model has none: 0.0 in a toy, 6.9 and 26.8 in real ones
-)
+NO_HEADS = 1.0  # total strength below which a model has none; 7.1 and 26.3 in two real ones
 
 
 def random_ids(vocab_size: int, is_text) -> list[int]:
@@ -100,8 +98,8 @@ def read_cache(key: str, n_layers: int, n_heads: int) -> Tensor | None:
 
 def write_cache(key: str, strengths: Tensor) -> None:
     """Keep strengths for the next start; where that cannot be, they are measured again."""
-    path = cache_file(key)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
+        path = cache_file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as file:
             file.write(json.dumps(strengths.tolist()).encode())

@@ -109,3 +109,41 @@ def test_the_probe_finds_the_heads_of_a_real_model(smollm2_folder, tmp_path, mon
     engine = slim.load(smollm2_folder, "cpu", "float32")
     assert {"2.4", "7.7", "8.0", "14.3", "15.6", "18.6"} <= set(engine.ckpt.heads)
     assert list(engine.ckpt.schedule) == [9, 19]
+
+
+def test_a_rule_with_heads_of_its_own_is_checked(tiny):
+    """Heads that the model lacks, or that can rank nothing, must not choose blocks in silence."""
+    for heads in ("x", [[0]], ((0, "a"),), ((-1,),)):
+        with pytest.raises(ValueError, match="tuple of head numbers a layer"):
+            prune.Rule("mine", prune.peak, heads=heads)
+    for heads, words in (
+        (((0,),) * 4, "heads has 4 layers"),
+        (((4,),) * 5, "numbers up to 4; the model has 5 layers of 4 heads"),
+        (((), (), (1,), (), ()), "no head is below the first boundary, 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            slim.load(
+                tiny, "cpu", schedule={2: 192}, score=prune.Rule("mine", prune.peak, heads=heads)
+            )
+
+
+def test_a_lookup_rule_must_return_two_results(tiny):
+    """One line says so, where a rule of one's own returns something else."""
+    for score in (prune.peak, lambda weights: None, lambda weights: (weights, weights)):
+        rule = prune.Rule("mine", score, sees="lookup", heads=((0,),) * 5)
+        engine = slim.load(tiny, "cpu", schedule={2: 192}, score=rule)
+        with pytest.raises(ValueError, match="must return"):
+            engine.prefill(draw(640))
+
+
+def test_a_process_without_a_home_keeps_nothing_and_runs(tiny, looking, monkeypatch):
+    """A container's user may have no home folder; the heads are then measured at each start."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(probe.Path, "home", no_home)
+    for _ in range(2):
+        slim.load(tiny, "cpu")
+    assert len(looking) == 2
