@@ -328,6 +328,8 @@ WRONG = {  # arguments: what the one line must name
     "--save . --ask a": "--save",
     "--map /dev/null": "--map",
     "--map no/where.html": "no/where.html",
+    "--map /proc/x": "--map /proc/x cannot be written: no file can be made in /proc: ",
+    "--save /proc/x": "--save /proc/x cannot be written: no file can be made in /proc: ",
     "--map text.txt": "--prompt",
     "--save a --map a": "--save",
 }

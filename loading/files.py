@@ -43,11 +43,19 @@ def check_path(path) -> Path:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise ValueError("it is not a file")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise ValueError("its folder does not exist or does not allow writing")
+        try_folder(target.parent)
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path!s:.200} cannot be written: {error}") from None
     return target
+
+
+def try_folder(folder: Path) -> None:
+    """Raise OSError unless a file can be made in a folder; for root, permissions do not tell."""
+    try:
+        with open_part(folder, ".try", 0o600) as file:
+            os.unlink(file.name)
+    except OSError as error:
+        raise OSError(f"no file can be made in {folder}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

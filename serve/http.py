@@ -139,7 +139,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def enter(self, request) -> bool:
-        """Give a place among the clients to a connection; return False if there is none."""
+        """Register a connection; return False if there are too many."""
         with self.entering:
             if len(self.clients) >= MOST_CLIENTS:
                 return False
@@ -232,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json(error.status, error.body)
 
     def check_caller(self) -> None:
-        """Refuse callers without the key, where there is none other sites, then too many."""
+        """Refuse callers without the key; without a key, other sites; then too many clients."""
         if self.server.key:
             self.check_key()
         else:
@@ -258,9 +258,10 @@ class Handler(BaseHTTPRequestHandler):
         name = host[: host.rfind("]") + 1] or host.partition(":")[0]
         foreign = origin and origin.lower() != f"http://{host}"
         if foreign or not is_loopback(name.strip("[]")):
+            source = f" from {origin!r:.60}" if origin else ""
             raise ApiError(
                 403,
-                f"requests to {host!r:.60} from {origin or 'there'!r:.60} need a key: start the "
+                f"requests to {host!r:.60}{source} need a key: start the "
                 "server with --api-key or $SLIM_API_KEY; without one, only programs of this "
                 "machine are served, at 127.0.0.1",
             )

@@ -269,6 +269,12 @@ def test_a_cache_folder_may_be_a_link_whose_target_is_not_there_yet(tmp_path):
     assert (tmp_path / "target").is_dir()
 
 
+def test_a_cache_folder_in_which_no_file_can_be_made_is_refused():
+    """Root may write anywhere by the permissions, and no text was ever kept."""
+    with pytest.raises(ValueError, match="no file can be made in /proc: "):
+        check_folder("/proc")
+
+
 def test_a_file_that_another_server_marks_as_used_is_read_all_the_same(tiny, tmp_path, monkeypatch):
     """The mark changes its time while it is read here: no reason to delete it."""
     texts, read = started(tiny, tmp_path)
@@ -398,8 +404,7 @@ def test_what_stays_unpruned_is_bounded():
 def test_a_conversation_keeps_its_date_and_a_new_one_has_todays(talking, tmp_path, monkeypatch):
     """Templates of Llama 3.2 and SmolLM3 write the date: at midnight all texts were read again."""
     tok = tokenizer.load(talking)
-    date = "{{ strftime_now('%d %B %Y') }}: {% for m in messages %}{{ m.content }}{% endfor %}"
-    tok.template = Template(Path("x"), date, {})
+    tok.template = Template(Path("x"), DATED, {})
     today = [datetime.date(2026, 11, 28)]
     clock = SimpleNamespace(today=lambda: today[0], fromisoformat=datetime.date.fromisoformat)
     monkeypatch.setattr("serve.texts.datetime", SimpleNamespace(date=clock))
@@ -426,6 +431,45 @@ def test_a_conversation_keeps_its_date_and_a_new_one_has_todays(talking, tmp_pat
     cached, day = ask(texts, "ABBA CAB " * 450 + "ABBA?")
     assert cached > 1000 and day == 28
     assert ask(texts, "ABBA CAB " * 112 + "BA" * 900) == (0, 1)  # begins alike, goes on otherwise
+
+
+DATED = "{{ strftime_now('%d %B %Y') }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_a_request_after_midnight_finds_its_text_while_the_engine_runs(
+    talking, tmp_path, monkeypatch
+):
+    """The text that is being read, or was just put away, seemed unknown: it was read again."""
+    tok = tokenizer.load(talking)
+    tok.template = Template(Path("x"), DATED, {})
+    today = [datetime.date(2026, 11, 28)]
+    clock = SimpleNamespace(today=lambda: today[0], fromisoformat=datetime.date.fromisoformat)
+    monkeypatch.setattr("serve.texts.datetime", SimpleNamespace(date=clock))
+    engine = slim.load(talking, "cpu", **PRUNED)
+    texts = Texts(engine, tmp_path)
+
+    def request(text):
+        body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+        return parse(True, body, tok, "m", 4096, DEFAULTS, texts)
+
+    first, second = "ABBA CAB " * 450, "CAB " * 900
+    seen = []
+
+    def look(layer, queries):
+        today[0] = datetime.date(2026, 11, 29)
+        if layer == 0:
+            assert not engine.usable
+            seen.append([request(text + "CAB?").day.date.day for text in (first, second)])
+
+    server = SimpleNamespace(counts=collections.Counter())
+    job = Job(request(first))
+    engine.model.on_queries = look
+    answer(job, server, engine, tok, texts, print)
+    assert len(seen) > 2 and all(days == [28, 29] for days in seen)
+    seen.clear()
+    answer(Job(request(second)), server, engine, tok, texts, print)
+    assert len(texts.files()) == 1
+    assert len(seen) > 2 and all(days == [28, 29] for days in seen)
 
 
 # ---- requests ---------------------------------------------------------------------------------
@@ -790,7 +834,10 @@ def test_the_small_paths_and_errors_in_their_shape(server):
         headers |= {"Origin": f"HTTP://localhost:{server.port}"} if "Origin" in headers else {}
         assert server.ask("/health", **headers)[0] == 200
     assert "there is no '/';" in server.ask("/")[1]["error"]["message"]
-    assert "--api-key" in server.ask("/health", Host="evil.example")[1]["error"]["message"]
+    message = server.ask("/health", Host="evil.example")[1]["error"]["message"]
+    assert message.startswith("requests to 'evil.example' need a key: ") and "--api-key" in message
+    message = server.ask("/health", Origin="http://evil.example")[1]["error"]["message"]
+    assert " from 'http://evil.example' need a key: " in message
     assert urllib.request.urlopen(server.url + "/health").headers["Server"] == "Slim"
     server.chat(TEXT)
     stats = server.ask("/v1/stats")[1]
@@ -892,6 +939,24 @@ def test_a_client_that_leaves_a_whole_answer_is_noticed(server):
         assert time.monotonic() < left + 3
         time.sleep(0.05)
     assert server.ask("/v1/stats")[1]["answers"] == before["answers"]
+
+
+def test_a_client_that_leaves_a_streamed_answer_leaves_its_text(server):
+    """People press Stop when they have seen enough, and ask again about the same text."""
+    question = {"messages": [{"role": "user", "content": "CAB ABBA " * 200}]}
+    left = server.ask("/v1/stats")[1]["disconnected"]
+    with server.raw(server.post(question | {"max_tokens": 2000, "stream": True})) as connection:
+        got = b""
+        while got.count(b"data: ") < 4:  # the role, then three pieces
+            got += connection.recv(4096)
+    until = time.monotonic() + 10
+    while server.ask("/v1/stats")[1]["disconnected"] == left:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    status, again = server.ask("/v1/chat/completions", question | {"model": server.model})
+    assert status == 200
+    used = again["usage"]
+    assert used["prompt_tokens_details"]["cached_tokens"] >= used["prompt_tokens"] - 64
 
 
 def test_the_connection_is_looked_at_while_tokens_come():
@@ -1007,11 +1072,12 @@ def test_an_answer_for_which_memory_ends_is_shorter():
         raise ValueError("more tokens need 1 GiB")
 
     job = Job(SimpleNamespace(max_tokens=9))
-    tokens = Tokens(source(2), job, SimpleNamespace(usable=True))
+    model = SimpleNamespace()
+    tokens = Tokens(source(2), job, SimpleNamespace(usable=True, model=model))
     assert list(tokens) == [0, 1] and tokens.finish_reason() == "length"
     for n, usable in ((0, True), (2, False)):
         with pytest.raises(ValueError, match="1 GiB"):
-            list(Tokens(source(n), job, SimpleNamespace(usable=usable)))
+            list(Tokens(source(n), job, SimpleNamespace(usable=usable, model=model)))
 
 
 def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
@@ -1051,6 +1117,28 @@ def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, mon
     with pytest.raises(Disconnected):
         answer(job, None, engine, None, texts, print)
     assert engine.usable and engine.ids == text[:2012] and texts.reuse(text) == (2012, 0)
+
+
+def test_an_answer_breaks_off_between_steps_and_a_new_reading_inside_one(tiny, monkeypatch):
+    """A step that is broken off loses the text: harmless only while it is being read."""
+    engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2000)
+    texts = Texts(engine)
+    sampling = {"max_tokens": 9, "temperature": 0.0, "top_p": 1.0, "seed": None}
+    tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
+    steps_before_leaving = 0
+
+    def leave(layer, queries):
+        if engine.steps > steps_before_leaving:
+            job.disconnected.set()
+
+    for n_steps, usable in ((0, False), (3, True)):
+        steps_before_leaving = engine.steps + n_steps
+        job = Job(SimpleNamespace(ids=text, stop=[], day=None, **sampling))
+        engine.model.on_queries = leave
+        with pytest.raises(Disconnected):
+            answer(job, None, engine, tok, texts, print)
+        assert engine.usable == usable
+    assert texts.reuse(text + draw(20, 1))[0] == 2000
 
 
 def test_the_model_is_named_after_what_was_asked_for(monkeypatch):

@@ -21,7 +21,7 @@ from stat import S_ISREG
 from safetensors import SafetensorError
 
 from kvcache import last_block_len
-from loading.files import format_bytes, one_line
+from loading.files import format_bytes, one_line, try_folder
 from loading.saved import check_saved, read_saved
 from planning.memory import NoRoom
 
@@ -45,8 +45,7 @@ def check_folder(folder: str) -> None:
     """Make the folder if it is not there; raise ValueError if it cannot be used."""
     try:
         Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OSError("it does not allow writing")
+        try_folder(Path(folder))
     except OSError as error:
         message = f"--cache-dir {folder} cannot be used ({error}); give another folder"
         raise ValueError(message) from None
@@ -101,6 +100,7 @@ class Texts:
         self.most = int(gib * 2**30)
         self.say = say
         self.day: Day | None = None  # of the conversation at hand
+        self.running: Text | None = None  # the request that is being read or answered
         self.saved: dict[Path, Text] = {}
         self.versions: dict[Path, tuple] = {}  # of all files looked at, usable or not
         self.refresh()
@@ -138,7 +138,7 @@ class Texts:
         """
         found = None
         kept = longest = 0
-        at_hand = {None: self.at_hand()} if self.engine.usable else {}
+        at_hand = {None: self.at_hand()} if self.running or self.engine.usable else {}
         for path, text in (at_hand | self.saved).items():
             shared = min(common(text.ids, ids), len(ids) - 1)
             longest = max(longest, shared)
@@ -149,8 +149,9 @@ class Texts:
         return found, kept, longest
 
     def at_hand(self) -> Text:
+        """Return the conversation in the engine; while a request runs, what it asked for."""
         engine = self.engine
-        return Text(engine.ids + engine.pending, engine.kv.tail_start, self.day)
+        return self.running or Text(engine.ids + engine.pending, engine.kv.tail_start, self.day)
 
     def day_of(self, opening: str, render) -> tuple[Day, list[int]]:
         """Return the day of the conversation that a request goes on with, and the request's ids.
@@ -220,6 +221,7 @@ class Texts:
         for old, text in list(self.saved.items()):
             if old not in (path, wanted) and here.covers(text):
                 self.drop(old)  # the new file goes on from it
+        self.refresh()  # `day_of` must find the new file while the next request runs
 
     def size(self) -> int:
         """Return the bytes that a file of the conversation at hand takes, its header included."""

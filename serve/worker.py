@@ -1,4 +1,4 @@
-"""The engine's side of the server: one job at a time, as they came, on the main thread."""
+"""The engine's side: one job at a time, in the order they came, on the main thread."""
 
 import contextlib
 import queue
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from loading.files import one_line
 from serve.api import ApiError, Request, usage
-from serve.texts import Texts
+from serve.texts import Text, Texts
 
 PIECE = 512  # tokens of a follow-up that are read at once; in between, the client may be found gone
 ROOM = 256  # new tokens to have memory for: most answers end long before max_tokens
@@ -94,7 +94,11 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
 
 
 class Tokens:
-    """The tokens of an answer as they come, counted, each after a check of the client."""
+    """The tokens of an answer as they come, counted, each after a check of the client.
+
+    From the first one on, the client is checked between steps alone: a step that is broken off
+    loses the text, and that was just read.
+    """
 
     def __init__(self, source, job: Job, engine):
         self.source = source
@@ -108,6 +112,7 @@ class Tokens:
     def __iter__(self):
         try:
             for token in self.source:
+                self.engine.model.on_chunk = nothing
                 self.job.check()
                 self.n += 1
                 self.first_at = self.first_at or time.perf_counter()
@@ -134,22 +139,42 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     room = min(request.max_tokens, ROOM)
     cached, keep_last = texts.reuse(request.ids, room)
     texts.day = request.day
+    first = engine.kv.tail_start if cached else len(request.ids) - keep_last
+    texts.running = Text(request.ids, first, request.day)
+    try:
+        tokens = write(job, engine, tok, cached, keep_last)
+    finally:
+        texts.running = None
+    used = usage(request, tokens.n, cached)
+    job.out.put((tokens.finish_reason(), used))
+    count(server.counts, used)
+    say(summary(used, started, tokens.first_at))
+
+
+def write(job: Job, engine, tok, cached: int, keep_last: int) -> Tokens:
+    """Put the text of an answer into a job's queue; return its tokens, which have run out.
+
+    cached: ids of the request that the engine has. keep_last: of a new reading, see `Texts.reuse`.
+    """
+    request = job.request
+    room = min(request.max_tokens, ROOM)
     ids = read_ahead(job, engine, cached, room)
     sampling = request.max_tokens, request.temperature, request.top_p, request.seed
     options = {"follow_up": cached > 0, "keep_last": keep_last, "reserve": ROOM}
     source = engine.generate(ids, *sampling, **options)
     tokens = Tokens(source, job, engine)
-    if not cached:  # a new reading may be broken off anywhere: nothing is lost
+    if not cached:  # until the first token: a new reading may be broken off anywhere
         engine.model.on_chunk = job.check
     try:
         for piece in tok.stream(tokens, request.stop):
             job.out.put(piece)
     finally:
-        engine.model.on_chunk = lambda *_: None
-    used = usage(request, tokens.n, cached)
-    job.out.put((tokens.finish_reason(), used))
-    count(server.counts, used)
-    say(summary(used, started, tokens.first_at))
+        engine.model.on_chunk = nothing
+    return tokens
+
+
+def nothing(*_) -> None:
+    """Watch a step and do nothing."""
 
 
 def read_ahead(job: Job, engine, cached: int, room: int) -> list[int]:
