@@ -175,6 +175,18 @@ def set_free(monkeypatch, n):
     monkeypatch.setattr(planning.memory, "free_bytes", lambda device: n)
 
 
+def set_lookup_heads(monkeypatch, *heads):
+    """Let the probe have found these heads, each a pair (layer, head), in whatever is loaded."""
+
+    def strengths(key, n_layers, n_heads):
+        found = torch.zeros(n_layers, n_heads)
+        for head in heads:
+            found[head] = 1.0
+        return found
+
+    monkeypatch.setattr(planning.checkpoint, "read_cache", strengths)
+
+
 def draw(n, seed=0, vocab=64):
     rng = random.Random(seed)
     return [rng.randrange(vocab) for _ in range(n)]

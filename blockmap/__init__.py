@@ -22,6 +22,7 @@ from loading.files import replace_file
 from planning.flops import prefill_flops
 
 HERE = Path(__file__).parent
+INFINITE = 1e300  # stands for infinity, which JSON lacks; the page calls such a score "always"
 
 
 class Recorder:
@@ -73,7 +74,7 @@ class Recorder:
         else:  # a rule that sees keys looks at the boundary's layer alone
             boundary = self.engine.kv.stages[i].layers[0] - 1
             seen = [boundary] * len(candidates)
-        finite = scores.double().clamp(-1e300, 1e300).tolist()  # JSON has no infinity
+        finite = scores.double().clamp(-INFINITE, INFINITE).tolist()
         return {
             "candidates": list(candidates),
             "scores": [float(f"{score:.6g}") for score in finite],

@@ -12,7 +12,7 @@ import torch
 
 import blockmap
 import slim
-from conftest import draw
+from conftest import draw, set_lookup_heads
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='owned'\"><!-- --> "
@@ -327,6 +327,49 @@ def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking,
         sum(b in stage["active"] for stage in data["stages"]) for b in range(tail)
     ]
     assert browser.get_log("browser") == []
+
+
+HEADS = [(layer, head) for layer in range(3) for head in range(4)]
+
+
+def test_a_block_that_its_rule_always_keeps_is_said_to_be(talking, tmp_path, browser, monkeypatch):
+    """The newest block's score is infinite: the page showed 1e+300, given by some layer."""
+    set_lookup_heads(monkeypatch, *HEADS[1:])
+    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
+    blockmap.write(tmp_path / "map.html", engine, recorder, ids)
+    data = map_data((tmp_path / "map.html").read_text("utf-8"))
+    newest = len(data["blocks"]) - 2  # the last one is the tail
+    scores = dict(zip(data["stages"][0]["candidates"], data["stages"][0]["scores"]))
+    assert scores.pop(newest) == blockmap.INFINITE
+    assert all(abs(score) < 20 for score in scores.values())
+    browser.get((tmp_path / "map.html").as_uri())
+
+    def detail(block):
+        browser.execute_script(f"look({block})")
+        return browser.find_element("id", "detail").text
+
+    assert "Always kept by the rule, whatever it scores." in detail(newest)
+    assert "layer 1 always – – kept" in detail(newest)
+    assert "Always kept: the first block" in detail(0)
+    assert f"layer 1 {scores[0]:.4g} 0 " in detail(0)
+    assert "Always kept" not in detail(5) and "e+" not in detail(5)
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("n_heads", [0, 1, 8, 80])
+def test_the_heads_that_rank_have_a_line_that_wraps(tmp_path, browser, n_heads):
+    """In a table's cell, 80 of them made the page wider than any window."""
+    heads = [f"{i // 4}.{i % 4}" for i in range(n_heads)]
+    (tmp_path / "map.html").write_text(blockmap.page(big_map() | {"lookup_heads": heads}), "utf-8")
+    browser.get((tmp_path / "map.html").as_uri())
+    line = browser.find_element("id", "heads")
+    assert line.is_displayed() == (n_heads > 0)
+    if heads:
+        number = "One lookup head ranks" if n_heads == 1 else f"{n_heads} lookup heads rank"
+        assert line.text == f"{number} the blocks (layer.head): {' '.join(heads)}"
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    facts = "return document.getElementById('facts').offsetHeight"
+    assert browser.execute_script(facts) < 300  # both tables side by side, as without heads
 
 
 def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):

@@ -169,7 +169,7 @@ def describe(ckpt: Checkpoint, n_prompt: int) -> str:
     if ckpt.schedule:
         pruning = f"{format_schedule(ckpt.schedule)} by {ckpt.rule.name}"
         if ckpt.heads:
-            pruning += f" ({len(ckpt.heads)} heads)"
+            pruning += f" ({len(ckpt.heads)} head{'s' * (len(ckpt.heads) > 1)})"
         elif ckpt.asked_rule.sees == "lookup":
             pruning += " (no heads that look things up were found below the first boundary)"
     return (

@@ -24,7 +24,15 @@ from cli import main as cli_main
 from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress, visible
 from cli.talk import Talk, stop_between_tokens
-from conftest import HERE, LLAMA3_ROPE, edit_json, edit_tensors, make_checkpoint, set_free
+from conftest import (
+    HERE,
+    LLAMA3_ROPE,
+    edit_json,
+    edit_tensors,
+    make_checkpoint,
+    set_free,
+    set_lookup_heads,
+)
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
 
@@ -422,6 +430,28 @@ def test_the_command_line_answers_and_says_what_it_did(cli):
     assert (code, quiet, err) == (0, out, "")
 
 
+@pytest.mark.parametrize(
+    ("args", "heads", "said"),
+    [
+        ("", [(0, 1), (1, 2)], "2:256,3:128 by lookup (2 heads), 8"),
+        ("", [(1, 3)], "2:256,3:128 by lookup (1 head), 8"),
+        ("", [], "by peak (no heads that look things up were found below the first boundary), 8"),
+        ("", [(3, 0)], "by peak (no heads that look things up were found below the first bou"),
+        ("--score peak", [(0, 1)], "2:256,3:128 by peak, 8"),
+        ("--score paper", [(0, 1)], "2:256,3:128 by paper, 8"),
+        ("--dense", [(0, 1)], "schedule dense, 8"),
+    ],
+)
+def test_it_says_which_rule_ranks_and_by_how_many_heads(cli, monkeypatch, args, heads, said):
+    """`lookup` falls back to `peak` in a model without such heads: that must not go unseen."""
+    set_lookup_heads(monkeypatch, *heads)
+    schedule = () if args == "--dense" else ("--schedule", "2:256,3:128")
+    code, out, err = cli("--json", "--max-new-tokens", "2", *schedule, *args.split())
+    assert code == 0 and said in err.splitlines()[0]
+    ranking = [f"{layer}.{head}" for layer, head in heads] if "by lookup" in said else []
+    assert json.loads(out)["lookup_heads"] == ranking
+
+
 def test_json_holds_what_the_engine_counted(cli):
     """Programs read these keys."""
     code, out, err = cli("--json", "--max-new-tokens", "8", "--schedule", "2:256,3:128", "--quiet")
@@ -439,6 +469,7 @@ def test_json_holds_what_the_engine_counted(cli):
         "kv_dense_bytes",
         "swaps",
         "revived",
+        "lookup_heads",
     }
     assert len(answer["ids"]) == 8 and answer["kept"][0] == answer["prompt_tokens"]
     assert answer["text"] == tokenizer.load(cli.folder).decode(answer["ids"])
