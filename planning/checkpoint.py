@@ -95,11 +95,16 @@ class Checkpoint:
         rule = self.asked_rule
         if rule.heads is not None:
             self.check_heads(rule, budgets)
-        if rule.sees == "lookup" and rule.heads is None and self.strengths is not None:
-            rule = replace(rule, heads=lookup_heads(self.strengths))
-            if not any(rule.heads[: min(budgets, default=None)]):
+        elif rule.sees == "lookup" and self.strengths is not None and budgets:
+            rule = replace(rule, heads=self.heads_below(max(budgets)))
+            if not any(rule.heads[: min(budgets)]):
                 rule = prune.RULES["peak"]
         return replace(self, schedule=budgets, rule=rule)
+
+    def heads_below(self, boundary: int) -> tuple[tuple[int, ...], ...]:
+        """Return each layer's lookup heads; none above the last boundary, as none ranks there."""
+        heads = lookup_heads(self.strengths)
+        return heads[:boundary] + ((),) * (len(heads) - boundary)
 
     def check_heads(self, rule: prune.Rule, budgets: dict) -> None:
         """Raise ValueError unless a rule's own heads are this model's, and some can rank."""
@@ -119,9 +124,11 @@ class Checkpoint:
     @property
     def heads(self) -> list[str]:
         """The lookup heads that rank the blocks, as "layer.head"; none if all heads do."""
-        if self.rule.sees != "lookup" or self.strengths is None:
+        if self.rule.heads is None:
             return []
-        return names(lookup_heads(self.strengths))
+        if self.strengths is None:  # a rule with heads of its own
+            return names(self.rule.heads)
+        return names(self.heads_below(max(self.schedule)))
 
     @property
     def identity(self) -> dict:
