@@ -95,9 +95,10 @@ class Checkpoint:
         rule = self.asked_rule
         if rule.heads is not None:
             self.check_heads(rule, budgets)
-        if rule.sees == "lookup" and rule.heads is None and self.strengths is not None:
+        by_heads = rule.sees == "lookup" and rule.heads is None and self.strengths is not None
+        if by_heads and budgets:  # a dense run is the same before the probe and after it
             rule = replace(rule, heads=lookup_heads(self.strengths))
-            if not any(rule.heads[: min(budgets, default=None)]):
+            if not any(rule.heads[: min(budgets)]):
                 rule = prune.RULES["peak"]
         return replace(self, schedule=budgets, rule=rule)
 
@@ -119,7 +120,7 @@ class Checkpoint:
     @property
     def heads(self) -> list[str]:
         """The lookup heads that rank the blocks, as "layer.head"; none if all heads do."""
-        if self.rule.sees != "lookup" or self.strengths is None:
+        if self.rule.sees != "lookup" or self.strengths is None or not self.schedule:
             return []
         return names(lookup_heads(self.strengths))
 
