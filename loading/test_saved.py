@@ -165,41 +165,63 @@ def test_a_spoiled_save_is_refused_and_the_engine_goes_on(tiny, tmp_path, what):
     assert len(engine.ids) == 153 and go_on(engine, [1, 2], 2).isfinite().all()
 
 
+def of_header(action, *keys):
+    """Return a change of the part of the header to which keys lead."""
+
+    def change(header, tensors):
+        part = header
+        for key in keys:
+            part = part[key]
+        action(part)
+
+    return change
+
+
+def of_tensor(name, action):
+    def change(header, tensors):
+        tensors[name] = action(tensors[name]).clone()
+
+    return change
+
+
+def put(key, value):
+    return lambda part: part.__setitem__(key, value)
+
+
 def spoils(header, tensors):
     """Yield a change for each thing in a saved conversation that may be absent or wrong."""
-    for wrong in (None, -1, 1.5, "x", True, 10**30):
+    for wrong in (None, -1, 1.5, "x", [], 10**30):
         for key in header["kv"]:
-            fine = wrong == 10**30 and key in ("planned", *kvcache.COUNTERS)
-            if not fine:
-                yield lambda h, t, k=key, w=wrong: h["kv"].update({k: w})
-        for ids in ("ids", "pending"):
-            yield lambda h, t, k=ids, w=wrong: h[k].append(w)
+            if wrong != 10**30 or key not in ("planned", *kvcache.COUNTERS):  # of any size
+                yield of_header(put(key, wrong), "kv")
+        for key in ("ids", "pending"):
+            yield of_header(lambda ids, wrong=wrong: ids.append(wrong), key)
         for i, stage in enumerate(header["kv"]["stages"]):
-            yield lambda h, t, i=i, w=wrong: h["kv"]["stages"].__setitem__(i, w)
-            for key in stage:
-                if wrong is not True or key != "newest" or not stage["newest"]:
-                    yield lambda h, t, i=i, k=key, w=wrong: h["kv"]["stages"][i].update({k: w})
-            for places in ("slots", "home", "aux"):
-                yield lambda h, t, i=i, k=places, w=wrong: h["kv"]["stages"][i][k].append(w)
-                if stage[places]:  # the second: twice the same
-                    yield lambda h, t, i=i, k=places, w=wrong: h["kv"]["stages"][i][k].__setitem__(
-                        0, w
-                    )
-                    yield lambda h, t, i=i, k=places: h["kv"]["stages"][i][k].__setitem__(
-                        0, h["kv"]["stages"][i][k][-1]
-                    )
+            yield of_header(put(i, wrong), "kv", "stages")
+            yield from stage_spoils(i, stage, wrong)
     for key in header["kv"]:
-        yield lambda h, t, k=key: h["kv"].pop(k)
-    for key in ("slots", "home", "aux", "newest"):
-        yield lambda h, t, k=key: h["kv"]["stages"][1].pop(k)
-    yield lambda h, t: t.update(more=torch.ones(1))
-    yield lambda h, t: h["ids"].clear()
+        yield of_header(lambda kv, key=key: kv.pop(key), "kv")
+    yield of_header(lambda ids: ids.clear(), "ids")
+    yield lambda header, tensors: tensors.update(more=torch.ones(1))
     for name in tensors:
-        yield lambda h, t, n=name: t.pop(n)
-        yield lambda h, t, n=name: t.update({n: t[n][:0].clone()})
-        yield lambda h, t, n=name: t.update({n: t[n][..., :-1].clone()})
-        yield lambda h, t, n=name: t.update({n: t[n].flatten()})
-        yield lambda h, t, n=name: t.update({n: t[n].half()})
+        yield lambda header, tensors, name=name: tensors.pop(name)
+        yield of_tensor(name, lambda tensor: tensor[:0])
+        yield of_tensor(name, lambda tensor: tensor[..., :-1])
+        yield of_tensor(name, lambda tensor: tensor.flatten())
+        yield of_tensor(name, lambda tensor: tensor.half())
+
+
+def stage_spoils(i, stage, wrong):
+    where = "kv", "stages", i
+    yield of_header(put("newest", wrong), *where)
+    for places in ("slots", "home", "aux"):
+        yield of_header(lambda stage, key=places: stage.pop(key), *where)
+        if wrong != stage[places]:
+            yield of_header(put(places, wrong), *where)
+        yield of_header(lambda blocks: blocks.append(wrong), *where, places)
+        if len(stage[places]) > 1:
+            yield of_header(put(0, wrong), *where, places)
+            yield of_header(put(0, stage[places][-1]), *where, places)
 
 
 @pytest.mark.parametrize("score", ["peak", "paper"])
