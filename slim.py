@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import tokenizer
-from kvcache import KVCache, stage_layout
+from kvcache import KVCache
 from loading.files import format_bytes
-from loading.saved import check_contents, check_saved, read_saved, write_saved
+from loading.saved import check_contents, check_extra, check_saved, read_saved, write_saved
 from loading.weights import load_weights, weight_bytes
 from model import Model
 from planning import probe
@@ -241,8 +241,8 @@ class Engine:
     def save(self, path, extra: dict | None = None) -> None:
         """Write the conversation to a safetensors file, completely or not at all.
 
-        extra: JSON that is kept with it. Raises ValueError if there is no conversation, its rule
-        has no name, or the file cannot be written.
+        extra: a dict of JSON that is kept with it. Raises ValueError if there is no conversation,
+        its rule has no name, extra is not JSON, or the file cannot be written.
         """
         if not self.usable:
             raise ValueError("there is no complete conversation to save; call prefill first")
@@ -250,6 +250,7 @@ class Engine:
             raise ValueError(
                 "the scoring function has no name; give it one: score=prune.Rule('name', function)"
             )
+        check_extra(extra)
         layout, tensors = self.kv.state()
         identity = self.ckpt.with_schedule(self.kv.schedule).identity
         header = {
@@ -259,7 +260,7 @@ class Engine:
             "ids": self.ids,
             "pending": self.pending,
             "prefill_s": self.prefill_s,
-            "extra": extra or {},
+            "extra": {} if extra is None else extra,
         }
         write_saved(path, header, tensors)
 
@@ -270,17 +271,16 @@ class Engine:
         does not fit into memory; the engine then keeps what it had before.
         """
         header, file = read_saved(path)
-        ckpt = self.run_by(None)
+        ckpt = self.ckpt  # loading has found its lookup heads, if it needs them
         check_saved(path, header, ckpt.identity)
+        ids = header["ids"]
+        self.check_ids(ids + header["pending"])
+        check_contents(path, header, file, self.config, ckpt)
         layout = header["kv"]
-        ids = self.check_ids(header["ids"])
-        n_layers = self.config.n_layers
-        n_prunable = layout["n_prunable"]
-        stages = stage_layout(n_layers, n_prunable, ckpt.schedule, ckpt.settings.block_len)
-        check_contents(path, header, file, n_layers, len(stages))
+        n_last = len(ids) - layout["n_prunable"]
         homes = [name for name in file.keys() if ".home." in name]
         n_homes = sum(file.get_slice(name).get_shape()[0] for name in homes)
-        self.check_room(ckpt, len(ids), room, len(ids) - n_prunable, n_homes)
+        self.check_room(ckpt, len(ids), room, n_last, n_homes)
         self.forget()
         self.rank_by(ckpt)
         self.kv.load_state(layout, file.get_tensor, ckpt.schedule, room)
@@ -301,7 +301,7 @@ class Engine:
         held = self.kv.stats()
         loaded = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES + held["kv_gpu_bytes"]
         pruned = held["kv_cpu_bytes"] + held["aux_cpu_bytes"]
-        check_memory(ckpt, n, room, keep_last, homes, loaded, pruned)
+        check_memory(ckpt, n, room, keep_last=keep_last, homes=homes, loaded=loaded, held=pruned)
 
     def check_growth(self, n_rows: int, room: int, n_logits: int) -> None:
         """Raise ValueError unless n_rows more tokens, and room after them, fit beside what is here.
@@ -407,7 +407,7 @@ class Engine:
     @property
     def stats(self) -> dict:
         """Counters of the conversation: of `KVCache.stats`, the heads that rank, the seconds."""
-        return self.kv.stats() | {"lookup_heads": self.ckpt.heads, "prefill_s": self.prefill_s}
+        return self.kv.stats() | {"lookup_heads": self.running.heads, "prefill_s": self.prefill_s}
 
 
 def at_most(n: int, limit: int | None) -> int:

@@ -95,6 +95,14 @@ NEUTRAL = {
     "no_rope_layers": None,
     "no_rope_layer_interval": None,
     "llama_4_scaling_beta": None,
+    "use_qk_norm": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "embedding_multiplier": 1.0,  # Granite's, as the next three
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "attention_multiplier": None,  # instead of 1 / sqrt(head_dim)
     "full_attn_mod": 1,  # of Phi-4-mini, as the next one
     "interpolate_factor": 1,
     "is_llama_config": True,

@@ -63,7 +63,7 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def possible_places(path: Path, repo: str) -> list[Path]:
-    """Return where a checkpoint may lie: here, in a folder of checkpoints, in the local cache."""
+    """Return where a checkpoint may lie: here, with the others, in the cache, in the repository."""
     places = [path, Path("checkpoints") / path, ROOT / "checkpoints" / path]
     if "SLIM_CHECKPOINTS" in os.environ:
         places.append(Path(os.environ["SLIM_CHECKPOINTS"]).expanduser() / path)
@@ -72,7 +72,7 @@ def possible_places(path: Path, repo: str) -> list[Path]:
     if repo.count("/") == 1:
         for repo_id in (repo, repo.replace("/Llama-3", "/Meta-Llama-3")):  # 3 and 3.1 were renamed
             places.append(main_snapshot(hub / f"models--{repo_id.replace('/', '--')}"))
-    return places
+    return [*places, ROOT / path]  # the last one so that "demo" works from anywhere
 
 
 def main_snapshot(folder: Path) -> Path:

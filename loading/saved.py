@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from kvcache import COUNTERS, stage_layout
 from loading.files import replace_file
 from loading.weights import MappedFile
+from model import Config
 
 SAVED = "slim 5"  # the format; RoPE of 4 was in float64
 PARTS = {
@@ -19,7 +21,18 @@ PARTS = {
     "extra": dict,
     "prefill_s": (int, float),
 }
+NUMBERS = ("n_prompt", "n_prunable", "length", "planned", *COUNTERS)  # of the KV
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def check_extra(extra) -> None:
+    """Raise ValueError unless this is None or a dict that JSON can hold."""
+    try:
+        if not isinstance(extra, dict | None):
+            raise TypeError(f"it is a {type(extra).__name__}")
+        json.dumps(extra)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"extra is {extra!r:.60}; it must be a dict of JSON: {error}") from None
 
 
 def write_saved(path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -75,7 +88,7 @@ def read_saved(path) -> tuple[dict, MappedFile]:
             raise OSError(f"its format is {header['format']!r:.60}, not {SAVED!r}")
     except OSError as error:
         problem = str(error)
-    except (SafetensorError, ValueError, KeyError, TypeError):
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         problem = "it is truncated, or something else"
     else:
         if is_complete(header):
@@ -91,7 +104,8 @@ def is_complete(header: dict) -> bool:
     for name, kind in PARTS.items():
         if not isinstance(header.get(name), kind):
             return False
-    return header["kv"].keys() >= {"n_prompt", "length", "planned", "stages"}
+    kv = header["kv"]
+    return isinstance(kv.get("stages"), list) and all(type(kv.get(name)) is int for name in NUMBERS)
 
 
 def check_saved(path, header: dict, identity: dict) -> None:
@@ -112,12 +126,90 @@ def check_saved(path, header: dict, identity: dict) -> None:
         )
 
 
-def check_contents(path, header: dict, file: MappedFile, n_layers: int, n_stages: int) -> None:
-    """Raise ValueError unless checksum, stages and layers of a saved conversation are right."""
+def check_contents(path, header: dict, file: MappedFile, config: Config, run) -> None:
+    """Raise ValueError unless a saved conversation is undamaged and complete.
+
+    config: of the whole model. run: the Checkpoint that goes on with it.
+    """
     names = sorted(file.keys())
     tensors = ((name, file.get_tensor(name)) for name in names)  # one at a time in memory
     if checksum(file.metadata()["slim"], tensors) != file.metadata().get("crc"):
         raise ValueError(f"{path} is damaged; read the document again")
-    layers = {f"layer.{i}" for i in range(n_layers)}
-    if len(header["kv"]["stages"]) != n_stages or not layers <= set(names):
-        raise ValueError(f"{path} is incomplete; read the document again")
+    problem = find_problem(header, file, config, run)
+    if problem:
+        raise ValueError(f"{path} is incomplete or wrong ({problem}); read the document again")
+
+
+def find_problem(header: dict, file: MappedFile, config: Config, run) -> str:
+    """Return what is wrong with the lengths, blocks and tensors of a conversation, or nothing."""
+    kv = header["kv"]
+    block_len = run.settings.block_len
+    if min(kv[name] for name in NUMBERS) < 0:
+        return "negative numbers"
+    if kv["length"] != len(header["ids"]):
+        return "length"
+    if not 1 <= kv["n_prunable"] <= kv["length"] + block_len:
+        return "n_prunable"
+    layout = stage_layout(config.n_layers, kv["n_prunable"], run.schedule, block_len)
+    slots = [n_slots for _, n_slots in layout]
+    if not max(1, slots[0] * block_len) <= kv["n_prompt"] <= kv["length"]:
+        return "n_prompt"
+    if len(kv["stages"]) != len(layout) or not holds_every_block(kv["stages"], slots):
+        return "stages"
+    needed = tensor_kinds(kv, layout, config, run)
+    if needed.keys() != set(file.keys()):
+        return f"tensor {min(needed.keys() ^ set(file.keys()))!r:.60}"
+    for name, (dtype, shape) in needed.items():
+        part = file.get_slice(name)
+        found = part.get_shape()
+        if name.endswith(".newest") and found[:1] and 1 <= found[0] <= shape[0]:
+            shape = found[:1] + shape[1:]  # there may be fewer tokens than the window has
+        if found != shape or part.get_dtype() != KINDS[dtype]:
+            return f"tensor {name!r}"
+    return ""
+
+
+def holds_every_block(stages: list, slots: list[int]) -> bool:
+    """Return whether every block is where it may be: see the table of states in kvcache.py."""
+    below = set(range(slots[0]))  # blocks whose keys the stage below has
+    for stage, n_slots in zip(stages, slots):
+        if not isinstance(stage, dict) or type(stage.get("newest")) is not bool:
+            return False
+        if not all(are_blocks(stage.get(place), slots[0]) for place in ("slots", "home", "aux")):
+            return False
+        keys = {*stage["slots"], *stage["home"]}
+        if len(stage["slots"]) != n_slots or not keys <= below or set(stage["aux"]) != below - keys:
+            return False
+        below = keys
+    return True
+
+
+def are_blocks(value, n_blocks: int) -> bool:
+    """Return whether this is a list of numbers of blocks, each once."""
+    if not isinstance(value, list):
+        return False
+    if not all(type(number) is int and 0 <= number < n_blocks for number in value):
+        return False
+    return len(set(value)) == len(value)
+
+
+def tensor_kinds(kv: dict, layout: list, config: Config, run) -> dict[str, tuple]:
+    """Return {name: (dtype, shape)} of the tensors that `KVCache.state` gives."""
+    block_len = run.settings.block_len
+    n_blocks = layout[0][1]
+    n_tail = kv["length"] - n_blocks * block_len
+    block = [2, config.n_kv_heads, block_len, config.head_dim]
+    newest = (torch.promote_types(run.dtype, torch.float32), [run.window, n_blocks])  # scores
+    if run.rule.sees == "keys":
+        newest = (run.dtype, [run.window, config.n_heads, config.head_dim])  # queries
+    kinds = {}
+    for i, ((layers, n_slots), stage) in enumerate(zip(layout, kv["stages"])):
+        slab = [2, config.n_kv_heads, n_slots * block_len + n_tail, config.head_dim]
+        kinds |= {f"layer.{layer}": (run.dtype, slab) for layer in layers}
+        for number in stage["home"]:
+            kinds[f"stage.{i}.home.{number}"] = (run.dtype, [len(layers), *block])
+        for number in stage["aux"]:
+            kinds[f"stage.{i}.aux.{number}"] = (run.dtype, [block_len, config.dim])
+        if stage["newest"]:
+            kinds[f"stage.{i}.newest"] = newest
+    return kinds

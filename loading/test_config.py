@@ -176,6 +176,27 @@ def test_a_key_that_is_not_known_is_refused_by_name(tiny, tmp_path, key, value):
     assert edited(tiny, tmp_path, **{key: None}) == read_config(tiny / "config.json")
 
 
+@pytest.mark.parametrize(
+    "key, neutral, wrong",
+    [
+        ("logits_scaling", 1.0, 8.0),
+        ("logits_scaling", 1, 0),
+        ("residual_multiplier", 1.0, 0.22),
+        ("embedding_multiplier", 1.0, 12.0),
+        ("attention_multiplier", None, 0.0078125),
+        ("attn_logit_softcapping", None, 50.0),
+        ("final_logit_softcapping", None, 30.0),
+        ("logit_scale", 1.0, 0.0625),
+        ("use_qk_norm", False, True),
+    ],
+)
+def test_scales_and_caps_pass_where_they_change_nothing(tiny, tmp_path, key, neutral, wrong):
+    """Keys of Granite, Gemma 2 and Cohere, which a converted checkpoint keeps."""
+    assert edited(tiny, tmp_path, **{key: neutral}) == read_config(tiny / "config.json")
+    with pytest.raises(ValueError, match=f"key {key!r} is {wrong}; only"):
+        edited(tiny, tmp_path, **{key: wrong})
+
+
 PUBLISHED = {  # keys of published files that say nothing of the numbers
     "llama3-gqa": """pretraining_tp use_cache initializer_range attention_dropout bos_token_id
         pad_token_id transformers_version _name_or_path _attn_implementation_autoset mlp_bias

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import kvcache
 import loading.weights
 import prune
 import slim
@@ -162,6 +163,127 @@ def test_a_spoiled_save_is_refused_and_the_engine_goes_on(tiny, tmp_path, what):
     with pytest.raises(ValueError, match=names):
         engine.resume(path)
     assert len(engine.ids) == 153 and go_on(engine, [1, 2], 2).isfinite().all()
+
+
+def of_header(action, *keys):
+    """Return a change of the part of the header to which keys lead."""
+
+    def change(header, tensors):
+        part = header
+        for key in keys:
+            part = part[key]
+        action(part)
+
+    return change
+
+
+def of_tensor(name, action):
+    def change(header, tensors):
+        tensors[name] = action(tensors[name]).clone()
+
+    return change
+
+
+def put(key, value):
+    return lambda part: part.__setitem__(key, value)
+
+
+def spoils(header, tensors):
+    """Yield a change for each thing in a saved conversation that may be absent or wrong."""
+    for wrong in (None, -1, 1.5, "x", [], 10**30):
+        for key in header["kv"]:
+            if wrong != 10**30 or key not in ("planned", *kvcache.COUNTERS):  # of any size
+                yield of_header(put(key, wrong), "kv")
+        for key in ("ids", "pending"):
+            yield of_header(lambda ids, wrong=wrong: ids.append(wrong), key)
+        for i, stage in enumerate(header["kv"]["stages"]):
+            yield of_header(put(i, wrong), "kv", "stages")
+            yield from stage_spoils(i, stage, wrong)
+    for key in header["kv"]:
+        yield of_header(lambda kv, key=key: kv.pop(key), "kv")
+    yield of_header(lambda ids: ids.clear(), "ids")
+    yield lambda header, tensors: tensors.update(more=torch.ones(1))
+    for name in tensors:
+        yield lambda header, tensors, name=name: tensors.pop(name)
+        yield of_tensor(name, lambda tensor: tensor[:0])
+        yield of_tensor(name, lambda tensor: tensor[..., :-1])
+        yield of_tensor(name, lambda tensor: tensor.flatten())
+        yield of_tensor(name, lambda tensor: tensor.half())
+
+
+def stage_spoils(i, stage, wrong):
+    where = "kv", "stages", i
+    yield of_header(put("newest", wrong), *where)
+    for places in ("slots", "home", "aux"):
+        yield of_header(lambda stage, key=places: stage.pop(key), *where)
+        if wrong != stage[places]:
+            yield of_header(put(places, wrong), *where)
+        yield of_header(lambda blocks: blocks.append(wrong), *where, places)
+        if len(stage[places]) > 1:
+            yield of_header(put(0, wrong), *where, places)
+            yield of_header(put(0, stage[places][-1]), *where, places)
+
+
+@pytest.mark.parametrize("score", ["peak", "paper"])
+def test_a_file_that_is_wrong_inside_is_refused_before_anything_is_given_up(tiny, tmp_path, score):
+    """A right checksum does not make it right: tracebacks came after the conversation was gone."""
+    path = tmp_path / "talk.slim"
+    engine = slim.load(tiny, **SLIM | dict(score=score, gamma=1.0))
+    engine.prefill(draw(150))
+    for i in range(20):
+        engine.extend([i])
+    list(engine.generate([1, 2], 4, follow_up=True))
+    engine.save(path)
+    whole = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["slim"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for kind in ("layer", "home", "aux", "newest"):
+        assert any(kind in name for name in tensors)
+    engine.prefill(draw(30, seed=1))
+    ids, kv, layout = engine.ids, engine.kv.slabs, engine.kv.state()[0]
+    n_spoils = 0
+    for change in spoils(header, tensors):
+        path.write_bytes(whole)
+        edit_saved(path, change, sign=True)
+        with pytest.raises(ValueError) as error:
+            engine.resume(path)
+        assert "\n" not in str(error.value)
+        assert engine.usable and engine.ids is ids and engine.kv.slabs is kv
+        n_spoils += 1
+    assert n_spoils > 200 and engine.kv.state()[0] == layout
+    path.write_bytes(whole)
+    engine.resume(path)
+    assert go_on(engine, [1, 2], 2).isfinite().all()
+
+
+def test_a_header_nested_too_deep_is_refused_in_one_line(tmp_path):
+    """Python's JSON reader gives up with a RecursionError."""
+    save_file({"x": torch.ones(1)}, tmp_path / "talk.slim", {"slim": "[" * 100_000})
+    with pytest.raises(ValueError, match="not a conversation"):
+        saved.read_saved(tmp_path / "talk.slim")
+
+
+def test_resuming_a_file_that_is_refused_never_runs_the_probe(tiny, tmp_path, monkeypatch):
+    """The probe drops the conversation; loading has run it already."""
+    engine = slim.load(tiny, **SLIM | dict(score="lookup"))
+    engine.prefill(draw(150))
+    engine.save(tmp_path / "talk.slim")
+    edit_saved(tmp_path / "talk.slim", lambda h, t: t.pop("layer.0"), sign=True)
+    monkeypatch.setattr(engine, "find_heads", None)
+    with pytest.raises(ValueError, match="layer.0"):
+        engine.resume(tmp_path / "talk.slim")
+    assert engine.usable and len(engine.ids) == 150
+
+
+@pytest.mark.parametrize("extra", [[1, 2], [], "x", 0, {"a": object()}, {(1, 2): 3}])
+def test_an_extra_that_is_no_json_object_is_refused_before_writing(tiny, tmp_path, extra):
+    """A list was written, and the file could never be resumed."""
+    engine = slim.load(tiny, **SLIM)
+    engine.prefill(draw(20))
+    with pytest.raises(ValueError, match="extra is .* dict of JSON"):
+        engine.save(tmp_path / "talk.slim", extra)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import tokenizer
 from conftest import DATA, HERE, needs_data
 from loading import encoders, vocabulary
 from loading.template import Template
+from loading.tokens import read_settings
 from serve.api import chat_ids
 
 HARD = [
@@ -381,6 +382,17 @@ def test_tokens_added_to_sentencepiece_are_found_wherever_they_stand(tmp_path, n
         }.get(name)
         wrong = wrong or config | {"added_tokens_decoder": {str(id): tokens[0]}}
         refused(write(tmp_path, wrong, name=name), "added tokens", name)
+
+
+def test_an_empty_list_of_added_tokens_is_as_none(tmp_path):
+    """It counted as there for the roles, and as absent for the tokens."""
+    write(tmp_path, {"eos_token": "<|end|>"}, name="special_tokens_map.json")
+    found = []
+    for settings in ({}, {"added_tokens_decoder": {}}, {"added_tokens_decoder": None}):
+        settings = settings | {"eos_token": "<|other|>"}
+        write(tmp_path, settings, name="tokenizer_config.json")
+        found.append(read_settings(tmp_path).get("eos_token"))
+    assert found == ["<|end|>"] * 3
 
 
 @needs_data

@@ -1,7 +1,10 @@
 """All of a checkpoint is loaded, from any layout we read, and it is found where it lies."""
 
+import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ import planning.memory
 import slim
 from conftest import ATOL, draw, edit_tensors, make_checkpoint
 from loading import find
+from loading.config import read_config
 from loading.find import find_checkpoint
+from loading.weights import open_shards, settle_head
 
 
 def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkeypatch):
@@ -104,6 +109,24 @@ def test_a_tied_head_is_compared_and_used_as_transformers_does(checkpoints, tmp_
     slim.load(folder, "cpu", "float32", "dense").resume(tmp_path / "talk.slim")
 
 
+def resident_file_bytes():
+    """Return the memory of this process that is pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return sum(int(n) for n in re.findall(r"Rss(?:File|Shmem):\s+(\d+)", status)) * 1024
+
+
+def test_comparing_a_tied_head_holds_little_of_the_file(checkpoints, tmp_path):
+    """Pages that were read through one mapping count as memory for as long as it lives."""
+    matrix = torch.zeros(2**19, 32)  # 64 MiB
+    save_file({EMBED: matrix, HEAD: matrix.clone()}, tmp_path / "model.safetensors")
+    config = read_config(checkpoints["llama3.2-tied"][0] / "config.json")
+    config = dataclasses.replace(config, vocab_size=2**19)
+    tensors = open_shards(tmp_path)
+    before = resident_file_bytes()
+    assert settle_head(config, tensors).tied
+    assert resident_file_bytes() - before < 2**25
+
+
 def test_a_tied_head_of_another_shape_or_dtype_is_no_tied_head(checkpoints, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["llama3.2-tied"][0], folder)
@@ -159,6 +182,15 @@ def test_a_checkpoint_made_under_the_repository_is_found_from_anywhere(tmp_path,
     assert find_checkpoint("made").resolve() == tmp_path / "here" / "checkpoints" / "made"
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("made") == tmp_path / "repository" / "checkpoints" / "made"
+
+
+def test_the_demo_is_found_from_anywhere_after_all_other_places(tmp_path, monkeypatch):
+    """`slim.load("demo")` is what a newcomer types first, in whatever folder."""
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("demo") == find.ROOT / "demo"
+    monkeypatch.setenv("SLIM_CHECKPOINTS", str(tmp_path / "mine"))
+    (tmp_path / "mine" / "demo").mkdir(parents=True)
+    assert find_checkpoint("demo") == tmp_path / "mine" / "demo"
 
 
 def test_checkpoints_are_found_by_path_name_id_and_alias(tiny, tmp_path, monkeypatch):

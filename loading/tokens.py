@@ -72,7 +72,7 @@ def read_settings(folder: Path) -> dict:
         if not isinstance(settings.get(key), bool | None):
             raise bad(path, f"key {key!r} is {settings[key]!r:.60}", "make it true or false")
     roles = read_if_there(folder / ROLES)
-    if "added_tokens_decoder" in settings:  # then transformers does not read the other file
+    if settings.get("added_tokens_decoder"):  # then transformers does not read the other file
         roles = {key: value for key, value in roles.items() if settings.get(key) is None}
     return {**settings, **roles}
 
@@ -106,7 +106,7 @@ def special_names(settings: dict) -> set[str]:
 
 
 def parse_added(token, id, file: Path) -> Added:
-    """Return an added token; raise TypeError or LookupError for what is none."""
+    """Return an added token; raise TypeError or LookupError if it is not one."""
     name = token["content"]
     if not content(name) or not str(id).isdecimal() or isinstance(id, bool):
         raise TypeError(f"an added token without a name or id: {name!r:.60} with the id {id!r:.60}")

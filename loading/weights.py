@@ -126,7 +126,7 @@ def open_shards(folder: Path) -> dict[str, MappedFile]:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which would not be applied; "
-            "merge it into the weights, or take its files away"
+            "merge it into the weights, or delete its files"
         )
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -198,7 +198,10 @@ def settle_head(config: Config, tensors: dict[str, MappedFile]) -> Config:
 
 
 def same_values(tensors: dict[str, MappedFile], shape: tuple[int, int]) -> bool:
-    """Return whether head and embedding are equal in every byte; compare some rows at a time."""
+    """Return whether head and embedding are equal in every byte.
+
+    Some rows are compared at a time, each from a new mapping: read pages count as our memory.
+    """
     embed = tensors[EMBED].get_slice(EMBED)
     head = tensors[HEAD].get_slice(HEAD)
     if not embed.get_shape() == head.get_shape() == list(shape):
@@ -208,7 +211,9 @@ def same_values(tensors: dict[str, MappedFile], shape: tuple[int, int]) -> bool:
     n_rows = max(1, MAPPED_BYTES // (8 * shape[1]))
     for start in range(0, shape[0], n_rows):
         rows = slice(start, start + n_rows)
-        if not torch.equal(embed[rows].view(torch.uint8), head[rows].view(torch.uint8)):
+        ours = tensors[EMBED].get_tensor(EMBED)[rows].view(torch.uint8)
+        theirs = tensors[HEAD].get_tensor(HEAD)[rows].view(torch.uint8)
+        if not torch.equal(ours, theirs):
             return False
     return True
 

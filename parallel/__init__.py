@@ -39,6 +39,7 @@ import kvcache
 import model
 import prune
 import slim
+from loading.saved import check_extra
 from loading.weights import SCALE
 from model import Config
 from parallel.ranks import Ranks, print_error
@@ -493,6 +494,7 @@ class Engine(slim.Engine):
     @partial(commanded, compared=False)
     def save(self, path, extra: dict | None = None) -> None:
         """Write one file of all ranks' parts, by rank 0."""
+        self.ranks.together(lambda: check_extra(extra))
         refused = not self.usable or not self.model.rule.name  # by every rank, before it sends
         write = super().save
         writes = self.ranks.rank == 0 or refused

@@ -920,6 +920,8 @@ def test_a_file_that_cannot_be_written_or_read_leaves_all_ranks_as_they_were(fol
         for path in (tmp_path / "no" / "a.slim", tmp_path):
             with pytest.raises(ValueError, match="cannot be written"):
                 engine.save(path)
+        with pytest.raises(ValueError, match="dict of JSON"):
+            engine.save(tmp_path / "yes.slim", [1])
         mine = tmp_path / ("no.slim" if os.environ["RANK"] == "1" else "yes.slim")
         engine.save(tmp_path / "yes.slim")
         with pytest.raises(

@@ -44,21 +44,21 @@ class Plan:
 
 
 def plan(
-    ckpt: Checkpoint, n_prompt: int, n_new: int = 0, tail: int = 0, homes: int | None = None
+    ckpt: Checkpoint, n_prompt: int, n_new: int = 0, keep_last: int = 0, homes: int | None = None
 ) -> Plan:
-    """Return what a prompt and n_new more tokens take; its last `tail` tokens are never pruned.
+    """Return what a prompt and n_new more tokens take.
 
-    homes: those of a saved conversation, whose prompt is not run again. Without it, one for every
-    slot; an answer for which more blocks return takes more, and is checked as it does
-    (`KVCache.swap_bytes`).
+    keep_last: tokens at the prompt's end that are never pruned. homes: those of a saved
+    conversation, whose prompt is not run again. Without it, one for every slot; an answer for which
+    more blocks return takes more, and is checked as it does (`KVCache.exchange_bytes`).
     """
     config = ckpt.config
     block_len = ckpt.settings.block_len
     item = ckpt.dtype.itemsize
     row = 2 * config.n_kv_heads * config.head_dim * item  # keys and values of a token in a layer
-    stages = stage_layout(config.n_layers, n_prompt - tail, ckpt.schedule, block_len)
+    stages = stage_layout(config.n_layers, n_prompt - keep_last, ckpt.schedule, block_len)
     slots = [n for _, n in stages]
-    n_last = last_block_len(n_prompt - tail, block_len) + tail
+    n_last = last_block_len(n_prompt - keep_last, block_len) + keep_last
     kv_rows = sum(len(layers) * (n * block_len + n_last + n_new) for layers, n in stages)
     planned_homes = sum(len(layers) * n for layers, n in stages[1:])
     host = max(homes or 0, planned_homes) * block_len * row
@@ -197,21 +197,21 @@ def check_memory(
     ckpt: Checkpoint,
     n_prompt: int,
     n_new: int,
-    tail: int = 0,
+    keep_last: int = 0,
     homes: int | None = None,
     loaded: int = 0,
     held: int = 0,
 ) -> Plan:
     """Return the plan; raise NoRoom if it does not fit, naming a flag that helps if one does.
 
-    loaded: bytes already on the device; held: bytes already taken by pruned blocks; the others as
-    in `plan`.
+    loaded: bytes already on the device; held: bytes already taken by pruned blocks; the other
+    arguments are those of `plan`.
     """
 
     def has_room(need: Plan) -> bool:
         return fits(ckpt.device, need.total - loaded, need.host - held)
 
-    need = plan(ckpt, n_prompt, n_new, tail, homes)
+    need = plan(ckpt, n_prompt, n_new, keep_last, homes)
     if has_room(need):
         return need
     advice = "no flag makes it fit: use a shorter prompt or a smaller model"
@@ -222,7 +222,7 @@ def check_memory(
         )
     else:
         for flag, way in smaller(ckpt).items():
-            if has_room(plan(way, n_prompt, n_new, tail)):
+            if has_room(plan(way, n_prompt, n_new, keep_last)):
                 advice = f"it would fit with {flag}"
                 break
     free = format_bytes(free_bytes(ckpt.device))
@@ -233,7 +233,7 @@ def check_memory(
 
 
 def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
-    """Return flags that make a run smaller, each with the run that it makes."""
+    """Return flags that make a run smaller, each with its Checkpoint."""
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
     default = auto_schedule(ckpt.config.n_layers)
     least = 2 * ckpt.settings.block_len

@@ -103,6 +103,26 @@ def test_a_saved_conversation_belongs_to_its_heads(tiny, looking, tmp_path, monk
         slim.load(tiny, "cpu", schedule={2: 192}, score="peak").resume(tmp_path / "talk.slim")
 
 
+def test_a_dense_conversation_is_the_same_before_the_probe_and_after_it(
+    tiny, looking, tmp_path, monkeypatch
+):
+    """It is ranked by no heads, so an engine that never measured them goes on with it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "before"))
+    dense = slim.load(tiny, "cpu", schedule="dense")
+    assert looking == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "after"))
+    pruned = slim.load(tiny, "cpu", schedule={2: 192})
+    pruned.prefill(draw(640), schedule="dense")
+    assert pruned.stats["lookup_heads"] == []
+    pruned.save(tmp_path / "talk.slim")
+    dense.resume(tmp_path / "talk.slim")
+    assert len(dense.ids) == 640
+    dense.prefill(draw(640), schedule={2: 192})  # measures the heads now
+    assert dense.stats["lookup_heads"] == ["1.1", "1.2", "3.0"]
+    dense.resume(tmp_path / "talk.slim")
+    assert dense.stats["lookup_heads"] == []
+
+
 def test_the_probe_finds_the_heads_of_a_real_model(smollm2_folder, tmp_path, monkeypatch):
     """Those that the first cut of SmolLM2 depends on, in either dtype; the boundaries follow."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
