@@ -1,6 +1,7 @@
 """Questions about one document: from --ask, or typed at the prompt of --chat."""
 
 import contextlib
+import errno
 import json
 import signal
 import sys
@@ -319,6 +320,8 @@ def obey(talk: Talk, line: str) -> None:
     except (ValueError, OSError, MemoryError) as error:
         if isinstance(error, MemoryError) and not talk.alone:
             raise  # the other ranks may have gone on
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise  # answers have nowhere to go
         talk.progress.complain(error)
 
 
