@@ -238,7 +238,9 @@ class Stage:
     def remember(self, newest: Tensor, window: int) -> None:
         """Add the newest tokens' scores or queries; keep those of the last `window` tokens."""
         before = newest[:0] if self.newest is None else self.newest
-        self.newest = torch.cat([before, newest])[-window:]  # a copy: scores grow further up
+        self.newest = torch.cat([before, newest])[
+            -window:
+        ]  # a copy: the ranking goes on changing its own
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ class Model:
         x.addmm_(out, w.t())
 
     def join_scores(self, scores: Tensor, at_boundary: bool) -> None:
-        """Make scores (W, N) the maximum over the heads of all ranks; one rank has it already."""
+        """Make scores (W, N+1) the maximum over all ranks' heads; one rank has it already."""
 
     # ---- a boundary ---------------------------------------------------------------------
 
@@ -402,7 +402,10 @@ class WeightRanking(Ranking):
     def __init__(self, model: Model, n_newest: int):
         super().__init__(model, n_newest)
         n_blocks = model.kv.stages[0].n_slots
-        shape = n_newest, n_blocks + 1  # a column more, for what follows the last block
+        shape = (
+            n_newest,
+            n_blocks + 1,
+        )  # column N: what the last block finds for the next, never read
         self.padded = torch.full(shape, -torch.inf, dtype=model.wide, device=model.kv.device)
         self.scores = self.padded[:, :n_blocks]  # (W, N)
 
@@ -466,7 +469,7 @@ class LookupRanking(WeightRanking):
         self.keep_maximum(newest, blocks + 1, check_scores(of_next, of_blocks))
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
-        """As above; the newest block stays too if there is a slot: the tail may be short."""
+        """Return the scores; the last block before the tail ranks first: the tail may be short."""
         newest_block = self.scores.shape[1] - 1
         return super().rank(below, stage).masked_fill(below.blocks == newest_block, torch.inf)
 
@@ -493,6 +496,8 @@ RANKINGS = {
 
 def describe(value) -> str:
     """Say in a line what a rule returned."""
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     return f"{value!r:.60}"

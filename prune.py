@@ -24,7 +24,6 @@ from torch import Tensor
 Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
 
 SHARED_FROM = 1024  # tokens: a share prunes no shorter prompt, as there is nothing to gain
-NEXT = 16  # a match among a block's last tokens counts for the next block too
 LEAST_BLOCKS = 8  # that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
 
 
@@ -82,7 +81,7 @@ class Rule:
     active blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name
     belongs to a saved conversation; a rule without one cannot be saved.
 
-    heads: per layer the heads it is given; None: all.
+    heads: per layer the heads it is given; None: all. `Checkpoint` fills them in for `lookup`.
 
     join: with the heads on several GPUs, "max" joins the scores that each GPU's heads gave; "all"
     gives the function the heads of all GPUs: right for any function, but what it sees must be sent.
@@ -106,6 +105,8 @@ class Rule:
         if self.sees not in ("weights", "keys", "lookup"):
             known = "'weights', 'keys' or 'lookup'"
             raise ValueError(f"{rule}: sees is {self.sees!r:.60}; it must be {known}")
+        if self.sees == "lookup" and self.every_layer is not True:
+            raise ValueError(f"{rule}: a rule that sees 'lookup' must look at every layer")
         if type(self.every_layer) is not bool:
             raise ValueError(f"{rule}: every_layer is {self.every_layer!r:.60}; it must be a bool")
         if type(self.window) is not int or not 1 <= self.window <= 2**16:
@@ -116,7 +117,8 @@ class Rule:
             raise ValueError(f"{rule}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
         if self.heads is not None and not is_heads(self.heads):
             raise ValueError(
-                f"{rule}: heads is {self.heads!r:.60}; it must be a tuple of head numbers a layer"
+                f"{rule}: heads is {self.heads!r:.60}; it must be a tuple of layers, each "
+                "of ascending head numbers"
             )
         if self.join not in ("all", "max"):
             raise ValueError(f"{rule}: join is {self.join!r:.60}; it must be 'all' or 'max'")
@@ -126,7 +128,9 @@ def is_heads(heads) -> bool:
     """Return whether this is a tuple of layers, each a tuple of head numbers."""
     if not isinstance(heads, tuple) or not all(isinstance(found, tuple) for found in heads):
         return False
-    return all(type(head) is int and head >= 0 for found in heads for head in found)
+    if not all(type(head) is int and head >= 0 for found in heads for head in found):
+        return False
+    return all(list(found) == sorted(set(found)) for found in heads)
 
 
 def peak(weights: Tensor) -> Tensor:
@@ -138,18 +142,22 @@ def peak(weights: Tensor) -> Tensor:
     return weights.amax((1, 3))
 
 
-def lookup(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what blocks are worth by their lookup heads' weights (W, H, N, B): (W, N), twice.
+END_LEN = 16  # a match among a block's last 16 tokens counts for the following block too
 
-    First each block itself, then what its end finds for the next block: a copy runs on into it,
-    where nothing has looked yet. In one row, weight alone underrates a match that several blocks
-    share; contrast, the ratio to the median block's, overrates rows that look at nothing here. This
-    is half way between, in logarithms. A maximum over heads, so the same in any order.
+
+def lookup(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Score blocks by the weights (W, H, N, B) of lookup heads: (own, of_next), each (W, N).
+
+    of_next: what a block's end finds for the next block. A copy runs on into it, where nothing has
+    looked yet. In one row, weight alone underrates a match that several blocks share, and contrast,
+    the ratio to the median block's weight, overrates rows that look at nothing here. So the score
+    is half way: (log weight + log contrast) / 2, up to a factor log weight - log median / 2. A
+    maximum over heads, so the same in any order. 1e-7: less is no weight in float32.
     """
     best = weights.amax(3).clamp(min=1e-7).log()  # (W, H, N)
-    end = weights[..., -NEXT:].amax(3).clamp(min=1e-7).log()
-    usual = best[..., 1:].median(-1, keepdim=True).values  # without slot 0, which holds the sink
-    return (best - usual / 2).amax(1), (end - usual / 2).amax(1)
+    end = weights[..., -END_LEN:].amax(3).clamp(min=1e-7).log()
+    median = best[..., 1:].median(-1, keepdim=True).values  # without slot 0, which holds the sink
+    return (best - median / 2).amax(1), (end - median / 2).amax(1)
 
 
 def unit_keys(keys: Tensor, unit_len: int) -> Tensor:

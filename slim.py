@@ -64,10 +64,20 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
     check_count(n_new, "n_new")
     if not callable(progress or print):
         raise ValueError(f"progress is {progress!r}; it must be a function like print")
-    check_memory(ckpt, max(n_prompt, 2 * PROBE_LEN if ckpt.needs_probe else 0), n_new)
+    check_start(ckpt, n_prompt, n_new)
     engine = build(ckpt, n_prompt, n_new, progress, KVCache, Model, Engine)
     engine.prepare(n_prompt, n_new)
     return engine
+
+
+def check_start(ckpt: Checkpoint, n_prompt: int, n_new: int) -> None:
+    """Raise ValueError unless a first prompt fits, and the probe if it has to come before it.
+
+    The heads may then ask for another schedule than is checked here: `Engine.prepare` checks that.
+    """
+    if ckpt.needs_probe:
+        n_prompt = max(n_prompt, 2 * PROBE_LEN)
+    check_memory(ckpt, n_prompt, n_new)
 
 
 def build(ckpt: Checkpoint, n_prompt, n_new, progress, kv_kind, model_kind, engine_kind):
@@ -84,7 +94,10 @@ def build(ckpt: Checkpoint, n_prompt, n_new, progress, kv_kind, model_kind, engi
         ckpt.device,
         settings.overlap,
     )
-    kv.reset(n_prompt, ckpt.schedule, n_new)
+    if ckpt.needs_probe:
+        kv.reset(2 * PROBE_LEN, {})
+    else:
+        kv.reset(n_prompt, ckpt.schedule, n_new)
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
     model = model_kind(
         c, weights, kv, ckpt.rule, settings.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk
@@ -129,8 +142,13 @@ class Engine:
         ids = self.check_ids(ids)
         check_count(keep_last, "keep_last")
         keep_last = min(keep_last, len(ids) - 1)
-        ckpt = self.run_by(schedule)
-        self.check_room(ckpt, len(ids), at_most(room, reserve), keep_last)
+        room_now = at_most(room, reserve)
+        ckpt = self.ckpt if schedule is None else self.ckpt.with_schedule(schedule)
+        if ckpt.needs_probe:
+            self.check_room(ckpt, len(ids), room_now, keep_last)  # before the probe drops anything
+            self.find_heads()
+            ckpt = self.ckpt.with_schedule(ckpt.asked_schedule if schedule is None else schedule)
+        self.check_room(ckpt, len(ids), room_now, keep_last)
         self.forget()
         self.rank_by(ckpt)
         started = time.perf_counter()
@@ -139,38 +157,38 @@ class Engine:
         self.prefill_s = time.perf_counter() - started
         return logits
 
-    def run_by(self, schedule) -> Checkpoint:
-        """Return the run by a schedule, None for the engine's; find the lookup heads if need be."""
-        ckpt = self.ckpt if schedule is None else self.ckpt.with_schedule(schedule)
-        if not ckpt.needs_probe:
-            return ckpt
-        self.find_heads()
-        return self.ckpt if schedule is None else self.ckpt.with_schedule(schedule)
-
     def prepare(self, n_prompt: int, n_new: int) -> None:
         """Find the lookup heads if need be, and lay out the KV as they ask for."""
         if self.ckpt.needs_probe:
             self.find_heads()
+            self.check_room(self.ckpt, n_prompt, n_new, 0)
             self.kv.reset(n_prompt, self.ckpt.schedule, n_new)
 
     def find_heads(self) -> None:
         """Find the heads that look things up (planning/probe.py); drops the conversation."""
         self.forget()
-        ids = probe.random_ids(self.config.vocab_size, self.is_text)
-        strengths = self.measure_heads(ids)
-        probe.write_cache(self.ckpt.probe_key, strengths)
+        strengths = self.known_strengths()
+        if strengths is None:
+            strengths = self.measure_heads(probe.random_ids(self.config.vocab_size, self.is_text()))
+            probe.write_cache(self.ckpt.probe_key, strengths)
         self.ckpt = self.ckpt.with_strengths(strengths)
         self.rank_by(self.ckpt)
+
+    def known_strengths(self) -> Tensor | None:
+        return probe.read_cache(self.ckpt.probe_key, self.config.n_layers, self.config.n_heads)
 
     def measure_heads(self, ids: list[int]) -> Tensor:
         return probe.measure(self.model, ids)
 
-    def is_text(self, token: int) -> bool:
-        """Return whether an id is text, not special or unused; without a tokenizer, all are."""
+    def is_text(self):
+        """Return a function that tells ids of text from special and unused ones.
+
+        Without a tokenizer, every id is text: the engine itself needs none.
+        """
         try:
-            return bool(self.tokenizer.bytes(token))
+            return self.tokenizer.bytes
         except (OSError, ValueError):
-            return True
+            return lambda token: True
 
     def rank_by(self, ckpt: Checkpoint) -> None:
         """Let a run's rule rank the blocks, if it is another one than now."""
@@ -271,7 +289,7 @@ class Engine:
         does not fit into memory; the engine then keeps what it had before.
         """
         header, file = read_saved(path)
-        ckpt = self.ckpt  # loading has found its lookup heads, if it needs them
+        ckpt = self.ckpt  # its lookup heads are known: `load` ran the probe
         check_saved(path, header, ckpt.identity)
         ids = header["ids"]
         self.check_ids(ids + header["pending"])
@@ -406,8 +424,11 @@ class Engine:
 
     @property
     def stats(self) -> dict:
-        """Counters of the conversation: of `KVCache.stats`, the heads that rank, the seconds."""
-        return self.kv.stats() | {"lookup_heads": self.running.heads, "prefill_s": self.prefill_s}
+        """Counters of the conversation: of `KVCache.stats`, what ranks the blocks, the seconds."""
+        last_boundary = self.kv.stages[-1].layers.start  # 0 if nothing is pruned
+        heads = [name for name in self.running.heads if int(name.split(".")[0]) < last_boundary]
+        ranking = {"score": self.running.rule.name, "lookup_heads": heads}
+        return self.kv.stats() | ranking | {"prefill_s": self.prefill_s}
 
 
 def at_most(n: int, limit: int | None) -> int:

@@ -62,7 +62,8 @@ class Bench:
 
     def __init__(self, ckpt: str, device: str, dtype: str, entries: dict[str, Entry]):
         self.engine = slim.load(ckpt, device, dtype, schedule="dense")
-        self.engine.run_by("auto")  # finds the lookup heads
+        if self.engine.ckpt.with_schedule("auto").needs_probe:
+            self.engine.find_heads()
         self.ckpt = self.engine.ckpt
         self.model = self.engine.model
         self.config = self.engine.config

@@ -156,7 +156,7 @@ def comparison(dense: dict, pruned: dict) -> str:
 
 PUBLIC = (
     "text ids prompt_tokens kept ttft_s decode_tok_s kv_gpu_bytes kv_cpu_bytes kv_dense_bytes "
-    "swaps revived lookup_heads"
+    "swaps revived score lookup_heads"
 ).split()
 
 

@@ -470,6 +470,7 @@ def test_json_holds_what_the_engine_counted(cli):
         "swaps",
         "revived",
         "lookup_heads",
+        "score",
     }
     assert len(answer["ids"]) == 8 and answer["kept"][0] == answer["prompt_tokens"]
     assert answer["text"] == tokenizer.load(cli.folder).decode(answer["ids"])

@@ -12,7 +12,7 @@ from loading.files import replace_file
 from loading.weights import MappedFile
 from model import Config
 
-SAVED = "slim 5"  # the format; RoPE of 4 was in float64
+SAVED = "slim 6"  # the format; RoPE of 4 was in float64
 PARTS = {
     "identity": dict,
     "ids": list,

@@ -44,7 +44,7 @@ from loading.weights import SCALE
 from model import Config
 from parallel.ranks import Ranks, print_error
 from planning.checkpoint import Checkpoint, dtype_name
-from planning.memory import check_memory
+from planning.probe import names
 from planning.settings import env_number
 
 VOCABULARY_BYTES = 2**25
@@ -104,7 +104,7 @@ def start_together(ranks: Ranks, opened, n_prompt: int, n_new: int, progress=Non
     ckpt = ranks.together(opened)
     strengths = ranks.broadcast(ckpt.strengths)[0]  # rank 0's: not every disk has a cache of them
     part = ranks.together(lambda: split(ckpt.with_strengths(strengths), ranks))
-    ranks.together(lambda: check_memory(part, n_prompt, n_new))
+    ranks.together(lambda: slim.check_start(part, n_prompt, n_new))
     kinds = partial(KVCache, ranks, part), partial(Model, ranks, part), partial(Engine, ranks)
     engine = ranks.together(lambda: slim.build(part, n_prompt, n_new, progress, *kinds))
     engine.prepare(n_prompt, n_new)
@@ -162,7 +162,13 @@ class Part(Checkpoint):
         return replace(part, rule=own_heads(part.rule, self.q))
 
     def check_heads(self, rule: prune.Rule, budgets: dict) -> None:
-        """Nothing: the heads of the whole model were checked, and a rank may have none."""
+        """As of the whole model: a rank alone may have no head that ranks."""
+        self.full.check_heads(self.full.asked_rule, budgets)
+
+    @property
+    def heads(self) -> list[str]:
+        own = self.full.asked_rule.heads
+        return names(own) if own is not None else super().heads
 
     def pieces(self, name: str) -> tuple[int, list[slice]]:
         """Return the dimension along which a tensor is cut, and this rank's pieces; [] for all."""
@@ -505,6 +511,9 @@ class Engine(slim.Engine):
         part = self.ckpt
         own = super().measure_heads(ids).to(self.kv.device)
         return self.ranks.assemble(own, 1, part.q, part.full.config.n_heads).cpu()
+
+    def known_strengths(self) -> Tensor | None:
+        return self.ranks.broadcast(super().known_strengths())[0]  # not every disk has a cache
 
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))

@@ -1,7 +1,7 @@
 """What is decided before anything is allocated: device, dtype, schedule, rule."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from loading.find import find_checkpoint
 from loading.vocabulary import stop_tokens
 from loading.weights import MappedFile, check_tensors, fingerprint, open_shards, settle_head
 from model import DTYPES, Config
-from planning.probe import lookup_heads, names, read_cache
+from planning.probe import can_rank, lookup_heads, names, read_cache
 from planning.schedule import format_schedule, resolve_schedule
 from planning.settings import Settings
 
@@ -34,7 +34,9 @@ class Checkpoint:
     settings: Settings
     asked_schedule: object  # as it was asked for, such as "auto"
     asked_rule: prune.Rule
-    strengths: Tensor | None  # of all heads (L, H), once the probe has measured them
+    strengths: Tensor | None = field(
+        compare=False
+    )  # of all heads (L, H), once the probe has measured them
 
     @staticmethod
     def open(
@@ -89,7 +91,7 @@ class Checkpoint:
     def with_schedule(self, schedule) -> "Checkpoint":
         """Return the run by another schedule, with the rule that ranks its blocks.
 
-        Where no lookup head lies below the first boundary, `peak` of all heads ranks them.
+        Where too few lookup heads lie below the first boundary, `peak` of all heads ranks them.
         """
         budgets = resolve_schedule(schedule, self.config, self.settings.block_len, self.strengths)
         rule = self.asked_rule
@@ -97,7 +99,7 @@ class Checkpoint:
             self.check_heads(rule, budgets)
         elif rule.sees == "lookup" and self.strengths is not None and budgets:
             rule = replace(rule, heads=self.heads_below(max(budgets)))
-            if not any(rule.heads[: min(budgets)]):
+            if not can_rank(self.strengths, min(budgets)):
                 rule = prune.RULES["peak"]
         return replace(self, schedule=budgets, rule=rule)
 
@@ -115,11 +117,13 @@ class Checkpoint:
                 f"rule {rule.name!r:.60}: heads has {len(rule.heads)} layers and numbers up to "
                 f"{last}; the model has {n_layers} layers of {self.config.n_heads} heads"
             )
-        if budgets and not any(rule.heads[: min(budgets)]):
-            raise ValueError(
-                f"rule {rule.name!r:.60}: no head is below the first boundary, {min(budgets)}, so "
-                "nothing could rank the blocks; add one, or set a later boundary"
-            )
+        for boundary in budgets:
+            start = 0 if rule.every_layer else boundary - 1
+            if not any(rule.heads[start:boundary]):
+                raise ValueError(
+                    f"rule {rule.name!r:.60}: no head of layers {start}..{boundary - 1} ranks the "
+                    f"blocks for boundary {boundary}; add one, or set a later boundary"
+                )
 
     @property
     def heads(self) -> list[str]:

@@ -12,7 +12,7 @@ from loading.files import format_bytes
 from loading.weights import weight_bytes
 from model import rows_at_once
 from planning.checkpoint import Checkpoint
-from planning.schedule import auto_schedule, format_schedule
+from planning.schedule import format_schedule
 from planning.settings import env_number
 
 KERNEL_BYTES = 2**26  # reserved for kernel code, scratch buffers and malloc fragmentation
@@ -171,9 +171,14 @@ class StageWork:
     def weight_bytes(self, ranked: bool) -> int:
         """Products, softmax and a copy, of the rows that rank blocks or of one; keys widened."""
         c = self.config
-        rows = min(self.ckpt.window, rows_at_once(c.n_heads, self.keys)) if ranked else 1
         keys = self.keys * c.n_kv_heads * c.head_dim * self.wide
-        return rows * c.n_heads * self.keys * 3 * self.wide + keys
+        one_row = c.n_heads * self.keys * 3 * self.wide
+        if not ranked:
+            return one_row + keys
+        heads = self.ckpt.rule.heads
+        n_heads = c.n_heads if heads is None else max(1, *(len(found) for found in heads))
+        rows = min(self.ckpt.window, rows_at_once(n_heads, self.keys))
+        return max(one_row, rows * n_heads * self.keys * 3 * self.wide) + keys
 
     def ffn_bytes(self) -> int:
         """Gate, up and their product; a CPU multiplies half precision in float32."""
@@ -235,7 +240,7 @@ def check_memory(
 def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
     """Return flags that make a run smaller, each with its Checkpoint."""
     ways = {"--chunk 64": replace(ckpt, settings=replace(ckpt.settings, chunk=64))}
-    default = auto_schedule(ckpt.config.n_layers)
+    default = ckpt.with_schedule("auto").schedule
     least = 2 * ckpt.settings.block_len
     small = {layer: max(least, 1024 >> i) for i, layer in enumerate(default)}
     for schedule in (default, small):

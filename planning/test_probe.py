@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+import planning.checkpoint
+import planning.memory
 import prune
 import slim
-from conftest import draw
+from conftest import draw, set_free
 from planning import probe
-from planning.schedule import schedule_by_heads
+from planning.schedule import auto_schedule, resolve_schedule, schedule_by_heads
 
 
 def strengths_of(n_layers: int, n_heads: int, strong: dict) -> torch.Tensor:
@@ -47,8 +49,9 @@ def test_a_model_without_such_heads_is_ranked_by_all_of_them_as_before(tiny):
 
 
 @pytest.fixture
-def looking(monkeypatch):
+def looking(monkeypatch, tmp_path):
     """Let the probe find heads 1 and 2 of layer 1 in any model of 5 layers; count its runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing is known yet
     runs = []
 
     def measure(model, ids):
@@ -67,12 +70,13 @@ def test_heads_are_measured_once_for_a_checkpoint_and_kept(tiny, looking, tmp_pa
     assert slim.load(tiny, "cpu").ckpt.rule.heads == ((), (1, 2), (), (0,), ())
     assert looking == [probe.PROBE_LEN]
     (file,) = (tmp_path / "slim").iterdir()
-    for text in ("[[1]]", "{", json.dumps([[float("nan")] * 4] * 5)):
+    spoiled = ("[[1]]", "{", *(json.dumps([[x] * 4] * 5) for x in (float("nan"), 10**400, 30, -1)))
+    for text in spoiled:
         file.write_text(text)
         assert slim.load(tiny, "cpu").ckpt.heads == first.ckpt.heads
-    assert len(looking) == 4
+    assert len(looking) == 1 + len(spoiled)
     slim.load(tiny, "cpu", "float64")  # another dtype: other roundings, another measurement
-    assert len(looking) == 5
+    assert len(looking) == 2 + len(spoiled)
 
 
 def test_only_a_run_that_asks_the_heads_measures_them(tiny, looking, tmp_path, monkeypatch):
@@ -133,13 +137,13 @@ def test_the_probe_finds_the_heads_of_a_real_model(smollm2_folder, tmp_path, mon
 
 def test_a_rule_with_heads_of_its_own_is_checked(tiny):
     """Heads that the model lacks, or that can rank nothing, must not choose blocks in silence."""
-    for heads in ("x", [[0]], ((0, "a"),), ((-1,),)):
-        with pytest.raises(ValueError, match="tuple of head numbers a layer"):
+    for heads in ("x", [[0]], ((0, "a"),), ((-1,),), ((0, 0),), ((2, 1),)):
+        with pytest.raises(ValueError, match="tuple of layers, each"):
             prune.Rule("mine", prune.peak, heads=heads)
     for heads, words in (
         (((0,),) * 4, "heads has 4 layers"),
         (((4,),) * 5, "numbers up to 4; the model has 5 layers of 4 heads"),
-        (((), (), (1,), (), ()), "no head is below the first boundary, 2"),
+        (((), (), (1,), (), ()), "no head of layers 0..1 ranks"),
     ):
         with pytest.raises(ValueError, match=words):
             slim.load(
@@ -167,3 +171,54 @@ def test_a_process_without_a_home_keeps_nothing_and_runs(tiny, looking, monkeypa
     for _ in range(2):
         slim.load(tiny, "cpu")
     assert len(looking) == 2
+
+
+def test_few_heads_below_a_boundary_do_not_rank(tiny, looking):
+    """One weak head of many would choose all blocks; then all heads do, by peak."""
+    strengths = strengths_of(5, 4, {(0, 0): 0.06, (1, 1): 0.9, (1, 2): 0.8})
+    assert not probe.can_rank(strengths, 1) and probe.can_rank(strengths, 2)
+    assert list(schedule_by_heads(strengths_of(6, 4, {(5, 0): 0.9, (5, 1): 0.9}))) == [2, 4]
+
+
+def late_schedule(schedule, config, block_len, strengths=None):
+    """Return the default's schedule, a deeper one where the heads are known: it needs more."""
+    if schedule == "auto":
+        return auto_schedule(config.n_layers) if strengths is None else {4: 1 / 2}
+    return resolve_schedule(schedule, config, block_len, strengths)
+
+
+def test_memory_is_checked_for_the_schedule_that_the_heads_ask_for(
+    tiny, looking, monkeypatch, tmp_path
+):
+    """The first start knows the heads only after loading; what does not fit is refused then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    by_depth = slim.Checkpoint.open(tiny, "cpu")
+    assert by_depth.needs_probe
+    by_heads = by_depth.with_schedule({4: 1 / 2})
+    n = 1_000_000  # far more than the reserve that a plan keeps
+    less, more = (planning.memory.plan(ckpt, n) for ckpt in (by_depth, by_heads))
+    free = less.total + less.host
+    assert more.total + more.host - planning.memory.KERNEL_BYTES > free + 2**20
+    monkeypatch.setattr(planning.checkpoint, "resolve_schedule", late_schedule)
+    set_free(monkeypatch, free)
+    with pytest.raises(ValueError, match="not enough memory"):
+        slim.load(tiny, "cpu", n_prompt=n)
+    assert len(looking) == 1  # refused after loading, not before
+
+
+def test_a_refused_prompt_costs_no_conversation_though_the_heads_are_unknown(tiny, looking):
+    """The probe drops the conversation, so memory is asked for before it."""
+    engine = slim.load(tiny, "cpu", schedule="dense")
+    engine.prefill(draw(100))
+    with pytest.raises(ValueError, match="not enough memory"):
+        engine.prefill(draw(640), room=10**12, schedule={2: 192})
+    assert engine.usable and engine.ids == draw(100) and looking == []
+
+
+def test_the_heads_that_are_shown_rank_something(tiny, looking):
+    """A prompt too short for a boundary is ranked by fewer heads, or by none."""
+    engine = slim.load(tiny, "cpu")
+    engine.prefill(draw(600))
+    assert engine.stats["lookup_heads"] == [] and engine.stats["score"] == "lookup"
+    engine.prefill(draw(3000))
+    assert engine.stats["lookup_heads"] == ["1.1", "1.2", "3.0"]
