@@ -252,6 +252,7 @@ def run(args, ckpt: str, entries: dict[str, Entry]) -> None:
     text = Path(args.text).read_text(encoding="utf-8")
     book = prose.Book(text, bench.engine.tokenizer, args.part)
     name = Path(ckpt).name.lower()
+    dtype = dtype_name(bench.engine.kv.dtype)
     seeds = range(args.first, args.first + args.samples)
     with out.open("a") as file, torch.inference_mode():
         if not (out.read_bytes() or b"\n").endswith(b"\n"):
@@ -259,7 +260,7 @@ def run(args, ckpt: str, entries: dict[str, Entry]) -> None:
         for seed in seeds:
             for n in args.lengths:
                 keys = [
-                    Key(name, task, n, args.part, seed, entry)
+                    Key(name, task, n, args.part, seed, entry, dtype)
                     for task in args.tasks
                     for entry in entries
                 ]
@@ -297,7 +298,6 @@ def run_document(bench: Bench, document, missing: list[Key], entries: dict) -> I
                 | {
                     "flops": round(bench.saving(entry, len(prompt)), 4),
                     "schedule": format_schedule(entry.schedule(bench.ckpt, len(prompt))),
-                    "dtype": dtype_name(bench.engine.kv.dtype),
                 }
             )
 

@@ -19,6 +19,7 @@ class Key(NamedTuple):
     part: int  # of the book: 0 for choosing, 1 for reporting
     seed: int  # number of the document
     entry: str
+    dtype: str
 
 
 Results = dict[Key, dict]
@@ -69,9 +70,10 @@ def tables(results: Results, entries: list[str], part: int) -> list[str]:
     lines = []
     for n in sorted({key.n for key in results if key.part == part}):
         rows = []
-        for ckpt in sorted({key.ckpt for key in results}, reverse=True):
+        for ckpt, dtype in sorted({(key.ckpt, key.dtype) for key in results}, reverse=True):
             for entry in entries:
-                rows += table_row(results, ckpt=ckpt, n=n, part=part, entry=entry)
+                wanted = {"ckpt": ckpt, "dtype": dtype, "n": n, "part": part, "entry": entry}
+                rows += table_row(results, **wanted)
         if rows:
             head = ["model", "", "FLOPs, times fewer", "texts", *prose.TASKS]
             lines += ["", LEGEND.format(n), table(head, rows)]
@@ -87,7 +89,15 @@ def table_row(results: Results, **wanted) -> list[list[str]]:
     saving = mean(result["flops"] for result, _ in every)
     n_texts = max(len(found) for found in by_task.values())
     cells = [table_cell(task, found) for task, found in by_task.items()]
-    return [[wanted["ckpt"], wanted["entry"], f"{saving:.2f}", str(n_texts), *cells]]
+    return [
+        [
+            f"{wanted['ckpt']}, {wanted['dtype']}",
+            wanted["entry"],
+            f"{saving:.2f}",
+            str(n_texts),
+            *cells,
+        ]
+    ]
 
 
 def table_cell(task: str, found: list[tuple[dict, dict]]) -> str:
@@ -114,15 +124,15 @@ class Point(NamedTuple):
 
 SHOWN = {  # entries at equal FLOPs, and what the plot calls them
     "oracle, frozen": "oracle",
-    "Slim, peak": "Slim",
-    "Slim, peak, frozen": "Slim, chosen once",
+    "Slim": "Slim",
+    "Slim, peak": "peak",
     "LazyLLM": "LazyLLM",
     "FastKV, frozen": "FastKV",
     "SnapKV, frozen": "SnapKV",
     "random, frozen": "random blocks",
     "paper's rule": "SlimInfer",
 }
-CURVE = {  # schedules of Slim's that cut deeper or sooner
+CURVE = {  # by peak: schedules that cut deeper or sooner
     "9:1/8 19:1/16": "9:1/8 19:1/16",
     "5:1/2 9:1/4 19:1/8 28:1/16": "first cut at 5",
     "3:1/2 9:1/4 19:1/8 28:1/16": "first cut at 3",
@@ -189,7 +199,7 @@ def draw_panel(axes, results: Results, ckpt: str, n: int) -> None:
     methods = sorted(points(results, ckpt, n, SHOWN), key=lambda point: -point.gap)
     curve = points(results, ckpt, n, CURVE)
     axes.axhline(0, color="black", lw=1.5)
-    axes.text(1.48, 0.8, "dense", color="black")
+    axes.text(4.87, 0.8, "dense", color="black", ha="right")
     heights = spread([point.gap for point in methods], least=4.2)
     for point, height in zip(methods, heights):
         color = RED if point.label.split(",")[0] == "Slim" else BLUE
@@ -213,6 +223,7 @@ def draw_panel(axes, results: Results, ckpt: str, n: int) -> None:
     axes.set_title(f"{ckpt}, {n:,} tokens")
     axes.set_xlabel("FLOPs of the first token, times fewer")
     axes.set_xlim(1.45, 4.9)
+    axes.set_ylim(top=12)
     axes.grid(color="#E6E6E6")
 
 

