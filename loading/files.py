@@ -51,6 +51,7 @@ def check_path(path) -> Path:
 
 def try_folder(folder: Path) -> None:
     """Raise OSError unless a file can be made in a folder; for root, permissions do not tell."""
+    remove_leftovers(folder, ".try")
     try:
         with open_part(folder, ".try", 0o600) as file:
             os.unlink(file.name)
