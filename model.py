@@ -360,8 +360,13 @@ class Model:
         kv = self.kv
         below = kv.stages[upper - 1]
         stage = kv.stages[upper]
-        scores = ranking.rank(below, stage)
-        new = set(prune.select(scores, below.slots, stage.n_slots))
+        scores = prune.check_scores(ranking.rank(below, stage), len(below.slots))
+        lacking = None
+        if not kv.reading_prompt:
+            has_keys = stage.has_keys()
+            lacking = torch.tensor([block not in has_keys for block in below.slots])
+        n_new = ranking.n_newest
+        new = set(prune.select(scores, below.slots, stage.n_slots, lacking, self.rule, n_new))
         last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
         active = set(stage.slots)
         if active and prune.overlap(new | last, active | last) >= self.gamma:
@@ -383,6 +388,7 @@ class Ranking:
     def __init__(self, model: Model, n_newest: int):
         self.model = model
         self.rule = model.rule
+        self.n_newest = n_newest
 
     def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
         """Look at a layer: its newest queries (w, H, D); weights (1, H, S) of a single row."""

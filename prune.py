@@ -12,6 +12,7 @@ heads; and `paper`, which is SlimInfer's. A rule of your own is a `Rule`, passed
 Shapes: W window queries, H heads, G KV heads, D head_dim, N blocks, B block_len.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -81,6 +82,10 @@ class Rule:
     active blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name
     belongs to a saved conversation; a rule without one cannot be saved.
 
+    revive_margin: by how much a pruned block must score above the last one chosen to come back.
+    revive_at_most: blocks that may come back for each new token, the best first; others wait for
+    the next, as long as the window remembers them. Both bound what a token costs.
+
     heads: per layer the heads it is given; None: all. `Checkpoint` fills them in for `lookup`.
 
     join: with the heads on several GPUs, "max" joins the scores that each GPU's heads gave; "all"
@@ -93,6 +98,8 @@ class Rule:
     every_layer: bool = True
     window: int = 32
     gamma: float = 1.0
+    revive_margin: float = 0.0
+    revive_at_most: int | None = None
     join: str = "all"
     heads: tuple[tuple[int, ...], ...] | None = None
 
@@ -115,6 +122,15 @@ class Rule:
             )
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
             raise ValueError(f"{rule}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
+        if type(self.revive_margin) not in (int, float) or not self.revive_margin >= 0:
+            raise ValueError(
+                f"{rule}: revive_margin is {self.revive_margin!r}; it must be a number from 0"
+            )
+        most = self.revive_at_most
+        if most is not None and (type(most) is not int or most < 0):
+            raise ValueError(
+                f"{rule}: revive_at_most is {most!r}; it must be a number of blocks, or None"
+            )
         if self.heads is not None and not is_heads(self.heads):
             raise ValueError(
                 f"{rule}: heads is {self.heads!r:.60}; it must be a tuple of layers, each "
@@ -181,7 +197,9 @@ def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tenso
 
 
 RULES = {
-    "lookup": Rule("lookup", lookup, sees="lookup", join="max"),
+    "lookup": Rule(
+        "lookup", lookup, sees="lookup", revive_margin=math.log(2), revive_at_most=1, join="max"
+    ),
     "peak": Rule("peak", peak, join="max"),
     "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9),
 }
@@ -190,28 +208,48 @@ RULES = {
 # ---- selection --------------------------------------------------------------------------
 
 
-def select(scores: Tensor, blocks: list[int], k: int) -> list[int]:
-    """Return the k best of `blocks`, ascending; the sink is always one; ties to the lower block.
+def check_scores(scores, n_blocks: int) -> Tensor:
+    """Return a rule's scores (N,) on the CPU; reading them is the one time a step waits for a GPU.
 
-    scores: (N,) of any device; reading them here is the one time a step waits for the device.
     Raises ValueError for scores of another shape or not a number.
     """
-    shape = (len(blocks),)
-    is_tensor = isinstance(scores, Tensor)
-    right = is_tensor and scores.is_floating_point() and scores.shape == shape
-    if right:
+    right = isinstance(scores, Tensor) and scores.is_floating_point()
+    if right and scores.shape == (n_blocks,):
         scores = scores.cpu()
-        right = not scores.isnan().any()
-    if not right:
-        raise ValueError(
-            f"the scoring function returned {scores!r:.60}; it must return {shape} float scores, "
-            "none of them NaN"
-        )
+        if not scores.isnan().any():
+            return scores
+    raise ValueError(
+        f"the scoring function returned {scores!r:.60}; it must return {(n_blocks,)} float scores, "
+        "none of them NaN"
+    )
+
+
+def select(
+    scores: Tensor, blocks: list[int], k: int, lacking: Tensor | None = None, rule=None, n_new=1
+) -> list[int]:
+    """Return the k best of `blocks`, ascending; the sink is always one; ties to the lower block.
+
+    scores: (N,), in the blocks' order. lacking: (N,) the blocks that would have to be revived, of
+    which a rule lets few come back for n_new tokens; None: no block would.
+    """
     in_order, order = torch.tensor(blocks).sort()  # slots hold blocks in any order; now sink first
     scores = scores[order]
     scores[0] = torch.inf
-    best = scores.argsort(descending=True, stable=True)[:k]
-    return sorted(in_order[best].tolist())
+    ranked = scores.argsort(descending=True, stable=True)
+    if lacking is not None:
+        held = held_back(scores, lacking[order], scores[ranked[k - 1]], rule, n_new)
+        ranked = ranked[held[ranked].int().argsort(stable=True)]  # they come last
+    return sorted(in_order[ranked[:k]].tolist())
+
+
+def held_back(scores: Tensor, lacking: Tensor, last: Tensor, rule: Rule, n_new: int) -> Tensor:
+    """Return (N,) which of the lacking blocks may not come back now; last: the k-th best score."""
+    held = lacking & (scores < last + rule.revive_margin)
+    if rule.revive_at_most is not None:
+        ranked = scores.masked_fill(~lacking, -torch.inf).argsort(descending=True, stable=True)
+        too_many = ranked[rule.revive_at_most * n_new :]
+        held[too_many] = lacking[too_many]
+    return held
 
 
 def overlap(new: set[int], active: set[int]) -> float:

@@ -161,7 +161,17 @@ class Oracle:
     """What a pruned conversation computes, row by row in float64; a dictionary for everything."""
 
     def __init__(
-        self, folder, schedule, block_len, unit_len, window=4, gamma=0.9, rule="paper", heads=()
+        self,
+        folder,
+        schedule,
+        block_len,
+        unit_len,
+        window=4,
+        gamma=0.9,
+        rule="paper",
+        heads=(),
+        revive_margin=0.0,
+        revive_at_most=None,
     ):
         self.w = {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}
         self.config = config = json.loads((folder / "config.json").read_text())
@@ -172,6 +182,8 @@ class Oracle:
         self.gamma = gamma
         self.rule = rule  # "paper"; "peak"; "mass": sums of the boundary's layer, mean over heads;
         self.lookup_heads = heads  # "lookup": by these heads of each layer
+        self.revive_margin = revive_margin
+        self.revive_at_most = revive_at_most
         self.H = config["num_attention_heads"]
         self.G = config["num_key_value_heads"]
         self.L = config["num_hidden_layers"]
@@ -334,7 +346,20 @@ class Oracle:
             scores = {b: max(worth.get(b, lowest) for worth in newest) for b in candidates - ends}
         if self.rule == "lookup" and self.last - 1 in scores:
             scores[self.last - 1] = math.inf  # the newest block before the tail
-        return ends | set(sorted(scores, key=lambda b: (-scores[b], b))[: k - 2])
+        ranked = sorted(scores, key=lambda b: (-scores[b], b))
+        if self.start:
+            held = self.held_back(p, scores, scores[ranked[k - 3]] if k > 2 else math.inf)
+            ranked.sort(key=lambda b: b in held)
+        return ends | set(ranked[: k - 2])
+
+    def held_back(self, p, scores, last):
+        """Return the blocks that would have to be revived, but are not worth it or too many."""
+        lacking = [b for b in scores if b * self.block_len not in self.kv[p]]
+        lacking.sort(key=lambda b: (-scores[b], b))
+        held = {b for b in lacking if scores[b] < last + self.revive_margin}
+        if self.revive_at_most is not None:
+            held |= set(lacking[self.revive_at_most * min(self.window, self.n - self.start) :])
+        return held
 
     # ---- a boundary
 
@@ -448,14 +473,16 @@ def test_pruned_prefill_decode_and_follow_up_are_those_of_the_oracle(
 LOOKUP_HEADS = (0, 3), (), (1,), (2, 3), ()  # of each layer
 
 
+@pytest.mark.parametrize("revive", [(0.0, None), (0.1, 1), (0.2, None)])
 @pytest.mark.parametrize("window", [4, 20])  # within the prompt's last block, and beyond it
 @pytest.mark.parametrize("schedule, gamma, prompt, swaps, revived", CASES)
 def test_lookup_heads_choose_as_the_oracle_does(
-    tiny, schedule, gamma, prompt, swaps, revived, window
+    tiny, schedule, gamma, prompt, swaps, revived, window, revive
 ):
     """The default rule: few heads of few layers, contrast within a row, the next block."""
-    rule = dataclasses.replace(prune.RULES["lookup"], heads=LOOKUP_HEADS)
-    oracle = Oracle(tiny, schedule, 8, 4, window, gamma, "lookup", LOOKUP_HEADS)
+    revive = dict(zip(("revive_margin", "revive_at_most"), revive))
+    rule = dataclasses.replace(prune.RULES["lookup"], heads=LOOKUP_HEADS, **revive)
+    oracle = Oracle(tiny, schedule, 8, 4, window, gamma, "lookup", LOOKUP_HEADS, **revive)
     settings = dict(block_len=8, unit_len=4, window=window, gamma=gamma)
     engines = [
         slim.load(tiny, "cpu", "float64", schedule, rule, chunk=chunk, **settings)
@@ -554,9 +581,25 @@ def test_selection_keeps_the_sink_and_breaks_ties_to_the_lower_block():
     assert prune.select(scores, [7, 4, 2, 0, 3], 3) == [0, 2, 3]
     assert prune.select(torch.ones(3000), list(range(3000))[::-1], 1000) == list(range(1000))
     with pytest.raises(ValueError, match="scores"):
-        prune.select(scores[:3], [0, 1, 2, 3], 2)
+        prune.check_scores(scores[:3], 4)
     with pytest.raises(ValueError, match="NaN"):
-        prune.select(scores * torch.nan, [0, 1, 2, 3, 4], 2)
+        prune.check_scores(scores * torch.nan, 5)
+
+
+def test_few_pruned_blocks_come_back_and_the_best_first():
+    """A revived block costs as much as 64 tokens, so a token brings back one that is worth it."""
+    scores = torch.tensor([0.0, 0.7, 0.4, 0.9, 0.6])
+    lacking = torch.tensor([False, True, True, True, False])
+
+    def chosen(k, n_new=1, **limits):
+        rule = prune.Rule("few", len, **limits)
+        return prune.select(scores, [0, 1, 2, 3, 4], k, lacking, rule, n_new)
+
+    assert chosen(3) == [0, 1, 3]
+    assert chosen(3, revive_at_most=1) == [0, 3, 4]
+    assert chosen(3, 2, revive_at_most=1) == [0, 1, 3]
+    assert chosen(3, revive_margin=0.1) == [0, 3, 4]  # above 0.7, which would be the last
+    assert chosen(4, revive_at_most=1) == [0, 1, 3, 4]  # slots are always full
 
 
 def test_a_score_is_the_best_units_mean_over_heads():
@@ -1120,9 +1163,7 @@ def test_copies_start_after_the_ffn_that_hides_them(tiny, monkeypatch):
         )
     select = prune.select
     for sign in (-1, 1):  # blocks are revived, then others come back from home
-        monkeypatch.setattr(
-            prune, "select", lambda scores, blocks, k: select(sign * scores, blocks, k)
-        )
+        monkeypatch.setattr(prune, "select", lambda scores, *args: select(sign * scores, *args))
         engine.extend([1])
     order = [name for i, name in enumerate(calls) if name != calls[i - 1]]
     assert order.count("copy_layer") == 2 * len(engine.kv.stages[1:])

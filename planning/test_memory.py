@@ -289,7 +289,7 @@ def test_a_steps_memory_is_what_was_planned(schedule, score, dtype, prompt, late
     )
     if schedule != "dense":
         monkeypatch.setattr(
-            prune, "select", lambda scores, blocks, k, real=prune.select: real(-scores, blocks, k)
+            prune, "select", lambda scores, *args, real=prune.select: real(-scores, *args)
         )
         least(0.55, lambda: engine.extend([1]), 1, n_last + 1001)
         assert engine.stats["revived"] > slots[1] // 2
