@@ -56,7 +56,7 @@ from torch import Tensor
 
 from prune import Budget, stage_blocks
 
-COUNTERS = "swaps", "revived", "to_cpu_bytes", "to_gpu_bytes"
+COUNTERS = "local_rows", "swaps", "revived", "to_cpu_bytes", "to_gpu_bytes"
 TAIL_GROWTH = 64  # rows a tail grows by at least: few, so that memory stays what was planned
 ROOM_AT_ONCE = 1024  # rows, of the room for an answer, that are taken before they are needed
 PIECE_BYTES = 2**26  # of pinned memory, at least, where a first piece was too small

@@ -31,6 +31,38 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+TILE = 256  # positions; a tile's rows share a local window, so that they are one call
+LAST_ROWS = 512  # of the prompt, at least, see everything: they rank the blocks
+
+
+@dataclass(frozen=True)
+class Local:
+    """Local attention: what most rows of a prompt see in the layers below the first boundary.
+
+    A tile is TILE positions, from a multiple of TILE on, whatever the chunk. Its rows see the first
+    `sinks` positions, the `window` positions before the tile, and the tile up to themselves (the
+    A-shape of StreamingLLM, arXiv 2309.17453). At least the last `last` rows, and all later tokens,
+    see everything.
+    """
+
+    window: int  # 0: every row sees everything
+    sinks: int
+    last: int = LAST_ROWS
+
+    def n_rows(self, n_prompt: int) -> int:
+        """Return how many leading rows of a prompt see no more than this."""
+        if self.window == 0:
+            return 0
+        return max(0, (n_prompt - self.last) // TILE * TILE)
+
+    def window_start(self, position: int) -> int:
+        """Return the first position in a row's window; 0 if its sinks reach it, so it sees all."""
+        start = position // TILE * TILE - self.window
+        return start if start > self.sinks else 0
+
+
+FULL = Local(window=0, sinks=0)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -98,6 +130,7 @@ class Rows:
     n_revived: int  # leading rows that are revived: the slab holds later keys than theirs
     key_pos: Tensor | None  # (S,) positions in the slab, for the mask of revived rows, if any
     newest: Tensor  # which of the W newest tokens have a row here; pruning may have removed some
+    n_local: int  # leading rows whose attention is local; only below the first boundary
 
 
 class Model:
@@ -121,6 +154,7 @@ class Model:
         window: int,
         gamma: float,
         chunk: int,
+        local: Local,
     ):
         self.config = config
         self.weights = weights
@@ -130,6 +164,7 @@ class Model:
         self.window = window
         self.gamma = gamma
         self.chunk = chunk
+        self.local = local
         self.wide = torch.promote_types(kv.dtype, torch.float32)  # of scores, RoPE and logits
         self.on_chunk = lambda layer, rows, keys: None
         self.on_queries = lambda layer, queries: None
@@ -153,6 +188,7 @@ class Model:
         ranking = RANKINGS[self.rule.sees](self, n_newest)
         for i, stage in enumerate(kv.stages):
             rows = self.locate(stage, blocks, first_tail, end, n_newest)
+            kv.local_rows += rows.n_local
             below_top = i + 1 < len(kv.stages)
             for layer in stage.layers:
                 queries, row_weights = self.attention(layer, x, rows)
@@ -209,7 +245,16 @@ class Model:
             n_revived=n_revived,
             key_pos=key_pos,
             newest=kv.upload(newest),
+            n_local=self.local_rows(stage),
         )
+
+    def local_rows(self, stage: Stage) -> int:
+        """Return how many leading rows have local attention: of a prompt that is being pruned."""
+        kv = self.kv
+        is_first_of_several = stage is kv.stages[0] and len(kv.stages) > 1
+        if kv.reading_prompt and is_first_of_several:
+            return self.local.n_rows(kv.n_prompt)
+        return 0
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return RoPE's cos and sin (T, 1, R/2) and the queries' scale (T, 1, 1), if there is one.
@@ -263,6 +308,8 @@ class Model:
             out = masked_attention(q, keys, values, mask)  # (t, H*D)
         elif len(x) - rows.n_revived == 1:
             out, weights = row_attention(q, keys, values)
+        elif start < rows.n_local:  # here a row's place in x and in the slab is its position
+            out = local_attention(q, keys, values, rows.n_local, self.local)
         else:
             out = causal_attention(q, keys, values)
         self.add(part, out, w.wo)
@@ -545,7 +592,43 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([y1, y2, x3], dim=-1).to(x.dtype)
 
 
-# ---- attention: of the newest rows, of one row, of revived rows --------------------------
+# ---- attention: of the newest rows, near or far, of one row, of revived rows -------------
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, n_local: int, local: Local) -> Tensor:
+    """Attend q (t, H, D), the newest t of S positions, to k and v (S, G, D) as `local` says.
+
+    Rows from position n_local on, a multiple of TILE, see everything. Returns (t, H*D). What a tile
+    sees is put together, as causal attention to the end of it is the same as to a run of keys; the
+    copy is as long as a window, not as the prompt.
+    """
+    n_older = len(k) - len(q)
+    out = q.new_empty(len(q), q.shape[1] * q.shape[2])
+    for start, stop in tiles(n_older, len(k), n_local):
+        window_start = local.window_start(start) if start < n_local else 0
+        seen_k, seen_v = k[:stop], v[:stop]
+        if window_start:
+            seen_k = without(seen_k, local.sinks, window_start)
+            seen_v = without(seen_v, local.sinks, window_start)
+        rows = slice(start - n_older, stop - n_older)
+        out[rows] = causal_attention(q[rows], seen_k, seen_v)
+    return out
+
+
+def tiles(start: int, stop: int, n_local: int):
+    """Yield (start, stop) of each tile's part of these positions, and of those from n_local on."""
+    while start < min(stop, n_local):
+        end = min(stop, (start // TILE + 1) * TILE)
+        yield start, end
+        start = end
+    if start < stop:
+        yield start, stop
+
+
+def without(x: Tensor, start: int, stop: int) -> Tensor:
+    """Return a copy of x (S, G, D) without rows start..stop-1; a head's rows lie together."""
+    heads_first = x.transpose(0, 1)  # (G, S, D)
+    return torch.cat([heads_first[:, :start], heads_first[:, stop:]], dim=1).transpose(0, 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

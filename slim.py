@@ -100,7 +100,15 @@ def build(ckpt: Checkpoint, n_prompt, n_new, progress, kv_kind, model_kind, engi
         kv.reset(n_prompt, ckpt.schedule, n_new)
     weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
     model = model_kind(
-        c, weights, kv, ckpt.rule, settings.unit_len, ckpt.window, ckpt.gamma, ckpt.chunk
+        c,
+        weights,
+        kv,
+        ckpt.rule,
+        settings.unit_len,
+        ckpt.window,
+        ckpt.gamma,
+        ckpt.chunk,
+        ckpt.local,
     )
     return engine_kind(ckpt, model)
 
@@ -191,8 +199,9 @@ class Engine:
             return lambda token: True
 
     def rank_by(self, ckpt: Checkpoint) -> None:
-        """Let a run's rule rank the blocks, if it is another one than now."""
+        """Let a run's rule rank the blocks, if it is another one than now; and its local window."""
         self.running = ckpt
+        self.model.local = ckpt.local
         if ckpt.rule != self.model.rule:
             self.model.rule = ckpt.rule
             self.model.window = ckpt.window
@@ -270,10 +279,9 @@ class Engine:
             )
         check_extra(extra)
         layout, tensors = self.kv.state()
-        identity = self.ckpt.with_schedule(self.kv.schedule).identity
         header = {
             "ckpt": str(self.ckpt.folder.resolve()),
-            "identity": identity,
+            "identity": self.running.identity,
             "kv": layout,
             "ids": self.ids,
             "pending": self.pending,

@@ -28,6 +28,7 @@ from torch.nn.attention.bias import CausalBias
 
 import kvcache
 import model
+import planning.checkpoint
 import prune
 import slim
 from cli.options import DEMO
@@ -50,6 +51,7 @@ from conftest import (
 )
 from kvcache import HostMemory, KVCache
 from planning import schedule as schedules
+from planning.settings import LOCAL_WINDOW
 
 # ---- dense: transformers ----------------------------------------------------------------
 
@@ -172,6 +174,7 @@ class Oracle:
         heads=(),
         revive_margin=0.0,
         revive_at_most=None,
+        local=None,
     ):
         self.w = {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}
         self.config = config = json.loads((folder / "config.json").read_text())
@@ -184,6 +187,7 @@ class Oracle:
         self.lookup_heads = heads  # "lookup": by these heads of each layer
         self.revive_margin = revive_margin
         self.revive_at_most = revive_at_most
+        self.local = local  # (window, sinks, tile, last rows of the prompt that see everything)
         self.H = config["num_attention_heads"]
         self.G = config["num_key_value_heads"]
         self.L = config["num_hidden_layers"]
@@ -278,7 +282,16 @@ class Oracle:
         if key > row:
             return False
         p = self.boundary_below(layer)
-        return p is None or key >= self.tail or key // self.block_len in self.active[p]
+        if p is None:
+            return self.local is None or self.is_near(row, key)
+        return key >= self.tail or key // self.block_len in self.active[p]
+
+    def is_near(self, row, key):
+        """Return whether a row below the first boundary sees a key before it."""
+        window, sinks, tile, last = self.local
+        if row // tile >= (self.prompt - last) // tile:  # the last tiles, and what comes later
+            return True
+        return key < sinks or key >= row - row % tile - window
 
     def ffn(self, layer, h):
         name = f"model.layers.{layer}.mlp."
@@ -493,6 +506,79 @@ def test_lookup_heads_choose_as_the_oracle_does(
     assert oracle.swaps > 0 or gamma < 0.9  # else most choices are near enough to stay
 
 
+LOCALS = (24, 8), (1, 0), (5, 20), (1000, 8)  # window, sinks
+CHUNKS = 1, 7, 64, 300, 4096
+
+
+@pytest.mark.parametrize("window, sinks", LOCALS)
+def test_local_attention_is_that_of_the_oracle_in_any_chunks(tiny, window, sinks, monkeypatch):
+    """What rows of the prompt see is fixed by their positions; later rows see everything."""
+    tile = 16
+    last = 40
+    monkeypatch.setattr(model, "TILE", tile)
+    monkeypatch.setattr(planning.checkpoint, "LAST_ROWS", last)
+    schedule, gamma, prompt, *_ = CASES[2]
+    oracle = Oracle(tiny, schedule, 8, 4, 4, gamma, "peak", local=(window, sinks, tile, last))
+    settings = dict(block_len=8, unit_len=4, window=4, gamma=gamma)
+    settings |= dict(local_window=window, sinks=sinks)
+    engines = [
+        slim.load(tiny, "cpu", "float64", schedule, "peak", chunk=chunk, **settings)
+        for chunk in CHUNKS
+    ]
+    compare(oracle, engines, draw(prompt + 20, seed=7), [*range(prompt, prompt + 6), prompt + 20])
+    n_local = (prompt - last) // tile * tile
+    assert all(engine.stats["local_rows"] == n_local > 100 for engine in engines)
+    full = slim.load(tiny, "cpu", "float64", schedule, "peak", **settings | dict(local_window=0))
+    differs = (full.prefill(draw(prompt)) - engines[0].prefill(draw(prompt))).abs().max() > 1e-3
+    assert differs == (window < 1000)  # the longest window reaches back to the beginning
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window, sinks", [(256, 64), (300, 0), (1, 500)])
+def test_local_attention_is_a_softmax_over_what_a_row_sees(device, dtype, window, sinks):
+    """Tiles that a chunk cuts, sinks that meet the window, rows that see everything at its end."""
+    torch.manual_seed(0)
+    n, n_local = 1500, 1024
+    q = torch.randn(n, 6, 64).to(device, dtype)
+    k, v = torch.randn(2, 2, n, 64).to(device, dtype).transpose(1, 2)
+    row = torch.arange(n)[:, None]
+    key = torch.arange(n)
+    near = (key < sinks) | (key >= row // 256 * 256 - window) | (row >= n_local)
+    mask = near & (key <= row)
+    kk, vv = (x.double().cpu().repeat_interleave(3, 1).transpose(0, 1) for x in (k, v))
+    qq = q.double().cpu().transpose(0, 1)
+    want = F.scaled_dot_product_attention(qq, kk, vv, attn_mask=mask).transpose(0, 1).flatten(1)
+    local = model.Local(window, sinks)
+    parts = []
+    for start in range(0, n, 400):
+        stop = min(n, start + 400)
+        parts.append(model.local_attention(q[start:stop], k[:stop], v[:stop], n_local, local))
+    atol = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(torch.cat(parts).double().cpu(), want, atol=atol, rtol=0)
+
+
+def test_the_default_schedule_reads_locally_and_no_other_does(checkpoints):
+    """A local window is no part of the paper's method, nor of a schedule of one's own."""
+    folder = checkpoints["llama2-mha"][0]
+
+    def window(**options):
+        return slim.Checkpoint.open(folder, "cpu", **options).local.window
+
+    assert window() == window(score="peak") == LOCAL_WINDOW
+    for schedule in ("dense", "paper", {2: 1 / 4}):
+        assert window(schedule=schedule) == 0
+        assert window(schedule=schedule, local_window=300) == 300
+    assert window(score="paper") == window(local_window=0) == 0
+    engine = slim.load(folder, "cpu")
+    for schedule, n, n_local in ((None, 2000, 1280), (None, 1023, 0), ({2: 1 / 4}, 2000, 0)):
+        engine.prefill(draw(n), schedule=schedule)
+        assert engine.stats["local_rows"] == n_local
+    wide = slim.load(folder, "cpu", window=900)  # the rows that rank the blocks see everything
+    wide.prefill(draw(2000))
+    assert wide.stats["local_rows"] == 1024
+
+
 OTHERS = "qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn"
 SHAPES = (1, 8, 8), (11, 8, 2), (3, 12, 4)  # window, block_len, unit_len
 
@@ -533,12 +619,14 @@ def test_other_models_windows_and_blocks_are_those_of_the_oracle_too(
     "prompt, schedule", [(150, {1: 160, 2: 152, 3: 150}), (144, {2: 10**6, 3: 144}), (3, {1: 16})]
 )
 def test_budgets_that_cover_the_prompt_give_the_dense_logits_bit_for_bit(
-    tiny, device, prompt, schedule
+    tiny, device, prompt, schedule, monkeypatch
 ):
     """A schedule that prunes nothing takes the dense path; nobody pays for what does not happen."""
-    slim_, dense = (
-        slim.load(tiny, device, schedule=s, block_len=8, unit_len=4) for s in (schedule, "dense")
-    )
+    monkeypatch.setattr(model, "TILE", 16)
+    monkeypatch.setattr(planning.checkpoint, "LAST_ROWS", 8)
+    options = dict(block_len=8, unit_len=4)
+    slim_ = slim.load(tiny, device, schedule=schedule, local_window=16, **options)
+    dense = slim.load(tiny, device, schedule="dense", **options)
     assert torch.equal(conversation(slim_, draw(prompt))[0], conversation(dense, draw(prompt))[0])
 
 

@@ -9,9 +9,10 @@ Every entry of a set (bench/rivals.py) answers the same questions about the same
 (bench/prose.py). The answer is teacher-forced: after the prompt its tokens are fed, whatever the
 model would have said, and a token counts if the model would have chosen it. `frozen` entries choose
 blocks once, after the prompt, and then take the whole answer at once; the others go token by token
-and choose anew at each, as the engine does for a user. A document's dense run, and with it the
-layers below an entry's first boundary, is computed once for all its questions. Each result, of one
-entry on one question, is a line of --out; a second call computes only what is missing.
+and choose anew at each, as the engine does for a user. What all prompts of a document begin with is
+run once, and with it the layers below an entry's first boundary: densely, and again for every local
+attention among the entries. Each result, of one entry on one question, is a line of --out; a second
+call computes only what is missing.
 """
 
 import json
@@ -20,6 +21,7 @@ import sys
 import time
 from bisect import bisect
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ from bench.common import Parser, check_numbers, read_lengths
 from bench.report import Key
 from bench.rivals import Entry
 from kvcache import KVCache
-from model import attention_weights
+from model import FULL, Local, attention_weights
 from planning.checkpoint import dtype_name
 from planning.flops import prefill_flops
 from planning.schedule import format_schedule
@@ -47,16 +49,27 @@ MOST_QUERIES = 64  # kept of the dense run: the widest window of any rule, and t
 
 
 class Record(NamedTuple):
-    """What one step of the dense run left behind."""
+    """What one step of a run without pruning left behind."""
 
     queries: list[Tensor]  # the newest queries, by layer
     x: dict[int, Tensor | None]  # x after the attention below some boundaries
 
 
-class Bench:
-    """A model whose layers below a boundary are taken from the dense run.
+@dataclass
+class Base:
+    """A run without pruning, from which entries take the layers below their first boundary."""
 
-    It stands in for the model's attention and FFN: in a dense run it records their results, in an
+    kv: KVCache
+    local: Local
+    n_layers: int  # that are run; those above are left out
+    n_shared: int  # tokens that all questions begin with
+    records: dict[str, Record]  # of the steps: shared, question, answer
+
+
+class Bench:
+    """A model whose layers below a boundary are taken from a run without pruning.
+
+    It stands in for the model's attention and FFN: in a base's run it records their results, in an
     entry's run it puts them in.
     """
 
@@ -67,17 +80,17 @@ class Bench:
         self.ckpt = self.engine.ckpt
         self.model = self.engine.model
         self.config = self.engine.config
-        self.caches: dict[int | str, KVCache] = {}
+        self.caches: dict[object, KVCache] = {}
         self.attention = self.model.attention
         self.ffn = self.model.ffn
         self.model.attention = self.attend
         self.model.ffn = self.feed
         schedules = [entry.schedule(self.ckpt, 4096) for entry in entries.values()]
         self.first_boundaries = {next(iter(schedule)) for schedule in schedules if schedule}
-        self.first = 0  # layers below this one are taken from the dense run
+        self.first = 0  # layers below this one are taken from the base
         self.recording: Record | None = None
 
-    def cache(self, name: int | str, block_len: int) -> KVCache:
+    def cache(self, name, block_len: int) -> KVCache:
         config = self.config
         if name not in self.caches:
             self.caches[name] = KVCache(
@@ -94,77 +107,123 @@ class Bench:
     # the model's attention and FFN
 
     def attend(self, layer: int, x: Tensor, rows) -> tuple[Tensor, Tensor | None]:
-        kv = self.model.kv
-        if kv.reading_prompt and layer < self.first:
-            kv.slabs[layer][:, :, : len(x)] = self.dense.slabs[layer][:, :, : len(x)]
-            if layer == self.first - 1:
-                x[:] = torch.cat([record.x[self.first] for record in self.prompt_records()])
-            return self.last_queries(layer)[-len(rows.newest) :], None
-        queries, weights = self.attention(layer, x, rows)
         if self.recording is not None:
-            self.recording.queries.append(queries)
-            if layer + 1 in self.recording.x:
-                self.recording.x[layer + 1] = x.clone()
+            return self.record(layer, x, rows)
+        if self.model.kv.reading_prompt and layer < self.first:
+            return self.replay(layer, x, rows)
+        return self.attention(layer, x, rows)
+
+    def record(self, layer: int, x: Tensor, rows) -> tuple[Tensor, Tensor | None]:
+        if layer >= self.base.n_layers:
+            return x[:0], None
+        if self.base.local.window and self.base.kv.reading_prompt:
+            rows = replace(rows, n_local=len(x))
+        queries, weights = self.attention(layer, x, rows)
+        self.recording.queries.append(queries)
+        if layer + 1 in self.recording.x:
+            self.recording.x[layer + 1] = x.clone()
         return queries, weights
 
+    def replay(self, layer: int, x: Tensor, rows) -> tuple[Tensor, None]:
+        slab = self.model.kv.slabs[layer]
+        slab[:, :, : len(x)] = self.base.kv.slabs[layer][:, :, : len(x)]
+        if layer == self.first - 1:
+            x[:] = torch.cat([record.x[self.first] for record in self.prompt_records()])
+        return self.last_queries(layer)[-len(rows.newest) :], None
+
     def feed(self, layer: int, x: Tensor) -> None:
+        if self.recording is not None and layer >= self.base.n_layers:
+            return
         if self.model.kv.length or layer >= self.first - 1:
             self.ffn(layer, x)
 
     def prompt_records(self) -> tuple[Record, Record]:
-        return self.record["shared"], self.record["question"]
+        return self.base.records["shared"], self.base.records["question"]
 
     def last_queries(self, layer: int) -> Tensor:
-        """Return the dense run's newest queries (w, H, D) after the prompt."""
+        """Return the base's newest queries (w, H, D) after the prompt."""
         parts = [record.queries[layer] for record in self.prompt_records()]
         return torch.cat(parts)[-MOST_QUERIES:]
 
-    # the dense run
+    # runs without pruning
 
     def read_document(self, shared: list[int], room: int) -> None:
         """Run the beginning of all prompts of a document; its dense runs go on from there."""
-        self.dense = self.cache("dense", 64)
-        self.dense.reset(len(shared), {}, room)
-        self.record: dict[str, Record] = {}
-        self.prepare_dense()
-        self.logits = self.dense_step("shared", shared)
+        self.shared = shared
+        self.room = room
+        self.local_bases: dict[tuple[Local, int], Base] = {}
+        self.dense = self.new_base(FULL, len(shared), self.config.n_layers)
 
-    def prepare_dense(self) -> None:
-        self.model.kv = self.dense
+    def new_base(self, local: Local, n_shared: int, n_layers: int) -> Base:
+        """Run n_shared tokens of the document, each with this local attention."""
+        kv = self.cache(("base", local, n_shared if local.window else 0), 64)
+        kv.reset(n_shared, {}, len(self.shared) - n_shared + self.room)
+        base = Base(kv, local, n_layers, n_shared, {})
+        self.run_from(base)
+        self.logits = self.base_step("shared", self.shared[:n_shared])
+        return base
+
+    def run_from(self, base: Base) -> None:
+        """Let the model run a base, or an entry take its lower layers from it."""
+        self.base = base
+        self.model.kv = base.kv
+        self.model.local = base.local
         self.model.window = MOST_QUERIES
         self.first = 0
 
     def run_dense(self, prompt: list[int], answer: list[int]) -> Tensor:
         """Answer one question without pruning; return the logits (answer tokens, V)."""
-        self.prepare_dense()
-        self.dense.rewind(self.dense.n_prompt)
-        question = prompt[self.dense.length :]
-        first = self.dense_step("question", question) if question else self.no_question()
-        later = self.dense_step("answer", answer[:-1], len(answer) - 1)
-        return torch.cat([first, later])
+        logits = self.ask(self.dense, prompt)
+        later = self.base_step("answer", answer[:-1], len(answer) - 1)
+        return torch.cat([logits, later])
 
-    def dense_step(self, part: str, ids: list[int], n_logits: int = 1) -> Tensor:
+    def ask(self, base: Base, prompt: list[int]) -> Tensor:
+        """Run a question after a base; all its rows see everything."""
+        self.run_from(base)
+        base.kv.rewind(base.n_shared)
+        question = prompt[base.n_shared :]
+        return self.base_step("question", question) if question else self.no_question()
+
+    def base_step(self, part: str, ids: list[int], n_logits: int = 1) -> Tensor:
         self.recording = Record([], dict.fromkeys(self.first_boundaries))
-        self.record[part] = self.recording
+        self.base.records[part] = self.recording
         logits = self.model.step(torch.tensor(ids), n_logits)
         self.recording = None
         return logits
 
     def no_question(self) -> Tensor:
         """Record a step of no tokens: the prompt is what all prompts of the document begin with."""
-        shared = self.record["shared"]
+        shared = self.base.records["shared"]
         queries = [queries[:0] for queries in shared.queries]
         x = {boundary: rows[:0] for boundary, rows in shared.x.items()}
-        self.record["question"] = Record(queries, x)
+        self.base.records["question"] = Record(queries, x)
         return self.logits
+
+    def local_base(self, local: Local, prompt: list[int], n_layers: int) -> Base:
+        """Return the lower layers of a prompt with local attention.
+
+        The document's rows with local attention are run once for all questions; then the prompt's
+        last rows, which see everything.
+        """
+        n_local = local.n_rows(len(prompt))
+        if n_local == 0:
+            return self.dense
+        if (local, n_local) not in self.local_bases:
+            logits = self.logits
+            self.local_bases[local, n_local] = self.new_base(local, n_local, n_layers)
+            self.logits = logits
+        base = self.local_bases[local, n_local]
+        self.ask(base, prompt)
+        return base
 
     def oracle(self, n_prompt: int) -> Tensor:
         """Return (n_prompt,): the strongest weight on each token from rows that name the answer."""
         best = torch.zeros(n_prompt)
         for layer in range(self.config.n_layers * 9 // 30, self.config.n_layers):
-            naming = [self.last_queries(layer)[-1:], self.record["answer"].queries[layer]]
+            answer = self.dense.records["answer"]
+            naming = [self.last_queries(layer)[-1:], answer.queries[layer]]
             for i, query in enumerate(torch.cat(naming)):
-                keys, _ = self.dense.read(layer, n_prompt + i)
+                keys, _ = self.dense.kv.read(layer, n_prompt + i)
                 weights = attention_weights(query[None], keys)[0, :, :n_prompt]  # (H, n_prompt)
                 best = torch.maximum(best, weights.amax(0).float().cpu())
         return best
@@ -173,6 +232,7 @@ class Bench:
 
     def run(self, entry: Entry, prompt: list[int], answer: list[int], oracle: Tensor | None):
         """Answer as an entry does; return the logits (answer tokens, V)."""
+        self.base = self.dense
         schedule = entry.schedule(self.ckpt, len(prompt))
         rule = entry.rule
         if rule is rivals.LOOKUP:
@@ -182,8 +242,11 @@ class Bench:
         if entry.second_run:
             prompt = self.second_run_prompt(rule, prompt, next(iter(schedule)))
             schedule = {}
+        if entry.local.window and schedule:
+            self.base = self.local_base(entry.local, prompt, next(iter(schedule)))
         kv = self.cache(entry.block_len, entry.block_len)
         self.model.kv = kv
+        self.model.local = entry.local
         self.model.rule = rule
         self.model.window = entry.window or entry.rule.window
         self.model.gamma = 0.0 if entry.frozen else rule.gamma
@@ -200,7 +263,7 @@ class Bench:
 
     def second_run_prompt(self, rule, prompt: list[int], boundary: int) -> list[int]:
         """Return the tokens that GemFilter's first run chooses, in their order."""
-        keys, _ = self.dense.read(boundary - 1, len(prompt))
+        keys, _ = self.dense.kv.read(boundary - 1, len(prompt))
         scores = rule.score(self.last_queries(boundary - 1)[-1:], keys[:, None], None, 1)
         kept = scores.topk(self.second_run_length(boundary, len(prompt))).indices
         return [prompt[i] for i in kept.sort().values.tolist()]
@@ -218,7 +281,7 @@ class Bench:
         """Return how many times fewer FLOPs an entry's first token takes than dense."""
         schedule = rivals.auto if entry.second_run else entry.schedule
         cut = schedule(self.ckpt, n_prompt)
-        cost = prefill_flops(self.config, n_prompt, cut, entry.block_len)
+        cost = prefill_flops(self.config, n_prompt, cut, entry.block_len, entry.local)
         return prefill_flops(self.config, n_prompt, {}) / cost
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import prune
+from model import FULL, Local
 from planning.checkpoint import Checkpoint
 from planning.flops import prefill_flops
 from planning.schedule import at_depth, auto_schedule
@@ -169,6 +170,7 @@ class Entry(NamedTuple):
     window: int | None = None  # None: the rule's
     block_len: int = 64
     frozen: bool = False  # choose once, after the prompt, and not again at each token
+    local: Local = FULL  # attention of the prompt's rows below the first boundary
     second_run: bool = False  # GemFilter: choose tokens, then run them alone
 
 
@@ -210,6 +212,16 @@ RIVALS = {
     "oracle, frozen": Entry(ORACLE, frozen=True),
 }
 
+LOCAL = {
+    "dense": DENSE,
+    "full attention": Entry(LOOKUP, by_heads),
+    "window 256": Entry(LOOKUP, by_heads, local=Local(256, 64)),
+    "window 512": Entry(LOOKUP, by_heads, local=Local(512, 64)),
+    "window 1024": Entry(LOOKUP, by_heads, local=Local(1024, 64)),
+    "window 512, no sinks": Entry(LOOKUP, by_heads, local=Local(512, 0)),
+    "window 512, last 256": Entry(LOOKUP, by_heads, local=Local(512, 64, last=256)),
+}
+
 FLOORS = {f"at least {n} blocks": Entry(schedule=at_least(n)) for n in (4, 6, 8, 12)}
 
 SCHEDULES = {
@@ -229,6 +241,7 @@ SCHEDULES = {
 
 SETS = {
     "heads": HEADS,
+    "local": LOCAL,
     "rivals": RIVALS,
     "floors": {"dense": DENSE} | FLOORS,
     "schedules": {"dense": DENSE} | SCHEDULES,

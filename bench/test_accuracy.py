@@ -9,6 +9,7 @@ import torch
 from bench import accuracy, checkpoints, report, rivals
 from bench.checkpoints import QWEN, SMOLLM2
 from bench.report import Key
+from model import Local
 
 ROW = Key("some-model", "fact", 2048, 1, 0, "dense", "float32")._asdict()
 
@@ -96,18 +97,22 @@ def test_every_entry_answers_a_question_and_two_models_share_a_table(talking, tm
     ]
 
 
-def test_a_replayed_prompt_gives_the_engines_logits(talking):
-    """The layers below the boundary come from the dense run; the answer must not show it."""
-    entry = rivals.RIVALS["Slim, peak"]
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_replayed_prompt_gives_the_engines_logits(talking, window):
+    """The layers below the boundary come from runs that questions share; no answer may show it."""
+    entry = rivals.RIVALS["Slim, peak"]._replace(local=Local(window, 64))
     bench = accuracy.Bench(str(talking), "cpu", "float64", {"Slim, peak": entry})
     tok = bench.engine.tokenizer
     prompt = tok.encode("The grass is green. The sky is blue. " * 400)[:2500]
     answer = tok.encode(" The sun is here.")
     with torch.inference_mode():
-        bench.read_document(prompt[:2400], 200)
-        bench.run_dense(prompt, answer)
+        bench.read_document(prompt[:2300], 300)
+        other = entry._replace(local=Local(200, 8))
+        for question in (prompt[:2300] + prompt[:280], prompt):  # before it, one of another length
+            bench.run_dense(question, answer)
+            bench.run(other, question, answer, None)
         logits = bench.run(entry, prompt, answer, None)
-    engine = accuracy.slim.load(talking, "cpu", "float64")
+    engine = accuracy.slim.load(talking, "cpu", "float64", local_window=window)
     want = [engine.prefill(prompt), *(engine.extend([token]) for token in answer[:-1])]
     assert engine.stats["kept"][-1] < len(prompt) / 2
     torch.testing.assert_close(logits, torch.stack(want))

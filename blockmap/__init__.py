@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from loading.files import replace_file
+from model import TILE
 from planning.flops import prefill_flops
 
 HERE = Path(__file__).parent
@@ -152,6 +153,7 @@ def describe(engine, record: dict, ids) -> dict:
     texts = list(pieces(engine.tokenizer, ids, cuts))
     for turn, text in zip(turns, texts[len(starts) :]):
         turn["text"] = text
+    local = engine.running.local
     stats = {name: value for name, value in engine.stats.items() if not name.endswith("_s")}
     return {
         "model": engine.ckpt.folder.name,
@@ -162,7 +164,8 @@ def describe(engine, record: dict, ids) -> dict:
         "steps": steps,
         "blocks": texts[: len(starts)],
         "turns": turns,
-        "flops": prefill_flops(engine.config, kv.n_prompt, kv.schedule, kv.block_len),
+        "local": {"window": local.window, "sinks": local.sinks, "tile": TILE},
+        "flops": prefill_flops(engine.config, kv.n_prompt, kv.schedule, kv.block_len, local),
         "flops_dense": prefill_flops(engine.config, kv.n_prompt, {}, kv.block_len),
         **stats,
     }

@@ -10,7 +10,7 @@ import prune
 import slim
 from loading.files import check_path, one_line
 from loading.saved import read_saved
-from planning.settings import Settings, check_sampling
+from planning.settings import LOCAL_WINDOW, Settings, check_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = {
@@ -99,6 +99,14 @@ def add_pruning(add) -> None:
         "1 or 0.9 for paper (%(default)s)"
     )
     add("--gamma", type=float, default=DEFAULT["gamma"], metavar="G", help=overlap)
+    near = (
+        "in the layers below the first cut, tokens of the prompt see so many tokens before their "
+        f"256, and the sinks; 0: all; -1: {LOCAL_WINDOW} with the schedule auto, else 0 "
+        "(%(default)s)"
+    )
+    add("--local-window", **COUNT, default=DEFAULT["local_window"], help=near)
+    first = "first tokens that they see too (%(default)s)"
+    add("--sinks", **COUNT, default=DEFAULT["sinks"], help=first)
 
 
 def add_serving(add) -> None:
@@ -343,7 +351,10 @@ def first_tokens(text: str, n: int, tokenizer) -> str:
 
 # ---- a saved text -------------------------------------------------------------------------
 
-SAVED = "ckpt dtype schedule score block_len unit_len window gamma chunk rope_yarn raw".split()
+SAVED = (
+    "ckpt dtype schedule score block_len unit_len window gamma local_window sinks chunk rope_yarn "
+    "raw"
+).split()
 
 
 def settings_of_saved(args) -> dict:

@@ -7,7 +7,7 @@ import unicodedata
 
 import slim
 from loading.files import format_bytes, one_line
-from planning.flops import layer_flops
+from planning.flops import layer_flops, local_keys
 
 
 class Progress:
@@ -46,7 +46,11 @@ class Progress:
             alive = []
             for stage in kv.stages:
                 alive += [stage.n_slots * kv.block_len + in_tail] * len(stage.layers)
-            total = sum(layer_flops(config, n, n / 2) for n in alive)
+            seen = [n / 2 for n in alive]  # keys a row, on average
+            if len(kv.stages) > 1:
+                first = kv.stages[0].layers
+                seen[: len(first)] = [local_keys(kv.n_prompt, engine.model.local)] * len(first)
+            total = sum(layer_flops(config, n, n_keys) for n, n_keys in zip(alive, seen))
             time_left = ""
             if done:
                 spent = time.perf_counter() - started
@@ -55,7 +59,7 @@ class Progress:
                 f"reading the prompt: layer {layer + 1}/{config.n_layers}, {alive[layer]:,} of "
                 f"{kv.n_prompt:,} tokens alive  {time_left}"
             )
-            done += layer_flops(config, rows, keys - rows / 2)
+            done += layer_flops(config, rows, seen[layer])
 
         if self.on:
             engine.model.on_chunk = on_chunk

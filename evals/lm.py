@@ -246,7 +246,9 @@ class SlimLM(LM):
         spent = 0.0
         dense = 0.0
         for used in self.used:
-            spent += prefill_flops(config, used.prefilled, self.ckpt.schedule, block_len)
+            spent += prefill_flops(
+                config, used.prefilled, self.ckpt.schedule, block_len, self.ckpt.local
+            )
             dense += prefill_flops(config, used.prefilled, {}, block_len)
         return spent / dense
 

@@ -12,7 +12,7 @@ from loading.files import replace_file
 from loading.weights import MappedFile
 from model import Config
 
-SAVED = "slim 6"  # the format; RoPE of 4 was in float64
+SAVED = "slim 7"  # the format; 6 knew no local window
 PARTS = {
     "identity": dict,
     "ids": list,

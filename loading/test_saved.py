@@ -104,6 +104,10 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
         lambda p: edit_saved(p, lambda h, t: h["identity"].update(weights="0"), sign=True),
         "other weights",
     ),
+    "local window": (
+        lambda p: edit_saved(p, lambda h, t: h["identity"].update(local_window=7), sign=True),
+        "local_window 7",
+    ),
     "gamma": (
         lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True),
         "gamma 0.1",

@@ -156,7 +156,9 @@ def load(*args, **options):
     return (parallel if "RANK" in os.environ else slim).load(*args, **options)
 
 
-def talk(folder, rule="peak", n=300, saved=None, dtype="float64", steps=6, cut=False) -> dict:
+def talk(
+    folder, rule="peak", n=300, saved=None, dtype="float64", steps=6, cut=False, **options
+) -> dict:
     """Read, decode, ask, rewind, save and resume; return logits, choices and counters."""
     parallel.VOCABULARY_BYTES = 0 if cut else 2**25
     engine = load(
@@ -168,6 +170,7 @@ def talk(folder, rule="peak", n=300, saved=None, dtype="float64", steps=6, cut=F
         block_len=16,
         unit_len=4,
         chunk=100,
+        **options,
     )
     choices, logits = [], []
     engine.model.on_select = lambda i, candidates, scores, active: choices.append(
@@ -225,6 +228,7 @@ def all_cases(folders, n_ranks: int, tmp_path) -> dict:
         f"cut {f}": dict(folder=folders[f], cut=True)
         for f in ("llama3-gqa", "llama3.2-tied")[: 4 // n_ranks]
     }
+    cases["local"] = dict(folder=folders["llama3-gqa"], n=1300, local_window=100)
     cases["saved"] = dict(
         folder=folders["qwen2-bias"], rule="paper", saved=str(tmp_path / f"saved.{n_ranks}")
     )
@@ -247,9 +251,10 @@ def test_ranks_compute_what_one_does(folders, tmp_path, n):
             assert abs(got["strengths"] - one["strengths"]).max() < 1e-6, name
             assert all(
                 got["stats"][key] == one["stats"][key]
-                for key in ("swaps", "revived", "kept", "tokens")
+                for key in ("swaps", "revived", "kept", "tokens", "local_rows")
             ), name
         assert one["stats"]["swaps"] > 0 and one["stats"]["revived"] > 0, name
+        assert one["stats"]["local_rows"] == (768 if name == "local" else 0)
     for key in (
         "kv_gpu_bytes",
         "kv_cpu_bytes",

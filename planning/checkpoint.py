@@ -13,10 +13,10 @@ from loading.config import read_config
 from loading.find import find_checkpoint
 from loading.vocabulary import stop_tokens
 from loading.weights import MappedFile, check_tensors, fingerprint, open_shards, settle_head
-from model import DTYPES, Config
+from model import DTYPES, LAST_ROWS, Config, Local
 from planning.probe import can_rank, lookup_heads, names, read_cache
 from planning.schedule import format_schedule, resolve_schedule
-from planning.settings import Settings
+from planning.settings import LOCAL_WINDOW, Settings
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Checkpoint:
             rule = replace(rule, heads=self.heads_below(max(budgets)))
             if not can_rank(self.strengths, min(budgets)):
                 rule = prune.RULES["peak"]
-        return replace(self, schedule=budgets, rule=rule)
+        return replace(self, schedule=budgets, rule=rule, asked_schedule=schedule)
 
     def heads_below(self, boundary: int) -> tuple[tuple[int, ...], ...]:
         """Return each layer's lookup heads; none above the last boundary, as none ranks there."""
@@ -143,6 +143,8 @@ class Checkpoint:
             "chunk": self.chunk,
             "window": self.window,
             "gamma": self.gamma,
+            "local_window": self.local.window,
+            "sinks": self.local.sinks,
             "schedule": format_schedule(self.schedule),
             "dtype": dtype_name(self.dtype),
             "score": self.rule.name,
@@ -172,6 +174,15 @@ class Checkpoint:
     @property
     def gamma(self) -> float:
         return self.rule.gamma if self.settings.gamma == -1 else self.settings.gamma
+
+    @property
+    def local(self) -> Local:
+        """The prompt's local attention; by default with the default schedule, but not `paper`."""
+        window = self.settings.local_window
+        if window == -1:
+            by_default = self.asked_schedule == "auto" and self.rule.name != "paper"
+            window = LOCAL_WINDOW if by_default else 0
+        return Local(window, self.settings.sinks, max(LAST_ROWS, self.window))
 
 
 def pick_device(name: str) -> torch.device:

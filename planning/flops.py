@@ -1,7 +1,7 @@
 """Floating-point operations of a prefill, by the formula of the layers it runs."""
 
 import prune
-from model import Config
+from model import FULL, TILE, Config, Local
 
 
 def layer_flops(config: Config, rows: int, keys: float, ffn_rows: int | None = None) -> float:
@@ -17,9 +17,24 @@ def layer_flops(config: Config, rows: int, keys: float, ffn_rows: int | None = N
     return 2 * rows * (projections + attention) + 2 * ffn_rows * ffn
 
 
-def prefill_flops(config: Config, n_prompt: int, schedule: dict, block_len: int = 64) -> float:
+def local_keys(n_prompt: int, local: Local) -> float:
+    """Return how many keys a row of a prompt sees on average, with local attention."""
+    n_local = local.n_rows(n_prompt)
+    total = (n_prompt - n_local) * (n_prompt + n_local) / 2  # of the rows that see everything
+    for start in range(0, n_local, TILE):
+        window_start = local.window_start(start)
+        left_out = window_start - local.sinks if window_start else 0
+        total += TILE * (start + TILE / 2 - left_out)
+    return total / n_prompt
+
+
+def prefill_flops(
+    config: Config, n_prompt: int, schedule: dict, block_len: int = 64, local: Local = FULL
+) -> float:
     """Return the floating-point operations of a prefill: every layer, and the head once."""
     sizes = prune.stage_blocks(n_prompt, schedule, block_len)
+    pruned = min(sizes) < sizes[0]
+    first_keys = local_keys(n_prompt, local if pruned else FULL)  # below the first boundary
     rows_of = {0: n_prompt}  # from this layer on
     for boundary, size in zip(schedule, sizes[1:]):
         rows_of[boundary] = n_prompt - (sizes[0] - size) * block_len
@@ -28,5 +43,6 @@ def prefill_flops(config: Config, n_prompt: int, schedule: dict, block_len: int 
     for layer in range(config.n_layers):
         rows = rows_of.get(layer, rows)
         ffn_rows = rows_of.get(layer + 1, rows)  # below a boundary only its survivors
-        total += layer_flops(config, rows, rows / 2, ffn_rows)
+        keys = first_keys if rows == n_prompt else rows / 2
+        total += layer_flops(config, rows, keys, ffn_rows)
     return total

@@ -10,7 +10,7 @@ import torch
 from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.files import format_bytes
 from loading.weights import weight_bytes
-from model import rows_at_once
+from model import TILE, rows_at_once
 from planning.checkpoint import Checkpoint
 from planning.schedule import format_schedule
 from planning.settings import env_number
@@ -166,7 +166,15 @@ class StageWork:
         c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
         mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
-        return self.chunk * (self.row + heads * c.head_dim * (self.item + 3 * self.wide)) + mask
+        attention = self.chunk * (self.row + heads * c.head_dim * (self.item + 3 * self.wide))
+        return attention + mask + self.local_bytes()
+
+    def local_bytes(self) -> int:
+        """Keys and values that a tile of the prompt sees, put together."""
+        c = self.config
+        local = self.ckpt.local
+        seen = min(self.keys, local.sinks + local.window + TILE) if local.window else 0
+        return 2 * seen * c.n_kv_heads * c.head_dim * self.item
 
     def weight_bytes(self, ranked: bool) -> int:
         """Products, softmax and a copy, of the rows that rank blocks or of one; keys widened."""

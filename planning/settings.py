@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+LOCAL_WINDOW = 512  # tokens, where the default schedule prunes
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -12,6 +14,9 @@ class Settings:
     unit_len: int = 8  # tokens per unit of a block, for rules that see keys
     window: int = 0  # newest queries that count; 0: as many as the rule wants
     gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
+    local_window: int = -1  # tokens that rows of the prompt see before their tile, below the first
+    # boundary; 0: everything; -1: LOCAL_WINDOW with schedule "auto", else 0
+    sinks: int = 64  # first tokens, which they see too
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
     rope_yarn: float = 0.0  # YaRN stretches the trained context by this; 0: as config.json asks
@@ -21,6 +26,8 @@ class Settings:
         self.check_number("unit_len", 1, 2**24)
         self.check_number("window", 0, 2**16)
         self.check_number("chunk", 0, 2**24)
+        self.check_number("local_window", -1, 2**24)
+        self.check_number("sinks", 0, 2**24)
         if self.block_len % self.unit_len:
             raise ValueError(
                 f"--unit-len {self.unit_len} does not divide --block-len {self.block_len}"
