@@ -408,13 +408,16 @@ class Model:
         below = kv.stages[upper - 1]
         stage = kv.stages[upper]
         scores = prune.check_scores(ranking.rank(below, stage), len(below.slots))
+        n_blocks = kv.tail_start // kv.block_len
+        oldest = n_blocks - prune.recent_blocks(self.rule, stage.n_slots)  # of those that stay
+        scores = scores.masked_fill(torch.tensor(below.slots) >= oldest, torch.inf)
         lacking = None
         if not kv.reading_prompt:
             has_keys = stage.has_keys()
             lacking = torch.tensor([block not in has_keys for block in below.slots])
         n_new = ranking.n_newest
         new = set(prune.select(scores, below.slots, stage.n_slots, lacking, self.rule, n_new))
-        last = {kv.tail_start // kv.block_len}  # always active, so it counts in the overlap
+        last = {n_blocks}  # always active, so it counts in the overlap
         active = set(stage.slots)
         if active and prune.overlap(new | last, active | last) >= self.gamma:
             new = active
@@ -520,11 +523,6 @@ class LookupRanking(WeightRanking):
         own, of_next = results
         self.keep_maximum(newest, blocks, check_scores(own, of_blocks))
         self.keep_maximum(newest, blocks + 1, check_scores(of_next, of_blocks))
-
-    def rank(self, below: Stage, stage: Stage) -> Tensor:
-        """Return the scores; the last block before the tail ranks first: the tail may be short."""
-        newest_block = self.scores.shape[1] - 1
-        return super().rank(below, stage).masked_fill(below.blocks == newest_block, torch.inf)
 
 
 class KeyRanking(Ranking):

@@ -75,12 +75,13 @@ class Rule:
     the post-RoPE queries and keys of the boundary's layer, and the blocks' numbers.
 
     sees "lookup": as "weights", of the model's lookup heads alone (planning/probe.py), and score
-    returns two results: what a block is worth, and what its end is worth to the next block. The
-    newest block before the tail always stays.
+    returns two results: what a block is worth, and what its end is worth to the next block.
 
     Higher is kept. window: newest queries that count. gamma: overlap of the new choice with the
     active blocks from which those stay (paper: 0.9); 1 swaps whenever the choice changes. The name
     belongs to a saved conversation; a rule without one cannot be saved.
+
+    recent: the share of a stage's slots that the newest blocks before the tail always have.
 
     revive_margin: by how much a pruned block must score above the last one chosen to come back.
     revive_at_most: blocks that may come back for each new token, the best first; others wait for
@@ -98,6 +99,7 @@ class Rule:
     every_layer: bool = True
     window: int = 32
     gamma: float = 1.0
+    recent: Fraction = Fraction(0)
     revive_margin: float = 0.0
     revive_at_most: int | None = None
     join: str = "all"
@@ -122,6 +124,10 @@ class Rule:
             )
         if type(self.gamma) not in (int, float) or not 0 <= self.gamma <= 1:
             raise ValueError(f"{rule}: gamma is {self.gamma!r}; it must be an overlap within 0..1")
+        if not isinstance(self.recent, (int, float, Fraction)) or not 0 <= self.recent < 1:
+            raise ValueError(
+                f"{rule}: recent is {self.recent!r:.60}; it must be a share within 0..1"
+            )
         if type(self.revive_margin) not in (int, float) or not self.revive_margin >= 0:
             raise ValueError(
                 f"{rule}: revive_margin is {self.revive_margin!r}; it must be a number from 0"
@@ -176,6 +182,11 @@ def lookup(weights: Tensor) -> tuple[Tensor, Tensor]:
     return (best - median / 2).amax(1), (end - median / 2).amax(1)
 
 
+def recent_blocks(rule: Rule, n_slots: int) -> int:
+    """Return how many of the newest blocks a stage keeps, whatever their scores."""
+    return max(1, int(rule.recent * n_slots)) if rule.recent else 0
+
+
 def unit_keys(keys: Tensor, unit_len: int) -> Tensor:
     """Average the post-RoPE keys (N, B, G, D) of every unit: (N, U, G, D), in at least float32."""
     wide = torch.promote_types(keys.dtype, torch.float32)
@@ -198,7 +209,13 @@ def paper(queries: Tensor, keys: Tensor, blocks: Tensor, unit_len: int) -> Tenso
 
 RULES = {
     "lookup": Rule(
-        "lookup", lookup, sees="lookup", revive_margin=math.log(2), revive_at_most=1, join="max"
+        "lookup",
+        lookup,
+        sees="lookup",
+        recent=Fraction(1, 4),
+        revive_margin=math.log(2),
+        revive_at_most=1,
+        join="max",
     ),
     "peak": Rule("peak", peak, join="max"),
     "paper": Rule("paper", paper, sees="keys", window=4, gamma=0.9),

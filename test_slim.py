@@ -357,8 +357,9 @@ class Oracle:
         else:
             lowest = -math.inf
             scores = {b: max(worth.get(b, lowest) for worth in newest) for b in candidates - ends}
-        if self.rule == "lookup" and self.last - 1 in scores:
-            scores[self.last - 1] = math.inf  # the newest block before the tail
+        if self.rule == "lookup":
+            n_recent = max(1, (k - 1) // 4)  # the newest blocks before the tail
+            scores |= {b: math.inf for b in scores if b >= self.last - n_recent}
         ranked = sorted(scores, key=lambda b: (-scores[b], b))
         if self.start:
             held = self.held_back(p, scores, scores[ranked[k - 3]] if k > 2 else math.inf)
