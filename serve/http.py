@@ -369,7 +369,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def collect(self, job: Job) -> None:
         *pieces, (finish, used) = self.events(job)
-        self.send_json(200, whole(job.request, "".join(pieces), finish, used))
+        self.send_json(200, whole(job.request, pieces, finish, used))
 
     def stream(self, job: Job) -> None:
         """Send events; the status line waits for the first, so that an error can have its own."""

@@ -34,7 +34,8 @@ from conftest import HERE, draw, set_free
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
 from planning.settings import check_sampling
-from serve.api import ApiError, chat_ids, parse
+from serve.answers import Piece
+from serve.api import ApiError, Request, chat_ids, parse
 from serve.http import Handler, Server, check_place
 from serve.texts import Texts, check_folder, common, unpruned_end
 from serve.worker import ROOM, Disconnected, Job, Tokens, answer
@@ -506,10 +507,20 @@ MALFORMED = {  # a body: the parameter that the error names, its status
     '{"model": "m", "messages": USER, "stop": [1]}': ("stop", 400),
     '{"model": "m", "messages": USER, "stop": ""}': ("stop", 400),
     '{"model": "m", "messages": USER, "stream": "yes"}': ("stream", 400),
-    '{"model": "m", "messages": USER, "stream_options": []}': ("stream_options", 400),
     '{"model": "m", "messages": USER, "n": 2}': ("n", 400),
     '{"model": "m", "messages": USER, "tools": [{}]}': ("tools", 400),
-    '{"model": "m", "messages": USER, "logprobs": true}': ("logprobs", 400),
+    '{"model": "m", "messages": USER, "tool_choice": "required"}': ("tool_choice", 400),
+    '{"model": "m", "messages": USER, "logprobs": 1}': ("logprobs", 400),
+    '{"model": "m", "messages": USER, "top_logprobs": 2}': ("top_logprobs", 400),
+    '{"model": "m", "messages": USER, "logprobs": true, "top_logprobs": 21}': ("top_logprobs", 400),
+    '{"model": "m", "messages": USER, "echo": true}': ("echo", 400),
+    '{"model": "m", "messages": USER, "min_p": 0.1}': ("min_p", 400),
+    '{"model": "m", "messages": USER, "logit_bias": {"1": 5}}': ("logit_bias", 400),
+    '{"model": "m", "messages": USER, "best_of": 2}': ("best_of", 400),
+    '{"model": "m", "messages": USER, "chat_template_kwargs": {"enable_thinking": true}}': (
+        "chat_template_kwargs",
+        400,
+    ),
     '{"model": "m", "messages": USER, "response_format": {"type": "json_object"}}': (
         "response_format",
         400,
@@ -972,12 +983,20 @@ def test_the_connection_is_looked_at_while_tokens_come():
             assert time.monotonic() < started + 0.5
 
 
+def plain_request(ids, **changes):
+    """A greedy request for three tokens."""
+    given = {"chat": False, "model": "m", "ids": ids, "max_tokens": 3, "temperature": 0.0}
+    given |= {"top_p": 1.0, "seed": None, "stop": [], "stream": False, "include_usage": False}
+    given |= {"logprobs": None, "echo": False, "in_thought": None}
+    return Request(**given | changes)
+
+
 def feed(job, pause=0.01):
     """Let pieces of text come out of a job for five seconds."""
 
     def put():
         for _ in range(int(5 / pause)):
-            job.out.put("text")
+            job.out.put(Piece("text"))
             time.sleep(pause)
 
     threading.Thread(target=put, daemon=True).start()
@@ -1089,31 +1108,20 @@ def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
     rooms = []
     reuse = texts.reuse
     monkeypatch.setattr(texts, "reuse", lambda ids, room: (rooms.append(room), reuse(ids, room))[1])
-    request = {
-        "max_tokens": 3000,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": None,
-        "stop": [],
-        "day": None,
-    }
-    job = Job(SimpleNamespace(ids=draw(100), **request))
+    job = Job(plain_request(draw(100), max_tokens=3000))
     monkeypatch.setattr(texts.engine, "generate", lambda *args, **more: iter([1]))
     tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
     server = SimpleNamespace(counts=collections.Counter())
     answer(job, server, texts.engine, tok, texts, print)
-    assert rooms == [ROOM] and job.out.get() == "1"
+    assert rooms == [ROOM] and job.out.get() == Piece("1")
 
 
 def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, monkeypatch):
     """Breaking off a step would lose the text that it follows."""
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2600)
-    texts, request = (
-        Texts(engine),
-        {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": [], "day": None},
-    )
+    texts = Texts(engine)
     engine.prefill(text[:1500], keep_last=100)
-    job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
+    job, extend = Job(plain_request(text)), engine.extend
     monkeypatch.setattr(
         engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more)
     )
@@ -1126,7 +1134,6 @@ def test_an_answer_breaks_off_between_steps_and_a_new_reading_inside_one(tiny, m
     """A step that is broken off loses the text: harmless only while it is being read."""
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2000)
     texts = Texts(engine)
-    sampling = {"max_tokens": 9, "temperature": 0.0, "top_p": 1.0, "seed": None}
     tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
     steps_before_leaving = 0
 
@@ -1136,7 +1143,7 @@ def test_an_answer_breaks_off_between_steps_and_a_new_reading_inside_one(tiny, m
 
     for n_steps, usable in ((0, False), (3, True)):
         steps_before_leaving = engine.steps + n_steps
-        job = Job(SimpleNamespace(ids=text, stop=[], day=None, **sampling))
+        job = Job(plain_request(text, max_tokens=9))
         engine.model.on_queries = leave
         with pytest.raises(Disconnected):
             answer(job, None, engine, tok, texts, print)
