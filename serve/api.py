@@ -41,6 +41,7 @@ class Request:
     echo: bool  # the answer begins with the prompt
     in_thought: bool | None  # whether the answer begins in a thought; None: the model has none
     day: Day | None = None
+    path: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -376,6 +377,15 @@ def is_text(part) -> bool:
 
 # ---- to JSON ------------------------------------------------------------------------------
 
+KIND = "text/event-stream"
+EVENT = b"data: %s\n\n"
+IDLE = b": still reading\n\n"  # clients skip it
+END = b"data: [DONE]\n\n"
+
+
+def error_body(error: ApiError) -> dict:
+    return error.body
+
 
 def usage(request: Request, n_new: int, n_cached: int) -> dict:
     n_prompt = len(request.ids)
@@ -404,24 +414,32 @@ def whole(request: Request, pieces: list[Piece], finish: str, used: dict) -> dic
     return head | {"choices": [choice(request, content, finish, scored)], "usage": used}
 
 
-def chunk(request: Request, piece: Piece | None = None, finish=None, used=None) -> dict:
-    """Return one event of a stream: a piece of text, the finish reason, or what was used.
+def events(request: Request, item, first: bool) -> list[dict]:
+    """Return the events of a stream for a Piece, or for (finish reason, usage).
 
-    Without any of them: the first event of a chat, which names the role.
+    The first event of a chat names the role.
     """
-    if not request.chat:
-        content = {"text": piece.text if piece else ""}
-    elif finish:
-        content = {"delta": {}}
-    elif piece is None:
-        content = {"delta": {"role": "assistant", "content": ""}}
-    else:
-        content = {"delta": {"reasoning_content" if piece.thought else "content": piece.text}}
-    event = answer_head(request, "chat.completion.chunk" if request.chat else "text_completion")
-    scored = piece.scored if piece else ()
-    event["choices"] = [] if used else [choice(request, content, finish, scored)]
+    found = []
+    if request.chat and first:
+        found.append(chunk(request, {"delta": {"role": "assistant", "content": ""}}))
+    if isinstance(item, Piece):
+        content = {"text": item.text}
+        if request.chat:
+            content = {"delta": {"reasoning_content" if item.thought else "content": item.text}}
+        return [*found, chunk(request, content, item.scored)]
+    finish, used = item
+    found.append(chunk(request, {"delta": {}} if request.chat else {"text": ""}, finish=finish))
     if request.include_usage:
-        event["usage"] = used
+        found.append(chunk(request, {}) | {"choices": [], "usage": used})
+    return found
+
+
+def chunk(request: Request, content: dict, scored=(), finish: str | None = None) -> dict:
+    """Return one event of a stream."""
+    event = answer_head(request, "chat.completion.chunk" if request.chat else "text_completion")
+    event["choices"] = [choice(request, content, finish, scored)]
+    if request.include_usage:
+        event["usage"] = None
     return event
 
 
