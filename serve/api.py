@@ -72,6 +72,7 @@ HARMLESS = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
+    "format": ("",),
 }
 IGNORED = (
     "user metadata store service_tier safety_identifier cache_prompt "

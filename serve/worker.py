@@ -12,7 +12,9 @@ from serve.answers import Piece, Scores, score_prompt, thoughts_apart
 from serve.api import ApiError, Request, usage
 from serve.texts import Text, Texts
 
-PIECE = 512  # tokens of a follow-up that are read at once; in between, the client may be found gone
+# tokens of a follow-up that are read at once, about half a second; in between, the client may be
+# found gone
+PIECE = {"cpu": 64, "cuda": 512}
 ROOM = 256  # new tokens to have memory for: most answers end long before max_tokens
 
 
@@ -221,9 +223,10 @@ def nothing(*_) -> None:
 def read_ahead(job: Job, engine, cached: int, room: int) -> list[int]:
     """Read a long follow-up in pieces, checking the client in between; return the ids left."""
     ids = job.request.ids[cached:]
-    while cached and len(ids) > PIECE:
-        engine.extend(ids[:PIECE], room=len(ids) - PIECE + room)
-        ids = ids[PIECE:]
+    piece = PIECE[engine.kv.device.type]
+    while cached and len(ids) > piece:
+        engine.extend(ids[:piece], room=len(ids) - piece + room)
+        ids = ids[piece:]
         job.check()
     return ids
 
