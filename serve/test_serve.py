@@ -687,7 +687,8 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
 CALLS = Template(
     Path("x"),
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}",
     {},
 )
