@@ -78,6 +78,7 @@ IGNORED = (
     "user metadata store service_tier safety_identifier cache_prompt "
     "prompt_cache_key prompt_cache_retention parallel_tool_calls"
 ).split()
+LIMITS = "max_tokens", "max_completion_tokens"  # in a chat the second counts
 OF_A_MESSAGE = "role content name tool_call_id reasoning_content".split()
 RESERVED = "messages date tools documents add_generation_prompt".split()
 KINDS = {
@@ -109,17 +110,12 @@ def parse(
     else:
         turns = read_turns(get(body, "messages", list, []))
         variables = read_variables(get(body, "chat_template_kwargs", dict, {}), tok)
-        if texts and "strftime_now" in template_of(tok):
-            day, ids = texts.day_of(
-                opening(turns), lambda date: turn_ids(tok, turns, date, variables)
-            )
-        else:
-            ids = turn_ids(tok, turns, None, variables)
+        day, ids = dated_ids(tok, turns, texts, variables)
         in_thought = begins_in_thought(tok, turns, ids)
     check_length(len(ids), max_len, "messages" if chat else "prompt")
     logprobs = read_logprobs(body, chat)
     echo = get(body, "echo", bool, False)
-    least = 0 if echo and logprobs is not None else 1  # new tokens
+    least = 0 if echo and logprobs is not None else 1  # a prompt may be scored alone
     temperature = float(get(body, "temperature", (int, float), defaults.temperature, 0, 2))
     top_p = float(get(body, "top_p", (int, float), defaults.top_p, 0, 1))
     seed = get(body, "seed", int, defaults.seed)
@@ -129,7 +125,7 @@ def parse(
         chat=chat,
         model=model,
         ids=ids,
-        max_tokens=read_max_tokens(body, defaults.max_new_tokens, max_len - len(ids), least),
+        max_tokens=read_max_tokens(body, chat, defaults.max_new_tokens, max_len - len(ids), least),
         temperature=temperature if temperature >= 1e-6 else 0.0,
         top_p=max(1e-6, top_p),
         seed=None if seed is None else seed % 2**63,
@@ -147,7 +143,7 @@ def check_names(body: dict, chat: bool) -> None:
     """Refuse parameters that are unknown, or that ask for what Slim does not do."""
     used = USED + (USED_IN_CHAT if chat else USED_IN_COMPLETIONS)
     for key, value in body.items():
-        if key in used or key in IGNORED or (key in HARMLESS and value is None):
+        if key in used or key in IGNORED or value is None:
             continue
         if key not in HARMLESS:
             message = f"unknown parameter {key!r:.60}; leave it out"
@@ -157,12 +153,12 @@ def check_names(body: dict, chat: bool) -> None:
             raise ApiError(400, message, key, "unsupported_value")
 
 
-def read_max_tokens(body: dict, default: int, room: int, least: int) -> int:
+def read_max_tokens(body: dict, chat: bool, default: int, room: int, least: int) -> int:
     """Return how many tokens an answer may have: null and -1 stand for all that have room."""
-    names = [name for name in ("max_completion_tokens", "max_tokens") if name in body]
+    names = [name for name in LIMITS[: 2 if chat else 1] if name in body]
     if not names:
         return min(default, room)
-    name = next((name for name in names if body[name] is not None), names[0])
+    name = next((name for name in reversed(names) if body[name] is not None), names[0])
     if body[name] is None or (type(body[name]) is int and body[name] == -1):
         return room
     return min(get(body, name, int, default, least), room)
@@ -257,6 +253,13 @@ def read_turns(messages) -> list[dict]:
         problem = "a last message of the assistant is gone on with; it can have content alone"
         raise ApiError(400, problem, "messages")
     return turns
+
+
+def dated_ids(tok, turns: list[dict], texts: Texts | None, variables: dict):
+    """Return the day of a conversation, None if its template writes no date, and its ids."""
+    if not texts or "strftime_now" not in template_of(tok):
+        return None, turn_ids(tok, turns, None, variables)
+    return texts.day_of(opening(turns), lambda date: turn_ids(tok, turns, date, variables))
 
 
 def turn_ids(tok, turns: list[dict], date=None, variables=None) -> list[int]:

@@ -641,7 +641,11 @@ def test_values_that_change_nothing_are_taken(tok):
     """Clients fill in all fields of their forms; a refusal of a default shuts them out."""
     body = {"model": "m", "messages": USER}
     plain = parse(True, body, tok, "m", 4096, DEFAULTS)
-    for name, value in [*NEUTRAL.items(), ("top_k", -1), *((name, None) for name in NEUTRAL)]:
+    for name, value in [
+        *NEUTRAL.items(),
+        ("top_k", -1),
+        *((name, None) for name in [*NEUTRAL, "x"]),
+    ]:
         taken = parse(True, body | {name: value}, tok, "m", 4096, DEFAULTS)
         taken.id, taken.created = plain.id, plain.created
         assert taken == plain, name
