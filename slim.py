@@ -384,13 +384,15 @@ class Engine:
         follow_up=False,
         keep_last=0,
         reserve=None,
+        on_token=None,
     ) -> Iterator[int]:
         """Return an iterator of new ids after a prompt, or after a follow-up to the conversation.
 
         temperature: 0 is greedy. top_p: keep the likeliest tokens of that total probability.
-        schedule, keep_last, reserve: as in `prefill`. Ends at max_new_tokens or before a stop
-        token, which is not yielded. Raises ValueError at once for wrong arguments, and later if the
-        engine was used for something else in between.
+        schedule, keep_last, reserve: as in `prefill`. on_token(token, logits (V,)) sees every
+        choice, also of a stop token. Ends at max_new_tokens or before a stop token, which is not
+        yielded. Raises ValueError at once for wrong arguments, and later if the engine was used for
+        something else in between.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
         check_count(keep_last, "keep_last")
@@ -415,6 +417,8 @@ class Engine:
                 logits = self.prefill(ids, max_new_tokens, schedule, keep_last, reserve)
             for n_left in reversed(range(max_new_tokens)):
                 token = sample(logits, temperature, top_p, rng)
+                if on_token is not None:
+                    on_token(token, logits)
                 if token in self.ckpt.stop:
                     return
                 self.pending = [token]

@@ -157,18 +157,16 @@ class Tokenizer:
     ) -> list[int]:
         """Return the ids of a whole conversation, ready for the next answer.
 
-        messages: {"role": ..., "content": str} each; date: of this conversation, instead of the
-        tokenizer's; variables go to the template. Raises ValueError if it fails, if it leaves a
-        message out, or if there is none.
+        messages: {"role": ..., "content": str} each, and more if the template writes it; date: of
+        this conversation, instead of the tokenizer's; variables go to the template. Raises
+        ValueError if it fails, if it leaves a message or its tool calls out, or if there is none.
         """
         if self.template is None:
             raise ValueError("this checkpoint has no chat template; give plain text")
         hidden = []
         for message in messages:
-            texts = {
-                key: self._hide(text) for key, text in message.items() if isinstance(text, str)
-            }
-            hidden.append({**message, **texts, "content": self._hide(message.get("content"))})
+            _str(message.get("content"))
+            hidden.append(self._hide_in(message))
         return self._render(hidden, date=date, **variables)
 
     def _render(
@@ -186,8 +184,10 @@ class Tokenizer:
             messages, date or self.date, {**self.variables, **variables}
         )
         if dropped:
-            role = self._show(str(messages[dropped[0]].get("role")))
-            raise self.template.error(f"it does not write the {role:.60} message")
+            message = messages[dropped[0]]
+            role = self._show(str(message.get("role")))
+            calls = " with its tool calls" if message.get("tool_calls") else ""
+            raise self.template.error(f"it does not write the {role:.60} message{calls}")
         parts = text.split(CUT)
         if len(parts) != cuts + 1:
             raise self.template.error(
@@ -199,6 +199,14 @@ class Tokenizer:
         """Put numbers in place of what the tokenizer would take for a special token."""
         number = {name: f"{HIDDEN}{i}{HIDDEN}" for i, name in enumerate(self.hidden)}
         return "".join(number.get(part, part) for part in split_at(_str(text), number))
+
+    def _hide_in(self, value):
+        """Apply `_hide` to all text in a value of JSON, such as a message with calls of tools."""
+        if isinstance(value, dict):
+            return {self._hide(key): self._hide_in(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._hide_in(item) for item in value]
+        return self._hide(value) if isinstance(value, str) else value
 
     def _show(self, text: str) -> str:
         """Turn the numbers of `_hide` into text again."""

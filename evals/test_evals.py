@@ -11,6 +11,7 @@ pytest.importorskip(
     "lm_eval", reason='lm-evaluation-harness is not installed: pip install "lm-eval[ruler]"'
 )
 import transformers
+from lm_eval.api.instance import Instance
 
 import slim
 from evals import harness
@@ -18,6 +19,7 @@ from evals import lm as adapter
 from evals.lm import MESSAGES, SlimLM
 from planning.checkpoint import Checkpoint
 from serve.api import chat_ids
+from serve.test_serve import Running
 
 SENTENCES = [
     f"The {a} is {b}. "
@@ -64,6 +66,31 @@ def test_dense_scores_are_those_of_transformers(talking):
     assert lm.loglikelihood_rolling([request(whole)])[0] == pytest.approx(
         lm.score([lm.start_id], 0, ids)[0], abs=1e-3
     )
+
+
+def test_the_harness_own_client_gets_the_same_scores_from_a_server(talking):
+    """`local-completions` asks for prompt and answer in one, and adds up the end of what comes."""
+    pytest.importorskip("tenacity", reason='not installed: pip install "lm-eval[api]"')
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    requests = [("The sky is", " blue."), ("A  ", " B"), (text(20, 1), " The sun is blue.")]
+    requests += [(text(200, 2), text(100, 3)), ("Grüße 🦊", " aus 🦊")]
+    server = Running(talking)
+    client = LocalCompletionsAPI(
+        base_url=server.url + "/v1/completions",
+        model=server.model,
+        tokenizer=str(talking),
+        tokenizer_backend="huggingface",
+        max_length=4096,
+    )
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(requests)]
+    found = client.loglikelihood(asked)
+    assert server.close() == 0
+    lm = lm_of(talking)
+    lm.tok.bos_id = None  # the client writes none unless it is told to
+    right = lm.loglikelihood([request(*pair) for pair in requests])
+    for pair, (score, greedy), (ours, ours_greedy) in zip(requests, found, right):
+        assert score == pytest.approx(ours, abs=1e-3) and greedy == ours_greedy, pair
 
 
 def test_scores_are_added_up_in_slices(talking, monkeypatch):

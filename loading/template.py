@@ -126,15 +126,35 @@ def answer_job(source: str, messages: list[dict], variables: dict, date: str) ->
     """Return a conversation's text, and which messages the template does not write to their end."""
     compiled = environment(datetime.date.fromisoformat(date)).from_string(source)
     text = render(compiled, messages, variables)
-    marks = [f"{MARK}{i}{MARK}" for i in range(len(messages))]
-    marked = []
-    for message, mark in zip(messages, marks):
-        marked.append({**message, "content": f"{message.get('content')}{mark}"})
+    marks = []
     try:
+        marked = [mark_message(message, i, marks) for i, message in enumerate(messages)]
         seen = render(compiled, marked, variables)
     except Exception:  # of any kind, for a content that is not the message's own
         return {"text": text, "dropped": []}
-    return {"text": text, "dropped": [i for i, mark in enumerate(marks) if mark not in seen]}
+    return {"text": text, "dropped": [i for i, mark in marks if mark not in seen]}
+
+
+def mark_message(message: dict, number: int, marks: list[tuple[int, str]]) -> dict:
+    """Return a message with marks in its text, and in name and arguments of its tool calls.
+
+    marks: these are added to it, with the message's number.
+    """
+
+    def mark() -> str:
+        marks.append((number, f"{MARK}{len(marks)}{MARK}"))
+        return marks[-1][1]
+
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        name = function["name"] + mark()
+        arguments = {**function["arguments"], mark(): mark()}
+        calls.append({**call, "function": {"name": name, "arguments": arguments}})
+    marked = {**message, "tool_calls": calls} if calls else dict(message)
+    if message.get("content") or not calls:
+        marked["content"] = f"{message.get('content')}{mark()}"
+    return marked
 
 
 def environment(date: datetime.date):
@@ -183,7 +203,7 @@ def render(compiled, messages: list[dict], variables: dict) -> str:
         "add_generation_prompt": True,
         **variables,
     }
-    most = MOST + 4 * sum(len(str(message.get("content"))) for message in messages)
+    most = MOST + 4 * sum(len(str(message)) for message in messages)
     text = []
     for piece in compiled.generate(given):
         text.append(piece)

@@ -20,7 +20,8 @@ from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
 
 from loading.files import one_line
-from serve.api import ApiError, Request, chunk, parse, whole
+from serve import api, ollama
+from serve.api import ApiError, parse
 from serve.texts import check_folder
 from serve.worker import Job
 
@@ -32,7 +33,8 @@ CHECK = 0.2  # seconds after which a client is checked again
 COUNTERS = "answers errors disconnected prompt_tokens cached_tokens completion_tokens".split()
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-PATHS = (CHAT, COMPLETIONS, "/v1/models", "/v1/stats", "/health")
+ANSWERS = (CHAT, COMPLETIONS, ollama.CHAT, ollama.GENERATE)
+PATHS = (*ANSWERS, ollama.TAGS, "/v1/models", "/v1/stats", "/health")
 
 
 # ---- the place ----------------------------------------------------------------------------
@@ -185,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = TIMEOUT
-    streaming = ""  # "headers" were sent, or the role as well: "open"
+    streaming = ""  # "headers" were sent, or events as well: "open"
 
     def version_string(self):
         return "Slim"
@@ -226,10 +228,16 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(ApiError(500, f"the server failed: {type(error).__name__}"))
 
     def refuse(self, error: ApiError) -> None:
+        body = self.dialect.error_body(error)
         if self.streaming:
-            self.send_event(error.body)
+            self.send_event(body)
         else:
-            self.send_json(error.status, error.body)
+            self.send_json(error.status, body)
+
+    @property
+    def dialect(self):
+        """The module that reads and writes the JSON of a path."""
+        return ollama if self.path.startswith("/api/") else api
 
     def check_caller(self) -> None:
         """Refuse callers without the key; without a key, other sites; then too many clients."""
@@ -277,6 +285,8 @@ class Handler(BaseHTTPRequestHandler):
         }
         if path == "/health":
             self.send_json(200, {"status": "ok"})
+        elif path == ollama.TAGS:
+            self.send_json(200, ollama.tags(server.model, server.created))
         elif path == "/v1/models":
             self.send_json(200, {"object": "list", "data": [card]})
         elif path == f"/v1/models/{server.model}":
@@ -294,15 +304,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def post(self, path: str) -> None:
         server = self.server
-        if path not in (CHAT, COMPLETIONS):
+        if path not in ANSWERS:
             raise self.no_such(path)
         try:
             body = json.loads(self.body())
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error!s:.100}") from None
         server.arriving.pop(self.connection, None)
-        model = server.tok, server.model, server.max_len
-        request = parse(path == CHAT, body, *model, server.args, server.texts)
+        chat = path == CHAT
+        max_len = server.max_len
+        if self.dialect is ollama:
+            chat, body, max_len = ollama.read(path, body, max_len)
+        model = server.tok, server.model, max_len
+        request = parse(chat, body, *model, server.args, server.texts)
+        request.path = path
         if server.stopping.is_set():
             raise ApiError(503, "the server is closing")
         job = Job(request)
@@ -369,41 +384,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def collect(self, job: Job) -> None:
         *pieces, (finish, used) = self.events(job)
-        self.send_json(200, whole(job.request, "".join(pieces), finish, used))
+        self.send_json(200, self.dialect.whole(job.request, pieces, finish, used))
 
     def stream(self, job: Job) -> None:
         """Send events; the status line waits for the first, so that an error can have its own."""
-        request = job.request
-        for event in self.events(job, idle=self.send_comment):
-            self.open_stream(request)
-            if isinstance(event, tuple):
-                finish, used = event
-                self.send_event(chunk(request, finish=finish))
-                if request.include_usage:
-                    self.send_event(chunk(request, used=used))
-            else:
-                self.send_event(chunk(request, event))
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def open_stream(self, request: Request) -> None:
-        """Send the first event of a chat, which names the role."""
-        if request.chat and self.streaming != "open":
-            self.send_event(chunk(request))
+        for item in self.events(job, idle=lambda: self.send_line(self.dialect.IDLE)):
+            first = self.streaming != "open"
+            for event in self.dialect.events(job.request, item, first):
+                self.send_event(event)
             self.streaming = "open"
+        self.wfile.write(self.dialect.END)
 
     def send_event(self, event: dict) -> None:
-        self.send_line(b"data: " + json.dumps(event).encode())
-
-    def send_comment(self) -> None:
-        """Show that the server is at work; clients skip it."""
-        self.send_line(b": still reading")
+        self.send_line(self.dialect.EVENT % json.dumps(event).encode())
 
     def send_line(self, line: bytes) -> None:
         """Send a line of a stream; before the first one the headers."""
         if not self.streaming:
             self.streaming = "headers"
-            self.send_head(200, "text/event-stream", {"Cache-Control": "no-cache"})
-        self.wfile.write(line + b"\n\n")
+            self.send_head(200, self.dialect.KIND, {"Cache-Control": "no-cache"})
+        self.wfile.write(line)
 
     def send_json(self, status: int, value: dict) -> None:
         data = json.dumps(value).encode() + b"\n"

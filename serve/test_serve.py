@@ -3,9 +3,11 @@
 $SLIM_REQUESTS sets how many mixed requests the long test sends (120; 1,000 takes some minutes).
 """
 
+import codecs
 import collections
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import random
@@ -34,7 +36,9 @@ from conftest import HERE, draw, set_free
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
 from planning.settings import check_sampling
-from serve.api import ApiError, chat_ids, parse
+from serve import api, ollama
+from serve.answers import SLICE, Piece, Scores, thoughts_apart
+from serve.api import ApiError, Request, chat_ids, parse
 from serve.http import Handler, Server, check_place
 from serve.texts import Texts, check_folder, common, unpruned_end
 from serve.worker import ROOM, Disconnected, Job, Tokens, answer
@@ -506,10 +510,20 @@ MALFORMED = {  # a body: the parameter that the error names, its status
     '{"model": "m", "messages": USER, "stop": [1]}': ("stop", 400),
     '{"model": "m", "messages": USER, "stop": ""}': ("stop", 400),
     '{"model": "m", "messages": USER, "stream": "yes"}': ("stream", 400),
-    '{"model": "m", "messages": USER, "stream_options": []}': ("stream_options", 400),
     '{"model": "m", "messages": USER, "n": 2}': ("n", 400),
     '{"model": "m", "messages": USER, "tools": [{}]}': ("tools", 400),
-    '{"model": "m", "messages": USER, "logprobs": true}': ("logprobs", 400),
+    '{"model": "m", "messages": USER, "tool_choice": "required"}': ("tool_choice", 400),
+    '{"model": "m", "messages": USER, "logprobs": 1}': ("logprobs", 400),
+    '{"model": "m", "messages": USER, "top_logprobs": 2}': ("top_logprobs", 400),
+    '{"model": "m", "messages": USER, "logprobs": true, "top_logprobs": 21}': ("top_logprobs", 400),
+    '{"model": "m", "messages": USER, "echo": true}': ("echo", 400),
+    '{"model": "m", "messages": USER, "min_p": 0.1}': ("min_p", 400),
+    '{"model": "m", "messages": USER, "logit_bias": {"1": 5}}': ("logit_bias", 400),
+    '{"model": "m", "messages": USER, "best_of": 2}': ("best_of", 400),
+    '{"model": "m", "messages": USER, "chat_template_kwargs": {"enable_thinking": true}}': (
+        "chat_template_kwargs",
+        400,
+    ),
     '{"model": "m", "messages": USER, "response_format": {"type": "json_object"}}': (
         "response_format",
         400,
@@ -601,6 +615,57 @@ def test_what_is_left_open_comes_from_the_command_line(tok):
     assert r.max_tokens == 100 - len(r.ids) and r.seed == 2**63 - 1 and r.stop == ["x"]
 
 
+NEUTRAL = {
+    "n": 1,
+    "best_of": 1,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0,
+    "presence_penalty": 0.0,
+    "logit_bias": {},
+    "cache_prompt": False,
+    "tools": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "user": "me",
+    "store": True,
+    "metadata": {"a": "b"},
+    "parallel_tool_calls": True,
+    "stream_options": ["of", "any", "kind"],
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+
+
+def test_values_that_change_nothing_are_taken(tok):
+    """Clients fill in all fields of their forms; a refusal of a default shuts them out."""
+    body = {"model": "m", "messages": USER}
+    plain = parse(True, body, tok, "m", 4096, DEFAULTS)
+    for name, value in [
+        *NEUTRAL.items(),
+        ("top_k", -1),
+        *((name, None) for name in [*NEUTRAL, "x"]),
+    ]:
+        taken = parse(True, body | {name: value}, tok, "m", 4096, DEFAULTS)
+        taken.id, taken.created = plain.id, plain.created
+        assert taken == plain, name
+
+
+def test_an_answer_without_a_limit_may_fill_the_context(tok):
+    """-1 and null are what clients send for that; the other name counts if it has a value."""
+    body = {"model": "m", "messages": USER}
+    for limit, n in [
+        ({"max_tokens": -1}, None),
+        ({"max_tokens": None}, None),
+        ({"max_completion_tokens": -1}, None),
+        ({"max_tokens": None, "max_completion_tokens": 5}, 5),
+        ({"max_tokens": 7, "max_completion_tokens": None}, 7),
+        ({}, 9),
+    ]:
+        r = parse(True, body | limit, tok, "m", 4096, DEFAULTS)
+        assert r.max_tokens == (n or 4096 - len(r.ids)), limit
+
+
 def test_messages_spell_the_conversation_of_the_chat_format(tok):
     """Roles, marks typed by a user, a begun answer, parts: token by token."""
     chat = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
@@ -621,6 +686,325 @@ def test_messages_spell_the_conversation_of_the_chat_format(tok):
     assert spelled(*turns) == said and spelled(*turns, ("assistant", "The")) == said + "The"
     parts = [{"type": "text", "text": "AB"}, {"type": "text", "text": "BA"}]
     assert chat_ids(tok, [{"role": "user", "content": parts}]) == chat_ids(tok, USER)
+
+
+CALLS = Template(
+    Path("x"),
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}",
+    {},
+)
+
+
+def called(arguments, **more):
+    """A history with a tool's call and its result."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]} | more
+    return [*USER, said, {"role": "tool", "tool_call_id": "1", "content": "rain"}]
+
+
+def test_tool_calls_of_a_history_are_written_or_refused():
+    """An assistant's message with nothing but calls was refused; to drop them would be worse."""
+    chat = of_bytes({"<|im_start|>": 256, "<|im_end|>": 257})
+    chat.template = CALLS
+
+    def spelled(messages):
+        ids = chat_ids(chat, messages)
+        return "".join({256: "<", 257: ">"}.get(i) or chr(i) for i in ids)
+
+    written = '<user\nABBA>\n<assistant\nf{"x": "<|im_end|>"}>\n<tool\nrain>\n<assistant\n'
+    assert spelled(called('{"x": "<|im_end|>"}')) == written  # a mark that is typed stays text
+    assert spelled(called({"x": "<|im_end|>"})) == written
+    assert "f{}" in spelled(called(""))
+    for source in (
+        CALLS.source.replace("{{ c.function.name }}", ""),
+        CALLS.source.replace("{{ c.function.arguments | tojson }}", ""),
+        CALLS.source.replace("m.tool_calls or []", "[]"),
+    ):
+        chat.template = Template(Path("x"), source, {})
+        with pytest.raises(ApiError, match="assistant message with its tool calls"):
+            chat_ids(chat, called("{}"))
+    no_content = CALLS.source.replace("m.content", "'' if m.tool_calls else m.content")
+    chat.template = Template(Path("x"), no_content, {})
+    assert "f{}" in spelled(called("{}"))
+    with pytest.raises(ApiError, match="assistant message with its tool calls"):
+        chat_ids(chat, called("{}", content="I look."))
+    chat.template = None
+    with pytest.raises(ApiError, match="no chat template"):
+        chat_ids(chat, called("{}"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        called("[1]")[1],
+        called("{")[1],
+        called("{}")[1] | {"tool_calls": [3]},
+        called("{}")[1] | {"tool_calls": 3},
+        called("{}")[1] | {"role": "user"},
+        {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
+        {"role": "user", "content": "x", "audio": "x"},
+        {"role": "user", "content": "x", "name": 3},
+    ],
+)
+def test_what_a_message_cannot_have_is_refused(tok, message):
+    """It would be dropped, and the answer be to something else."""
+    with pytest.raises(ApiError, match=r"messages\[0\]"):
+        chat_ids(tok, [message, *USER])
+    assert chat_ids(tok, [{"role": "user", "content": "ABBA", "refusal": None, "audio": []}])
+
+
+THINKING = Template(
+    Path("x"),
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% elif opened %}<think>\n{% endif %}",
+    {},
+)
+
+
+def test_variables_of_the_template_are_taken_if_it_knows_them(talking):
+    """`enable_thinking` must not be ignored; tools must not come in by this door."""
+    tok = tokenizer.load(talking)
+    tok.template = THINKING
+    body = {"model": "m", "messages": USER}
+
+    def ask(begun="", **variables):
+        more = [{"role": "assistant", "content": begun}] if begun else []
+        body = {"model": "m", "messages": USER + more, "chat_template_kwargs": variables}
+        r = parse(True, body, tok, "m", 4096, DEFAULTS)
+        return tok.decode(r.ids), r.in_thought
+
+    assert ask() == ("ABBA\n", False)
+    assert ask(enable_thinking=False) == ("ABBA\n<think>\n\n</think>\n\n", False)
+    assert ask(opened=True) == ("ABBA\n<think>\n", True)
+    assert ask("So", opened=True) == ("ABBA\n<think>\nSo", True)
+    assert ask("So</think>", opened=True) == ("ABBA\n<think>\nSo</think>", False)
+    assert ask("<think>So") == ("ABBA\n<think>So", True)
+    for wrong in ({"tools": [1]}, {"messages": "x"}, {"date": "x"}, {"unknown": 1}, {"opened": []}):
+        with pytest.raises(ApiError, match=f"takes no '{next(iter(wrong))}'"):
+            ask(**wrong)
+    tok.template = None
+    assert parse(True, body, tok, "m", 4096, DEFAULTS).in_thought is None
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_thoughts_are_told_apart_however_the_text_comes(data):
+    """A mark, or the line ends beside it, may come in pieces."""
+    inside = data.draw(st.sampled_from([True, False, None]))
+    text = "".join(
+        data.draw(st.lists(st.sampled_from(["<think>", "</think>", "\n", "a", " ", "<"])))
+    )
+    pieces = []
+    rest = text
+    while rest:
+        n = data.draw(st.integers(1, len(rest)))
+        pieces.append(rest[:n])
+        rest = rest[n:]
+    parts = list(thoughts_apart(pieces, inside))
+    found = {
+        thought: "".join(part for kind, part in parts if kind == thought) for thought in (0, 1)
+    }
+    begun = text.lstrip()
+    if inside is None or (not inside and not begun.startswith("<think>")):
+        assert found == {1: "", 0: text}
+        return
+    thought, closed, answer = (text if inside else begun.removeprefix("<think>")).partition(
+        "</think>"
+    )
+    thought = thought.strip("\n") if closed else thought.lstrip("\n")
+    assert found == {1: thought, 0: answer.lstrip("\n")}
+
+
+def test_thoughts_have_a_field_of_their_own():
+    """In `content` they would be taken for the answer, and go into the next prompt."""
+    pieces = [Piece("Hm", thought=True), Piece("Yes")]
+    request = plain_request([1], chat=True)
+    used = api.usage(request, 2, 0)
+    message = api.whole(request, pieces, "stop", used)["choices"][0]["message"]
+    assert message["content"] == "Yes" and message["reasoning_content"] == "Hm"
+    events = [api.events(request, piece, i == 0) for i, piece in enumerate(pieces)]
+    deltas = [event["choices"][0]["delta"] for event in itertools.chain(*events)]
+    role = {"role": "assistant", "content": ""}
+    assert deltas == [role, {"reasoning_content": "Hm"}, {"content": "Yes"}]
+    request.path = ollama.CHAT
+    said = {"role": "assistant", "content": "Yes", "thinking": "Hm"}
+    assert ollama.whole(request, pieces, "stop", used)["message"] == said
+    request.path = ollama.GENERATE
+    line = ollama.whole(request, pieces, "stop", used)
+    assert line["response"] == "Yes" and line["thinking"] == "Hm"
+
+
+# ---- Ollama's API -------------------------------------------------------------------------------
+
+
+def test_ollamas_requests_are_openais():
+    """Each name of Ollama's has its meaning, and one that has none here is refused."""
+    told = {"num_predict": -2, "num_ctx": 50, "seed": 1, "stop": ["x"], "num_gpu": 1, "top_k": 0}
+    body = {"model": "m:latest", "prompt": "A", "system": "S", "think": False, "options": told}
+    more = {"keep_alive": "5m", "images": [], "format": "", "context": None}
+    chat, read, context = ollama.read(ollama.GENERATE, body | more, 4096)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "A"}]
+    assert chat and context == 50
+    thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    asked = {"model": "m", "stream": True, "max_tokens": -1, "seed": 1, "stop": ["x"], "top_k": 0}
+    assert read == asked | thinking | {"messages": messages}
+    body = {"model": "m", "prompt": "A", "raw": True, "stream": False}
+    asked = {"model": "m", "prompt": "A", "stream": False}
+    assert ollama.read(ollama.GENERATE, body, 9) == (False, asked, 9)
+
+
+def test_ollamas_api_answers_as_openais(server):
+    """Many programs speak it alone: lines of JSON, streamed by default, errors as a text."""
+    text = server.chat("CAB", max_tokens=5)["choices"][0]["message"]["content"]
+    body = {"model": server.model + ":latest", "options": {"num_predict": 5}}
+    chat = body | {"messages": [{"role": "user", "content": "CAB"}]}
+    generate = body | {"prompt": "CAB"}
+    for path, body, field in (
+        ("/api/chat", chat, lambda line: line["message"]["content"]),
+        ("/api/generate", generate, lambda line: line["response"]),
+    ):
+        status, whole = server.ask(path, body | {"stream": False})
+        assert status == 200 and field(whole) == text and whole["done"]
+        with server.raw(server.post(body, path)) as connection:
+            data = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+        head, _, lines = data.partition("\r\n\r\n")
+        lines = [json.loads(line) for line in lines.splitlines()]
+        assert "application/x-ndjson" in head and "".join(map(field, lines)) == text
+        assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+        assert lines[-1]["done_reason"] == "length" and lines[-1]["eval_count"] == 5
+        for wrong in ({"options": {"top_k": 40}}, {"format": "json"}, {"options": {"num_ctx": 2}}):
+            status, answer = server.ask(path, body | wrong)
+            assert status == 400 and isinstance(answer["error"], str)
+    assert server.ask("/api/tags")[1]["models"][0]["model"] == server.model
+    assert server.ask("/api/chat")[0] == 405 and server.ask("/api/pull", {})[0] == 404
+
+
+# ---- log probabilities ------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_offsets_are_those_of_the_characters_that_tokens_begin_in(data):
+    """Byte-level tokens are parts of characters, and a model may break characters off."""
+    whole = "aß🦊".encode()
+    piece = st.sampled_from([whole[i:j] for i in range(len(whole)) for j in range(i, len(whole))])
+    tokens = data.draw(st.lists(piece, max_size=8))
+    tok = SimpleNamespace(bytes=lambda i: tokens[i], special={})
+    scores = Scores(tok, 0)
+    for i in range(len(tokens)):
+        scores.add(i)
+    scores.shown = float("inf")
+    for i, scored in enumerate(scores.take()):
+        before = b"".join(tokens[:i])
+        text = before.decode("utf-8", "replace")
+        # the character in which a first byte of this token comes to stand
+        longer = (before + tokens[i][:1]).decode("utf-8", "replace")
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        complete = len(utf8.decode(before))
+        assert scored.offset == (len(longer) - 1 if tokens[i] else complete), (text, longer)
+        assert scored.token.data == tokens[i]
+
+
+def answered(engine, tok, texts, **request):
+    """Return what comes out of a job: its pieces, and finish reason and usage."""
+    job = Job(plain_request(**request))
+    answer(job, SimpleNamespace(counts=collections.Counter()), engine, tok, texts, print)
+    items = []
+    while not job.out.empty():
+        items.append(job.out.get())
+    return items[:-1], items[-1]
+
+
+@pytest.mark.parametrize("schedule", ["dense", {2: 256, 3: 128}])
+def test_log_probabilities_are_those_of_the_engines_logits(talking, schedule):
+    """Of every token, prompt's and answer's; before temperature, which would flatten them."""
+    engine = slim.load(talking, "cpu", "float32", schedule, block_len=32)
+    full = slim.load(talking, "cpu", "float32", "dense", block_len=32)
+    tok, texts = engine.tokenizer, Texts(engine)
+    ids = tok.encode(TEXT)
+    pieces, (finish, used) = answered(
+        engine, tok, texts, ids=ids, logprobs=2, echo=True, temperature=1.5, seed=3
+    )
+    scored = [scored for piece in pieces for scored in piece.scored]
+    run = ids + engine_ids(tok, scored[len(ids) :])
+    logits = full.prefill(run[:1])[None]
+    logits = torch.cat([logits, full.extend(run[1:-1], all_logits=True)]).double()
+    right = logits.log_softmax(-1)
+    assert scored[0].token.logprob is None and len(scored) == len(ids) + 3 and finish == "length"
+    for token, place, row in zip(run[1:], scored[1:], right):
+        best = row.topk(2)
+        assert place.token.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [top.logprob for top in place.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    text = "".join(piece.text for piece in pieces)
+    for place in scored:
+        assert text[place.offset :].startswith(place.token.name) or "bytes:" in place.token.name
+    assert not engine.usable and used["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def engine_ids(tok, scored):
+    ids = {tok.bytes(i): i for i in range(tok.vocab_size)}
+    return [ids[place.token.data] for place in scored]
+
+
+def test_the_prompts_logits_are_never_held_at_once(talking, monkeypatch):
+    """Of 100,000 tokens and words they would take 40 GB."""
+    engine = slim.load(talking, "cpu", "float32", "dense", block_len=32)
+    texts, sizes = Texts(engine), []
+    extend = engine.extend
+
+    def watched(ids=(), all_logits=False, room=0):
+        sizes.append(len(ids))
+        return extend(ids, all_logits, room)
+
+    monkeypatch.setattr(engine, "extend", watched)
+    tok = engine.tokenizer
+    ids = tok.encode("ABBA CAB " * 300)
+    pieces, (finish, used) = answered(
+        engine, tok, texts, ids=ids, max_tokens=0, logprobs=0, echo=True
+    )
+    assert len(ids) > 2 * SLICE and max(sizes) <= SLICE and sum(sizes) == len(ids) - 2
+    assert finish == "length" and used["completion_tokens"] == 0
+    assert sum(len(piece.scored) for piece in pieces) == len(ids)
+
+
+def test_a_scored_prompt_may_be_left_and_costs_no_text_in_a_file(tiny, tmp_path, monkeypatch):
+    """It takes the engine; the conversation there must wait in a file, as for any other prompt."""
+    texts, read = started(tiny, tmp_path)
+    document = draw(2000, 1)
+    read(document)
+    tok = of_bytes({})
+    job = Job(plain_request(draw(600, 2), logprobs=1, echo=True))
+    extend = texts.engine.extend
+    monkeypatch.setattr(
+        texts.engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more)
+    )
+    with pytest.raises(Disconnected):
+        answer(job, None, texts.engine, tok, texts, print)
+    monkeypatch.undo()
+    assert not texts.engine.usable and texts.engine.model.on_chunk(0) is None
+    assert read(document + draw(9, 3)) == 2000
+
+
+def test_tokens_of_a_stop_text_have_no_place_in_an_answer(talking):
+    """The log probabilities are of the text that is given out, and add up with it."""
+    engine = slim.load(talking, "cpu", "float32", "dense", block_len=32)
+    tok, texts = engine.tokenizer, Texts(engine)
+    ids = tok.encode("ABBA CAB")
+    whole, _ = answered(engine, tok, texts, ids=ids, max_tokens=12, logprobs=0)
+    text = "".join(piece.text for piece in whole)
+    stop = text[4:6]
+    engine.forget()
+    pieces, (finish, _) = answered(
+        engine, tok, texts, ids=ids, max_tokens=12, logprobs=0, stop=[stop]
+    )
+    kept = "".join(piece.text for piece in pieces)
+    scored = [scored for piece in pieces for scored in piece.scored]
+    assert kept == text[: text.find(stop)] and finish == "stop"
+    assert scored == [s for p in whole for s in p.scored if s.offset < len(kept)]
 
 
 @pytest.mark.parametrize(
@@ -799,6 +1183,36 @@ def test_completions_take_texts_and_ids(server, talking):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_log_probabilities_come_streamed_and_whole(server):
+    """As OpenAI shapes them: an entry a token in a chat, four lists in a completion."""
+    asked = {"max_tokens": 5, "logprobs": True, "top_logprobs": 2}
+    whole = server.chat("CAB", **asked)["choices"][0]
+    text = whole["message"]["content"]
+    content = whole["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in content).decode("utf-8", "replace") == text
+    assert all(len(entry["top_logprobs"]) == 2 for entry in content)
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in content)
+    choices = [event["choices"][0] for event in server.chat("CAB", stream=True, **asked)]
+    streamed = [choice["logprobs"]["content"] for choice in choices if choice["logprobs"]]
+    tokens = [entry["token"] for entries in streamed for entry in entries]
+    assert tokens == [entry["token"] for entry in content]
+    body = {"model": server.model, "prompt": "ABBA CAB", "max_tokens": 2}
+    body |= {"echo": True, "logprobs": 1}
+    _, answer = server.ask("/v1/completions", body)
+    choice = answer["choices"][0]
+    lists = choice["logprobs"]
+    assert choice["text"].startswith("ABBA CAB")
+    assert {len(value) for value in lists.values()} == {answer["usage"]["total_tokens"]}
+    assert lists["token_logprobs"][0] is None and lists["top_logprobs"][0] is None
+    for token, logprob, top in zip(*(lists[name][1:] for name in list(lists)[:3])):
+        assert top[token] == logprob and max(top.values()) >= logprob and len(top) <= 2
+    assert (
+        server.ask("/v1/completions", body | {"logprobs": None})[1]["choices"][0]["logprobs"]
+        is None
+    )
+    assert server.ask("/v1/completions", body | {"max_tokens": 0, "logprobs": None})[0] == 400
+
+
 def test_stops_and_limits_end_an_answer(server):
     """Clients go by finish_reason: cut off, or complete."""
     text = server.chat("CAB", max_tokens=12)["choices"][0]["message"]["content"]
@@ -972,12 +1386,20 @@ def test_the_connection_is_looked_at_while_tokens_come():
             assert time.monotonic() < started + 0.5
 
 
+def plain_request(ids, **changes):
+    """A greedy request for three tokens."""
+    given = {"chat": False, "model": "m", "ids": ids, "max_tokens": 3, "temperature": 0.0}
+    given |= {"top_p": 1.0, "seed": None, "stop": [], "stream": False, "include_usage": False}
+    given |= {"logprobs": None, "echo": False, "in_thought": None}
+    return Request(**given | changes)
+
+
 def feed(job, pause=0.01):
     """Let pieces of text come out of a job for five seconds."""
 
     def put():
         for _ in range(int(5 / pause)):
-            job.out.put("text")
+            job.out.put(Piece("text"))
             time.sleep(pause)
 
     threading.Thread(target=put, daemon=True).start()
@@ -1089,44 +1511,32 @@ def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
     rooms = []
     reuse = texts.reuse
     monkeypatch.setattr(texts, "reuse", lambda ids, room: (rooms.append(room), reuse(ids, room))[1])
-    request = {
-        "max_tokens": 3000,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": None,
-        "stop": [],
-        "day": None,
-    }
-    job = Job(SimpleNamespace(ids=draw(100), **request))
+    job = Job(plain_request(draw(100), max_tokens=3000))
     monkeypatch.setattr(texts.engine, "generate", lambda *args, **more: iter([1]))
     tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
     server = SimpleNamespace(counts=collections.Counter())
     answer(job, server, texts.engine, tok, texts, print)
-    assert rooms == [ROOM] and job.out.get() == "1"
+    assert rooms == [ROOM] and job.out.get() == Piece("1")
 
 
 def test_a_long_follow_up_can_be_broken_off_and_the_conversation_stays(tiny, monkeypatch):
     """Breaking off a step would lose the text that it follows."""
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2600)
-    texts, request = (
-        Texts(engine),
-        {"max_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": [], "day": None},
-    )
+    texts = Texts(engine)
     engine.prefill(text[:1500], keep_last=100)
-    job, extend = Job(SimpleNamespace(ids=text, **request)), engine.extend
+    job, extend = Job(plain_request(text)), engine.extend
     monkeypatch.setattr(
         engine, "extend", lambda *ids, **more: job.disconnected.set() or extend(*ids, **more)
     )
     with pytest.raises(Disconnected):
         answer(job, None, engine, None, texts, print)
-    assert engine.usable and engine.ids == text[:2012] and texts.reuse(text) == (2012, 0)
+    assert engine.usable and engine.ids == text[:1564] and texts.reuse(text) == (1564, 0)
 
 
 def test_an_answer_breaks_off_between_steps_and_a_new_reading_inside_one(tiny, monkeypatch):
     """A step that is broken off loses the text: harmless only while it is being read."""
     engine, text = slim.load(tiny, "cpu", **PRUNED), draw(2000)
     texts = Texts(engine)
-    sampling = {"max_tokens": 9, "temperature": 0.0, "top_p": 1.0, "seed": None}
     tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
     steps_before_leaving = 0
 
@@ -1136,7 +1546,7 @@ def test_an_answer_breaks_off_between_steps_and_a_new_reading_inside_one(tiny, m
 
     for n_steps, usable in ((0, False), (3, True)):
         steps_before_leaving = engine.steps + n_steps
-        job = Job(SimpleNamespace(ids=text, stop=[], day=None, **sampling))
+        job = Job(plain_request(text, max_tokens=9))
         engine.model.on_queries = leave
         with pytest.raises(Disconnected):
             answer(job, None, engine, tok, texts, print)
@@ -1204,7 +1614,10 @@ def test_a_server_that_cannot_open_says_so_in_one_line(talking, server, tmp_path
 
 
 def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
-    """6 clients; of every 20 requests one is broken off, one malformed, the rest answered."""
+    """6 clients; of every 20 requests one is broken off, one malformed, the rest answered.
+
+    Of either API, streamed or not, with log probabilities or without.
+    """
     rng, lost, done, sizes = random.Random(0), [], [], []
     todo = list(range(MANY))
 
@@ -1227,7 +1640,13 @@ def test_many_mixed_requests_lose_none_and_leave_no_memory_behind(server):
             return server.ask("/v1/chat/completions", bad)[0] == 400
         if i % 3 == 0:
             body = {"model": server.model, "prompt": text, "max_tokens": 3, "stream": i % 2 == 0}
-            return server.ask("/v1/completions", body)[0] == 200
+            scored = {"echo": True, "logprobs": i % 3} if i % 9 == 0 else {}
+            return server.ask("/v1/completions", body | scored)[0] == 200
+        if i % 5 == 0:
+            body = {"model": server.model, "prompt": text, "stream": False}
+            return server.ask("/api/generate", body | {"options": {"num_predict": 3}})[0] == 200
+        if i % 7 == 0:
+            return bool(server.chat(text, max_tokens=4, stream=i % 2 == 0, logprobs=True, n=1))
         return bool(
             server.chat(text, max_tokens=rng.randint(1, 8), stream=i % 2 == 0, temperature=i % 2)
         )
@@ -1298,6 +1717,18 @@ def test_the_openai_package_is_served(server):
         ):
             with pytest.raises(error, match="other|n 2"):
                 client.chat.completions.create(model=model, messages=USER, n=n)
+
+
+def test_the_ollama_package_is_served(server):
+    """It parses every line, and raises what it is told."""
+    package = pytest.importorskip("ollama", reason="not installed: pip install ollama")
+    client = package.Client(server.url)
+    assert client.list().models[0].model == server.model
+    asked = {"model": server.model, "messages": USER, "options": {"num_predict": 6}}
+    whole = client.chat(**asked).message.content
+    assert "".join(line.message.content for line in client.chat(**asked, stream=True)) == whole
+    with pytest.raises(package.ResponseError, match="top_k 40"):
+        client.generate(server.model, "ABBA", options={"top_k": 40})
 
 
 def test_langchain_is_served(server):

@@ -8,10 +8,13 @@ import time
 from dataclasses import dataclass, field
 
 from loading.files import one_line
+from serve.answers import Piece, Scores, score_prompt, thoughts_apart
 from serve.api import ApiError, Request, usage
 from serve.texts import Text, Texts
 
-PIECE = 512  # tokens of a follow-up that are read at once; in between, the client may be found gone
+# tokens of a follow-up that are read at once, about half a second; in between, the client may be
+# found gone
+PIECE = {"cpu": 64, "cuda": 512}
 ROOM = 256  # new tokens to have memory for: most answers end long before max_tokens
 
 
@@ -21,7 +24,7 @@ class Disconnected(Exception):
 
 @dataclass
 class Job:
-    """A request on its way. `out` gets texts, then (finish reason, usage), or an ApiError."""
+    """A request on its way. `out` gets Pieces, then (finish reason, usage), or an ApiError."""
 
     request: Request
     out: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
@@ -136,41 +139,81 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     request = job.request
     started = time.perf_counter()
     job.check()
-    room = min(request.max_tokens, ROOM)
-    cached, keep_last = texts.reuse(request.ids, room)
-    texts.day = request.day
-    first = engine.kv.tail_start if cached else len(request.ids) - keep_last
-    texts.running = Text(request.ids, first, request.day)
-    try:
-        tokens = write(job, engine, tok, cached, keep_last)
-    finally:
-        texts.running = None
+    scores = None if request.logprobs is None else Scores(tok, request.logprobs)
+    if scores and request.echo:
+        tokens = write_scored(job, engine, tok, texts, scores)
+        cached = 0
+    else:
+        cached, keep_last = texts.reuse(request.ids, min(request.max_tokens, ROOM))
+        texts.day = request.day
+        first = engine.kv.tail_start if cached else len(request.ids) - keep_last
+        texts.running = Text(request.ids, first, request.day)
+        try:
+            tokens = write(job, engine, tok, cached, keep_last, scores)
+        finally:
+            texts.running = None
     used = usage(request, tokens.n, cached)
     job.out.put((tokens.finish_reason(), used))
     count(server.counts, used)
     say(summary(used, started, tokens.first_at))
 
 
-def write(job: Job, engine, tok, cached: int, keep_last: int) -> Tokens:
-    """Put the text of an answer into a job's queue; return its tokens, which have run out.
+def write_scored(job: Job, engine, tok, texts: Texts, scores: Scores) -> Tokens:
+    """Score a prompt and write what follows it, all by the full model; forget it then.
+
+    The conversation at hand makes way for it.
+    """
+    texts.put_away()
+    engine.forget()
+    engine.model.on_chunk = job.check
+    try:
+        room = min(job.request.max_tokens, ROOM)
+        n_run = score_prompt(engine, job.request.ids, scores, room, job.check)
+        return write(job, engine, tok, n_run, 0, scores)
+    finally:
+        engine.model.on_chunk = nothing
+        engine.forget()
+
+
+def write(job: Job, engine, tok, cached: int, keep_last: int, scores=None) -> Tokens:
+    """Put an answer into a job's queue, piece by piece; return its tokens, which have run out.
 
     cached: ids of the request that the engine has. keep_last: of a new reading, see `Texts.reuse`.
+    scores: gathers the log probabilities, if they are wanted.
     """
     request = job.request
-    room = min(request.max_tokens, ROOM)
-    ids = read_ahead(job, engine, cached, room)
+    if request.echo:
+        prompt = tok.decode(request.ids)
+        job.out.put(Piece(prompt, scored=scores.end_prompt(prompt) if scores else ()))
+
+    def note(token, logits):
+        if scores and not (request.chat and token in engine.ckpt.stop):
+            scores.add(token, logits)
+
+    ids = read_ahead(job, engine, cached, min(request.max_tokens, ROOM))
     sampling = request.max_tokens, request.temperature, request.top_p, request.seed
-    options = {"follow_up": cached > 0, "keep_last": keep_last, "reserve": ROOM}
-    source = engine.generate(ids, *sampling, **options)
+    options = {"follow_up": cached > 0, "keep_last": keep_last, "reserve": ROOM, "on_token": note}
+    source = engine.generate(ids, *sampling, **options) if request.max_tokens else ()
     tokens = Tokens(source, job, engine)
     if not cached:  # until the first token: a new reading may be broken off anywhere
         engine.model.on_chunk = job.check
     try:
-        for piece in tok.stream(tokens, request.stop):
-            job.out.put(piece)
+        put_pieces(job, tok, tokens, scores)
     finally:
         engine.model.on_chunk = nothing
     return tokens
+
+
+def put_pieces(job: Job, tok, tokens: Tokens, scores: Scores | None) -> None:
+    """Put the text of tokens into a job's queue, with their log probabilities."""
+    pieces = tok.stream(tokens, job.request.stop)
+    if scores:
+        pieces = scores.follow(pieces)
+    for thought, text in thoughts_apart(pieces, job.request.in_thought):
+        job.out.put(Piece(text, thought, scores.take() if scores else ()))
+    if scores and tokens.ended:  # not those of a stop text
+        scores.shown = float("inf")
+        job.out.put(Piece("", scored=scores.take()))
 
 
 def nothing(*_) -> None:
@@ -180,9 +223,10 @@ def nothing(*_) -> None:
 def read_ahead(job: Job, engine, cached: int, room: int) -> list[int]:
     """Read a long follow-up in pieces, checking the client in between; return the ids left."""
     ids = job.request.ids[cached:]
-    while cached and len(ids) > PIECE:
-        engine.extend(ids[:PIECE], room=len(ids) - PIECE + room)
-        ids = ids[PIECE:]
+    piece = PIECE[engine.kv.device.type]
+    while cached and len(ids) > piece:
+        engine.extend(ids[:piece], room=len(ids) - piece + room)
+        ids = ids[piece:]
         job.check()
     return ids
 
