@@ -81,13 +81,18 @@ def hardware(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Return the short name of the commit that runs, with "+" if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    """Return the short name of the commit that runs, with "+" if Python files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
-        done = subprocess.run(git, capture_output=True, text=True)
+        name = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"])
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    if name.returncode:
+        return "unknown"
+    return name.stdout.strip() + ("+" if changes.returncode else "")
 
 
 def floor_bytes(ckpt: Checkpoint, n_prompt: int, n_new: int) -> int:

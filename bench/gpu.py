@@ -39,7 +39,8 @@ sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 import prune
 import slim
 from bench.common import Parser, check_numbers, commit, floor_bytes, hardware, memory_bytes, table
-from bench.shapes import SHAPES, random_checkpoint
+from bench.shapes import random_checkpoint
+from bench.speed import Transformers
 from kvcache import CopyStream
 from loading.files import format_bytes, one_line
 from planning.flops import prefill_flops
@@ -418,6 +419,33 @@ def add_swaps(report: Report, engine: slim.Engine, turns: Turns, how: str) -> No
     """Measure some steps, all of them with swaps, or none."""
     kv = engine.kv
     n = kv.n_prompt
+    swaps = kv.swaps
+    n_bytes = kv.to_gpu_bytes
+    times, copies, late = watch_steps(engine, turns, how)
+    swaps = (kv.swaps - swaps) / len(times)
+    n_bytes = (kv.to_gpu_bytes - n_bytes) / len(times)
+    note = ""
+    if how != "no swaps":
+        note = f"{format_bytes(n_bytes)} back in {1000 * median(copies):.2f} ms"
+    if how == "overlap":
+        note += f", compute waits {1000 * median(late):.2f} ms"
+    report.add(
+        "swaps",
+        tokens=n,
+        who=f"{turns.size} exchanged, {how}",
+        seconds=median(times),
+        times=times,
+        copies=copies,
+        late=late,
+        swaps=swaps,
+        bytes=n_bytes,
+        note=note,
+    )
+
+
+def watch_steps(engine: slim.Engine, turns: Turns, how: str) -> tuple[list, list, list]:
+    """Return seconds of some steps, of their copies, and of compute that waits for copies."""
+    kv = engine.kv
     usual = kv.copies
     wait_for(kv.device)
     kv.copies = CopyStream(kv.device, how != "no overlap")
@@ -425,8 +453,6 @@ def add_swaps(report: Report, engine: slim.Engine, turns: Turns, how: str) -> No
     times = []
     copies = []
     late = []
-    swaps = kv.swaps
-    n_bytes = kv.to_gpu_bytes
     try:
         for token in draw_ids(engine.config, N_STEPS // 2):
             if how != "no swaps":
@@ -442,60 +468,10 @@ def add_swaps(report: Report, engine: slim.Engine, turns: Turns, how: str) -> No
         watch.stop()
         wait_for(kv.device)
         kv.copies = usual
-    swaps = (kv.swaps - swaps) / len(times)
-    n_bytes = (kv.to_gpu_bytes - n_bytes) / len(times)
-    copy_s = median(copies)
-    late_s = median(late)
-    note = ""
-    if how != "no swaps":
-        note = f"{format_bytes(n_bytes)} back in {1000 * copy_s:.2f} ms"
-    if how == "overlap":
-        note += f", compute waits {1000 * late_s:.2f} ms"
-    report.add(
-        "swaps",
-        tokens=n,
-        who=f"{turns.size} exchanged, {how}",
-        seconds=median(times),
-        times=times,
-        copy_s=copy_s,
-        late_s=late_s,
-        swaps=swaps,
-        bytes=n_bytes,
-        note=note,
-    )
+    return times, copies, late
 
 
 # ---- transformers -------------------------------------------------------------------------------
-
-
-class Transformers:
-    """The model of the library transformers with the weights of a random checkpoint."""
-
-    def __init__(self, ckpt):
-        import transformers
-
-        config = transformers.LlamaConfig(**SHAPES[ckpt.folder.name])
-        with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config)
-        weights = {name: ckpt.tensors.get_tensor(name) for name in ckpt.tensors}
-        model.load_state_dict(weights, assign=True)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        self.model = model.to(ckpt.device).eval()
-        self.device = ckpt.device
-        self.past = None
-
-    def read(self, ids: list[int]) -> torch.Tensor:
-        self.past = None
-        return self.feed(ids)
-
-    @torch.inference_mode()
-    def feed(self, ids: list[int]) -> torch.Tensor:
-        """Run ids after what is cached; return the logits (V,) after the last."""
-        batch = torch.tensor([ids], device=self.device)
-        out = self.model(batch, past_key_values=self.past, logits_to_keep=1, use_cache=True)
-        self.past = out.past_key_values
-        out.logits.argmax().item()  # waits for the device
-        return out.logits[0, -1].float()
 
 
 def load_transformers(report: Report, ckpt) -> Transformers:

@@ -1,5 +1,5 @@
 // One run of llama.cpp for bench/speed.py: node llama_cpp.mjs MODEL.gguf THREADS NEW < ids.json
-// It takes the package node-llama-cpp from the folder that it runs in: npm install node-llama-cpp
+// The package node-llama-cpp is looked for in the folder this runs in: npm install node-llama-cpp
 import fs from "node:fs";
 import {createRequire} from "node:module";
 import {pathToFileURL} from "node:url";
@@ -27,8 +27,9 @@ for await (const token of sequence.evaluate(ids, {temperature: 0, yieldEogToken:
     times.push(performance.now());
     if (answer.length === nNew) break;
 }
-const steps = times.slice(2).map((t, i) => (t - times[i + 1]) / 1000);
+const steps = times.slice(2).map((t, i) => [(t - times[i + 1]) / 1000, 1]);  // seconds, tokens
 const status = fs.readFileSync("/proc/self/status", "utf8");
 const peak = Number(status.match(/VmHWM:\s+(\d+)/)[1]) * 1024;
-console.log(JSON.stringify({first_s: (times[1] - times[0]) / 1000, steps_s: steps, peak_bytes: peak, answer}));
+const first = (times[1] - times[0]) / 1000;
+console.log(JSON.stringify({first_s: first, steps, answer, peak_bytes: peak}));
 process.exit(0);
