@@ -7,8 +7,10 @@
 Every run is a process of its own, so that its peak memory is its own: it reads a prompt and answers
 with --new tokens, always the likeliest, and does not stop at the end of a sequence. There are two
 kinds of answers. `free`: the prompt is prose, and the answer goes on with it. `quoting`: a passage
-of the prose begins again at the prompt's end, and the answer repeats it. Each round takes another
-part of the text.
+of the prose, which its end repeats, begins once more, and the answer goes on with the passage. Each
+round takes another part of the text. Small models repeat themselves in long answers, which helps
+drafts, so the table says how much of a free answer was there before, and how much of a quote is
+right.
 
 Contestants take turns. Each run is a line of --out; a call goes on where the file ends, and the
 table has medians of all rounds of this machine, commit and set of options. What fails is named, the
@@ -55,15 +57,16 @@ from planning.schedule import resolve_schedule
 from planning.settings import env_number
 
 KINDS = ("free", "quoting")
-BEGUN = 64  # tokens of a passage that a prompt ends with
-SHORTEST = 4 * BEGUN  # tokens of a prompt
+BEGUN = 32  # tokens of a passage that a prompt ends with
+BETWEEN = "\n\n* * *\n\n"
+SHORTEST = 256  # tokens of a prompt
 LLAMA_CPP = f"node {Path(__file__).resolve().parent / 'llama_cpp.mjs'}"
 
 
 # ---- prompts ----------------------------------------------------------------------------------
 
 
-def read_text(args, ckpt: Checkpoint, n: int) -> list[list[int]]:
+def read_text(args, tok, n: int) -> list[list[int]]:
     """Return n ids of running text for each round, each from another part of the book."""
     if not args.text:
         raise ValueError("--text is missing: a long book, such as War and Peace")
@@ -71,7 +74,6 @@ def read_text(args, ckpt: Checkpoint, n: int) -> list[list[int]]:
         text = Path(args.text).read_text(encoding="utf-8")[args.skip :]
     except (OSError, ValueError) as error:
         raise ValueError(f"--text {args.text!r:.200} cannot be read as UTF-8: {error}") from None
-    tok = tokenizer.load(ckpt.folder)
     stretch = len(text) // args.rounds
     texts = []
     for number in range(args.rounds):
@@ -87,13 +89,18 @@ def read_text(args, ckpt: Checkpoint, n: int) -> list[list[int]]:
     return texts
 
 
-def make_prompt(kind: str, ids: list[int], n: int) -> tuple[list[int], list[int]]:
-    """Return a prompt of n tokens, and what an answer that quotes must say."""
+def make_prompt(kind: str, ids: list[int], n: int, n_new: int, between: list[int]):
+    """Return a prompt of n tokens, and what an answer that quotes must say.
+
+    A small model loses its place in a passage that it has read once, so the passage is there three
+    times, in the prose and after it.
+    """
     if kind == "free":
         return ids[:n], []
     begin = n // 3
-    passage = ids[begin : n - BEGUN]
-    return ids[: n - BEGUN] + passage[:BEGUN], passage[BEGUN:]
+    passage = ids[begin : begin + min(BEGUN + n_new, n // 6)]
+    end = 2 * (between + passage) + between + passage[:BEGUN]
+    return ids[: n - len(end)] + end, passage[BEGUN:]
 
 
 # ---- one run, in a process of its own ---------------------------------------------------------
@@ -248,7 +255,9 @@ def compare(args) -> int:
     why = f"the model's context of {ckpt.config.max_len:,} less --new {args.new}"
     lengths = read_lengths(args.lengths, SHORTEST, most, why)
     kinds = read_kinds(args.kinds)
-    texts = read_text(args, ckpt, max(lengths))
+    tok = tokenizer.load(ckpt.folder)
+    texts = read_text(args, tok, max(lengths))
+    between = tok.encode(BETWEEN)
     out = Path(args.out)
     records = read_records(out)
     setup = setup_of(args, ckpt)
@@ -257,7 +266,7 @@ def compare(args) -> int:
     for number, text in enumerate(texts):
         for n in lengths:
             for kind in kinds:
-                prompt, passage = make_prompt(kind, text, n)
+                prompt, passage = make_prompt(kind, text, n, args.new, between)
                 for name in names:
                     key = (number, n, kind, name)
                     if key in done or key[1:] in failed:

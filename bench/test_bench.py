@@ -148,12 +148,12 @@ def test_runs_of_another_setup_stay_out_of_the_table(monkeypatch, capsys):
 
 
 def test_a_quoting_prompt_ends_with_a_passage_of_itself():
-    """And what the answer must repeat follows that passage in the text."""
-    prompt, passage = speed.make_prompt("quoting", [*range(400)], 300)
-    assert len(prompt) == 300
-    begin = prompt.index(prompt[-1])
-    assert prompt[begin - 63 : begin + 1] == prompt[-64:]
-    assert passage[:50] == [*range(prompt[-1] + 1, prompt[-1] + 51)]
+    """And what the answer must repeat follows that passage in the text, and in two copies of it."""
+    prompt, passage = speed.make_prompt("quoting", [*range(1200)], 1200, 100, [-1])
+    assert len(prompt) == 1200 and len(passage) == 100
+    whole = prompt[-32:] + passage
+    places = [i for i in range(1200) if prompt[i : i + len(whole)] == whole]
+    assert places == [400, 1200 - 33 - 2 * 133 + 1, 1200 - 33 - 133 + 1]
 
 
 def test_tokens_that_one_step_yields_share_its_time(monkeypatch):
