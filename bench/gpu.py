@@ -268,7 +268,7 @@ def measure_engine(report: Report, engine: slim.Engine, n: int, schedule: str, r
     restart_peak(device)
     times = time_prompts(lambda: engine.prefill(ids[:n], N_NEW, schedule).argmax().item())
     ckpt = engine.running
-    floor = prefill_flops(engine.config, n, ckpt.schedule) / flops_rate
+    floor = prefill_flops(engine.config, n, ckpt.schedule, local=ckpt.local) / flops_rate
     planned = plan(ckpt, n, N_NEW).total
     peak = peak_bytes(device)
     report.add(
