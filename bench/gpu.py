@@ -9,14 +9,14 @@ parts, the most valuable first:
     tests          the tests that need CUDA
     ceilings       the rates of a matrix product and of a copy, which the floors below go by
     first token    dense and pruned, beside its operations; peak memory beside the plan
-    decode         beside the bytes that a token must read; without and with swaps
+    decode         beside the bytes that a token must read; without swaps, with few, with all
     swaps          steps that exchange some blocks: are the copies done when compute needs them?
     transformers   first token, decoding and logits, where it is installed
 
 Each result goes to OUT/results.jsonl at once. A part that fails leaves its error there, one for
 which too little of --seconds is left is skipped, and the others go on. Random weights choose other
-blocks at each token, far more than prose does, so decoding with swaps is the worst case; lookup
-heads do not exist in them, so `peak` ranks the blocks.
+blocks at each token, far more than prose does, so decoding with all revivals is the worst case;
+lookup heads do not exist in them, so `peak` ranks the blocks.
 """
 
 import gc
@@ -286,11 +286,16 @@ def measure_engine(report: Report, engine: slim.Engine, n: int, schedule: str, r
     if not ckpt.schedule:
         measure_decode(report, engine, ids, schedule, floor)
         return
-    usual = engine.model.gamma
-    engine.model.gamma = 0.0
+    model = engine.model
+    gamma = model.gamma
+    rule = model.rule
+    model.gamma = 0.0
     measure_decode(report, engine, ids, f"{schedule}, never swaps", floor)
-    engine.model.gamma = usual
-    measure_decode(report, engine, ids, f"{schedule}, swaps", floor)
+    model.gamma = gamma
+    model.rule = replace(rule, revive_at_most=1)  # as the rule `lookup` has it
+    measure_decode(report, engine, ids, f"{schedule}, at most one revival", floor)
+    model.rule = rule
+    measure_decode(report, engine, ids, f"{schedule}, all revivals", floor)
 
 
 def measure_decode(report: Report, engine: slim.Engine, ids: list[int], who: str, floor) -> None:

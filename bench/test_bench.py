@@ -258,7 +258,7 @@ def test_the_dry_run_of_all_that_needs_a_gpu(tmp_path, capsys):
             assert record["seconds"] > 0
             found.setdefault(record["part"], []).append(record["who"])
     want = ["dense", "auto", "dense", "auto", "transformers", "transformers"]
-    assert found["first token"] == want and len(found["decode"]) == 8
+    assert found["first token"] == want and len(found["decode"]) == 10
     swaps = [record["swaps"] for record in records if record["part"] == "swaps"]
     assert swaps == [0, 1, 1, 0, 2, 2]
     assert "passed" in records[1]["note"] or "skipped" in records[1]["note"]
