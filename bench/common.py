@@ -1,11 +1,18 @@
 """What the benches share: options, tables, and runs in processes of their own."""
 
 import argparse
+import os
+import platform
 import re
 import subprocess
 from pathlib import Path
 
-from loading.files import one_line
+import torch
+
+from loading.files import format_bytes, one_line
+from loading.weights import weight_bytes
+from planning.checkpoint import Checkpoint
+from planning.memory import plan
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +64,45 @@ def memory_bytes(name: str = "VmHWM") -> int:
     if not found:
         raise OSError(f"/proc/self/status has no {name}, the memory of a process")
     return 1024 * int(found[1])
+
+
+def hardware(device: torch.device) -> str:
+    """Name the GPU and its memory, or the CPU and the cores that this process may use."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)} ({format_bytes(memory)})"
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        facts = ""
+    found = re.search(r"model name\s*: (.+)", facts)
+    name = found[1] if found else platform.machine()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """Return the short name of the commit that runs, with "+" if Python files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    try:
+        name = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"])
+    except OSError:
+        return "unknown"
+    if name.returncode:
+        return "unknown"
+    return name.stdout.strip() + ("+" if changes.returncode else "")
+
+
+def floor_bytes(ckpt: Checkpoint, n_prompt: int, n_new: int) -> int:
+    """Return the bytes that a token after the prompt must read: weights, active keys and values.
+
+    Of an embedding that is not also the head, a token reads one row.
+    """
+    config = ckpt.config
+    unread = 0 if config.tied else (config.vocab_size - 1) * config.dim * ckpt.dtype.itemsize
+    return weight_bytes(config, ckpt.dtype) - unread + plan(ckpt, n_prompt, n_new).kv
 
 
 def last_line(command: list[str], stdin: str = "") -> str:

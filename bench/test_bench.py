@@ -1,5 +1,6 @@
-"""The bench of speed on tiny models: what it refuses, what it survives, and what it counts."""
+"""The benches of speed on tiny models: what they refuse, what they survive, what they count."""
 
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -10,11 +11,12 @@ import transformers
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 import slim
-from bench import common, speed
+from bench import common, gpu, memory, shapes, speed
 from planning.checkpoint import Checkpoint
 
 DEMO = f"--ckpt={ROOT / 'demo'}"
-USUAL = ["--text=book.txt", "--skip=0", DEMO, "--lengths=9", "--new=2", "--contestants=dense"]
+USUAL = ["--text=book.txt", "--skip=0", DEMO, "--lengths=256", "--new=2", "--rounds=1"]
+USUAL += ["--out=runs.jsonl", "--contestants=dense"]
 WRONG = {
     "--text=no.txt": "no.txt",
     "--text=bytes.txt": "UTF-8",
@@ -23,25 +25,26 @@ WRONG = {
     "--skip=2490": "--skip",
     "--skip=-1": "-1 must",
     "--ckpt=nope": "no checkpoint 'nope'",
-    "--shape=mini": "not allowed",
-    "--device=tpu": "'tpu'",
     "--dtype=float8": "'float8'",
-    "--gamma=2": "2.0 must",
     "--lengths=a,b": "'a'",
-    "--lengths=0": "'0'",
-    "--lengths=64,": "''",
+    "--lengths=255": "'255'",
+    "--lengths=256,": "''",
     f"--lengths={10**30}": "context",
-    "--lengths=9,9": "twice",
+    "--lengths=300,300": "twice",
     "--rounds=0": "--rounds 0",
+    "--rounds=99": "99 rounds",
     "--threads=0": "--threads 0",
     "--new=x": "invalid int",
+    "--kinds=free,short": "'short'",
     "--contestants=dense,bogus": "'bogus'",
     "--contestants=dense,,auto": "empty",
     "--contestants=auto,auto": "twice",
-    "--contestants=llama.cpp": "--llama-cpp",
-    "--llama-cpp='": "quotation",
-    "--llama-cpp=": "no such program",
-    "--llama-cpp=no-such x": "no such program",
+    "--gguf=no.gguf": "'no.gguf'",
+    "--gguf=book.txt --llama-cpp='": "quotation",
+    "--gguf=book.txt --llama-cpp=": "no such program",
+    "--gguf=book.txt --llama-cpp=no-such": "no such program",
+    "--out=": "--out",
+    "--table": "does not exist",
 }
 MEMORY_WRONG = {
     "--lengths=x": "'x'",
@@ -51,8 +54,8 @@ MEMORY_WRONG = {
     "--ckpt=nope": "'nope'",
     "--dtype=int8": "'int8'",
 }
-ALL_WRONG = [([], option, WRONG[option]) for option in WRONG]
-ALL_WRONG += [(["--memory"], option, MEMORY_WRONG[option]) for option in MEMORY_WRONG]
+ALL_WRONG = [(speed, USUAL, option, WRONG[option]) for option in WRONG]
+ALL_WRONG += [(memory, [DEMO], option, MEMORY_WRONG[option]) for option in MEMORY_WRONG]
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +83,97 @@ def text(tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("word " * 500)
     (tmp_path / "bytes.txt").write_bytes(b"\xff" * 9)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speed, "ceilings", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(speed, "sum_rate", lambda: 1e9)
 
 
-@pytest.mark.parametrize("more, option, named", ALL_WRONG)
-def test_bad_input_is_one_line_and_nothing_runs(more, option, named, monkeypatch, capsys):
+@pytest.mark.parametrize("bench, usual, options, named", ALL_WRONG)
+def test_bad_input_is_one_line_and_nothing_runs(bench, usual, options, named, monkeypatch, capsys):
     """A bench may take hours, so what is wrong is said before the first run."""
-    monkeypatch.setattr(speed, "last_line", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr(bench, "last_line", lambda *_: pytest.fail("a run began"))
     with pytest.raises(SystemExit, match="2"):
-        speed.main([*USUAL, *more, option])
+        bench.main([*usual, *options.split()])
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and named in err, err
 
 
-def test_a_contestant_that_fails_is_a_row_and_the_others_go_on(monkeypatch, capsys):
-    """One fails in its second round, and keeps the first; one has none."""
-    figures = {"first_s": 1.0, "steps_s": [0.002, 0.002], "peak_bytes": 2**20}
-    error = ValueError("no room")
-    outcomes = [figures, error, figures, figures, error, figures]
+# ---- the comparison: runs in a file -----------------------------------------------------------
+
+FIGURES = {
+    "first_s": 1.0,
+    "steps": [[0.5, 1]],
+    "answer": [7, 7],
+    "peak_bytes": 2**20,
+    "floor_bytes": 10**8,
+}
+
+
+def test_a_contestant_that_fails_is_named_and_a_later_call_goes_on(monkeypatch, capsys):
+    """A call makes the runs that the file lacks, and none twice; a line that was cut is one."""
+    outcomes = [FIGURES, ValueError("no room"), FIGURES, FIGURES]
     runs = mock.Mock(side_effect=outcomes)  # another call is an error
     monkeypatch.setattr(speed, "run_one", runs)
-    assert speed.main([*USUAL, "--contestants=dense,transformers,auto", "--rounds=3"]) == 1
-    assert [call.args[1][0] for call in runs.mock_calls] == list("dtadad")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    rows = [line.split(" | ")[:2] for line in lines]
-    assert rows[1] == ["| dense", "1.00"] and rows[2][0] == "| transformers failed: no room"
-    assert rows[3] == ["| auto failed after 1 rounds: no room", "1.00"]
+    options = [*USUAL, "--contestants=dense,transformers,auto", "--kinds=free", "--rounds=2"]
+    options += ["--text=long.txt"]
+    Path("long.txt").write_text("word " * 2000)
+    with pytest.raises(StopIteration):  # in the second round, at a run that has no outcome
+        speed.main([*options])
+    assert [call.args[1][0] for call in runs.mock_calls] == list("dtad") + ["a"]
+    assert "transformers failed: no room" in capsys.readouterr().err
+    with Path("runs.jsonl").open("a") as file:
+        file.write('{"round": 1, "na')
+    runs.side_effect = [FIGURES] * 3
+    assert speed.main(options) == 0
+    out = capsys.readouterr().out
+    assert [call.args[1][0] for call in runs.mock_calls[5:]] == list("tta")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| 256")]
+    want = {"dense": "2", "auto": "2", "transformers": "2"}
+    assert {row[2]: row[3] for row in rows} == want
+    assert rows[0][4:9] == ["1.00", "1.50", "2.0", "2.0", "20%"]
+    runs.side_effect = []
+    assert speed.main(options) == 0
+    assert capsys.readouterr().out == out
+    assert speed.main(["--table", "--out=runs.jsonl"]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_runs_of_another_setup_stay_out_of_the_table(monkeypatch, capsys):
+    """A table's runs are of one machine, commit and set of options."""
+    monkeypatch.setattr(speed, "run_one", lambda *_: FIGURES)
+    for commit in ("first", "second"):
+        monkeypatch.setattr(speed, "commit", lambda commit=commit: commit)
+        assert speed.main([*USUAL, "--kinds=free"]) == 0
+        out = capsys.readouterr().out
+        assert f"commit {commit}" in out and out.count("| 256 | free | dense | 1 |") == 1
+    assert len(Path("runs.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_quoting_prompt_ends_with_a_passage_of_itself():
+    """And what the answer must repeat follows that passage in the text, and in two copies of it."""
+    prompt, passage = speed.make_prompt("quoting", [*range(1200)], 1200, 100, [-1])
+    assert len(prompt) == 1200 and len(passage) == 100
+    whole = prompt[-32:] + passage
+    places = [i for i in range(1200) if prompt[i : i + len(whole)] == whole]
+    assert places == [400, 1200 - 33 - 2 * 133 + 1, 1200 - 33 - 133 + 1]
+
+
+def test_tokens_that_one_step_yields_share_its_time(monkeypatch):
+    """Drafted tokens come at once; counted alone they would take no time, and the median lie."""
+
+    class Drafting:
+        steps = 0
+
+        def answer(self, ids, n_new):
+            for n_tokens, seconds in ((1, 8.0), (3, 6.0), (1, 1.0)):
+                self.steps += 1
+                clock.now += seconds
+                yield from [5] * n_tokens
+
+    clock = mock.Mock(now=0.0)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock.now)
+    found = speed.time_answer(Drafting(), [1], 5)
+    assert found == {"answer": [5] * 5, "first_s": 8.0, "steps": [[6.0, 3], [1.0, 1]]}
+    assert speed.mean_rate(found["steps"]) == 4 / 7
+    assert speed.median_seconds(found["steps"]) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -118,10 +186,11 @@ def test_a_contestant_that_fails_is_a_row_and_the_others_go_on(monkeypatch, caps
     ],
 )
 def test_what_a_program_does_wrong_is_said(script, reason):
-    """A program that is not ours may end in any way; its row says how."""
+    """A program that is not ours may end in any way; the reader learns how."""
     args = speed.parser().parse_args(["--llama-cpp", f"sh -c '{script}'"])
+    args.files = {"llama.cpp": "model.gguf"}
     with pytest.raises(ValueError, match=reason):
-        speed.run_one(args, "llama.cpp", [1], 1)
+        speed.run_one(args, "llama.cpp", [1])
 
 
 def test_a_runs_peak_memory_is_its_own(monkeypatch):
@@ -144,25 +213,93 @@ def test_a_token_reads_the_head_and_one_row_of_another_embedding(folders, tied):
         read += [tensor for tensor in vars(layer).values() if tensor is not None]
     want = sum(tensor.nbytes for tensor in read) + engine.stats["kv_gpu_bytes"]
     want += 0 if tied else weights.embed[0].nbytes
-    assert speed.floor_bytes(engine.ckpt, 100, 2) == want
+    assert common.floor_bytes(engine.ckpt, 100, 2) == want
 
 
 @pytest.mark.parametrize("random", [False, True])
 def test_transformers_has_the_same_weights(random, folders):
     """Random weights are drawn twice, once for each; a checkpoint is read twice."""
-    ckpt = speed.random_checkpoint("tiny", "cpu", "float32", "dense")
+    ckpt = shapes.random_checkpoint("tiny", "cpu", "float32", "dense")
     if not random:
         ckpt = Checkpoint.open(folders[False], "cpu", "float32", "dense")
-    theirs = speed.Transformers(ckpt).run([*range(20)])
-    ours = speed.slim.start(ckpt).prefill([*range(20)])
+    theirs = speed.Transformers(ckpt).read([*range(20)])
+    ours = slim.start(ckpt).prefill([*range(20)])
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_a_comparison_and_a_table_of_memory_run_to_their_end(folders, capsys):
-    """For real, in processes, with random weights and with a checkpoint."""
-    options = "--shape=tiny --lengths=20 --new=2 --rounds=1 --dtype=float32 --device=cpu"
-    assert speed.main([*options.split(), "--contestants=transformers,dense"]) == 0
-    assert capsys.readouterr().out.count("MiB |") == 2
-    with mock.patch.object(speed, "RANKINGS", [("auto", "peak")]):
-        assert speed.main(["--memory", f"--ckpt={folders[True]}", "--lengths=200"]) == 0
-    assert capsys.readouterr().out.count("| 200 | auto, peak |") == len(speed.WORK)
+def test_a_comparison_runs_to_its_end():
+    """For real, in processes: both programs answer all tokens, and greedily the same."""
+    options = [*USUAL, "--new=9", "--contestants=transformers,dense", "--dtype=float32"]
+    assert speed.main(options) == 0
+    records = speed.read_records(Path("runs.jsonl"))
+    assert [len(record["answer"]) for record in records] == [9] * 4
+    assert records[0]["answer"] == records[1]["answer"] and records[0]["floor_bytes"] > 0
+
+
+def test_a_table_of_memory_runs_to_its_end(folders, capsys):
+    """For real, in processes."""
+    with mock.patch.object(memory, "RANKINGS", [("auto", "peak")]):
+        memory.main([f"--ckpt={folders[True]}", "--lengths=200"])
+    assert capsys.readouterr().out.count("| 200 | auto, peak |") == len(memory.WORK)
+
+
+# ---- a GPU in one call --------------------------------------------------------------------------
+
+
+def test_the_dry_run_of_all_that_needs_a_gpu(tmp_path, capsys):
+    """Time on a GPU is short, so what can be tried without one must not fail there."""
+    assert gpu.main(["--device=cpu", "--tiny", f"--out={tmp_path}"]) == 0
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert not any("error" in record or "skipped" in record for record in records)
+    found = {}
+    for record in records:
+        if "seconds" in record:
+            assert record["seconds"] > 0
+            found.setdefault(record["part"], []).append(record["who"])
+    want = ["dense", "auto", "dense", "auto", "transformers", "transformers"]
+    assert found["first token"] == want and len(found["decode"]) == 10
+    swaps = [record["swaps"] for record in records if record["part"] == "swaps"]
+    assert swaps == [0, 1, 1, 0, 2, 2]
+    assert "passed" in records[1]["note"] or "skipped" in records[1]["note"]
+    assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text())
+
+
+def test_what_fails_or_does_not_fit_the_time_leaves_the_rest(tmp_path, capsys):
+    """A part's error must not cost the results of the others."""
+    report = gpu.Report(tmp_path, 60)
+
+    def fail(report):
+        raise RuntimeError("CUDA error: no such kernel\nand more")
+
+    assert report.attempt("one", 1, fail) is None
+    assert report.attempt("two", 61, fail) is None
+    assert report.attempt("three", 1, lambda report: 5) == 5
+    one, two = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert "no such kernel" in one["error"] and "in fail" in one["traceback"]
+    assert two["skipped"].startswith("it needs 61 s") and report.failed()
+    assert "one: error: CUDA error" in report.summary()
+
+
+def test_time_that_is_up_ends_the_call_with_what_there_is(tmp_path):
+    """Work that hangs on a device cannot be interrupted; whoever waits gets the table."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from bench import gpu
+gpu.run = lambda *arguments: time.sleep(60)
+sys.exit(gpu.main(["--device=cpu", "--tiny", "--seconds=1", "--out={tmp_path}"]))
+"""
+    with pytest.raises(ValueError, match="exit code 1"):
+        common.last_line([sys.executable, "-c", script])
+    assert "the 1 s are up" in (tmp_path / "table.md").read_text()
+
+
+def test_only_copies_that_end_after_they_are_needed_are_late():
+    """The sum of waits, from the moments that a step noted."""
+    kv = mock.Mock(device=torch.device("cpu"))
+    watch = gpu.Watch(kv)
+    watch.begin = 1.0
+    watch.needed = {3: 2.0, 4: 3.0, 5: 4.0}
+    watch.copied = {3: (1.0, 2.5), 4: (2.5, 2.75)}
+    assert watch.late_seconds() == 0.5 and watch.copy_seconds() == 1.75

@@ -30,7 +30,7 @@ import planning.checkpoint
 import planning.memory
 import prune
 import slim
-from bench import speed
+from bench import shapes, speed
 from conftest import draw, make_checkpoint
 from loading.config import parse_config
 
@@ -669,9 +669,7 @@ def test_a_number_of_ranks_that_is_none_is_refused_in_one_line(monkeypatch, caps
         assert slim.load(ROOT / "demo", "cpu").prefill([1]).isfinite().all()
         with pytest.raises(ValueError, match="start them with torchrun"):
             parallel.load(ROOT / "demo", "cpu")
-    monkeypatch.setattr(
-        sys, "argv", ["speed.py", *"--shape tiny --lengths 64 --device cpu".split()]
-    )
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--out", "runs.jsonl", "--text", "book.txt"])
     with pytest.raises(SystemExit, match="2"):
         speed.main()
     assert want in capsys.readouterr().err
@@ -1030,7 +1028,7 @@ def test_ranks_send_what_the_arithmetic_says(tmp_path, cut):
 
     def work():
         parallel.VOCABULARY_BYTES = 0 if cut else 2**25
-        engine = speed.make_engine("tiny", "cpu", "bfloat16", "2:1/4,3:1/8", 300)
+        engine = shapes.make_engine("tiny", "cpu", "bfloat16", "2:1/4,3:1/8", 300)
         engine.model.gamma, sent = 0.0, []
         for n, step in (
             (1500, lambda: engine.prefill([7] * 1500, room=2)),
