@@ -5,7 +5,6 @@ Every tensor of a checkpoint is used, is known to be harmless, or is refused by 
 
 import hashlib
 import math
-import os
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -14,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loading.files import read_json
+from loading import gguf_file
+from loading.files import read_json, stamp
+from loading.quantised import Matrix, copy_rows
 from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
@@ -26,11 +27,6 @@ HARMLESS = re.compile(  # computed from config.json, as transformers does
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )
 MAPPED_BYTES = 2**23  # bytes read of a file before it is mapped anew
-
-
-def stamp(path) -> tuple:
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class MappedFile:
@@ -122,12 +118,14 @@ def weight_bytes(config: Config, dtype: torch.dtype) -> int:
 
 
 def open_shards(folder: Path) -> dict[str, MappedFile]:
-    """Open every safetensors file of a folder, memory-mapped; return {tensor name: open file}."""
+    """Open a GGUF file, or every safetensors file of a folder; return {tensor name: open file}."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which would not be applied; "
             "merge it into the weights, or delete its files"
         )
+    if folder.is_file():
+        return gguf_file.open_tensors(folder)
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
@@ -246,7 +244,7 @@ def tensor_problem(name: str, tensors, shape: tuple[int, ...], kinds: tuple[str,
     found = tuple(part.get_shape())
     if found != shape:
         return [f"{name} has shape {found}, config.json asks for {shape}"]
-    if part.get_dtype() not in kinds:
+    if part.get_dtype() not in kinds and not isinstance(part, Matrix):
         return [f"{name} has dtype {part.get_dtype()}, but only {', '.join(kinds)} can be read"]
     return []
 
@@ -293,11 +291,11 @@ class Loader:
         shape = (sum(sizes), *parts[0].shape[1:])
         fused = torch.empty(shape, dtype=self.dtype, device=self.device)
         for name, part, rows in zip(names, parts, fused.split(sizes)):
-            if part.dtype == torch.float8_e4m3fn:
+            if not isinstance(part, Matrix) and part.dtype == torch.float8_e4m3fn:
                 scale = self.tensors[name + SCALE].get_tensor(name + SCALE)
                 copy_scaled(rows, part, scale, self.config.tile)
             else:
-                rows.copy_(part)
+                copy_rows(rows, part)
         self.done += fused.nbytes
         if self.progress:
             self.progress(self.done, self.total)

@@ -39,6 +39,7 @@ import kvcache
 import model
 import prune
 import slim
+from loading.quantised import Matrix
 from loading.saved import check_extra
 from loading.weights import SCALE
 from model import Config
@@ -215,6 +216,8 @@ class PartFile:
         dim, pieces = self.part.pieces(name)
         if not pieces:
             return tensor
+        if isinstance(tensor, Matrix):
+            return tensor.cut(dim, pieces)
         if name.endswith(SCALE):
             tile = self.part.config.tile[dim]
             pieces = [slice(piece.start // tile, -(-piece.stop // tile)) for piece in pieces]
