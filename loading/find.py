@@ -53,9 +53,9 @@ def find_checkpoint(name: str | Path) -> Path:
     for place in places:
         if place.is_dir():
             return gguf_in(place)
-        file = place.with_name(f"{place.name}.gguf")
-        if file.is_file():
-            return file
+        for file in (place, place.with_name(f"{place.name}.gguf")):
+            if file.is_file():
+                return check_file(file)
     known = repo if repo.count("/") == 1 else "ORG/NAME"
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
     command = f"hf download {known} --local-dir checkpoints/{path.name}"

@@ -272,8 +272,8 @@ def read_parts(path: Path) -> tuple[dict, dict[str, Stored]]:
         n_parts = facts.get("split.count", 0)
         if n_parts not in (0, 1):
             raise ValueError(
-                f"{path} is one of {n_parts!r:.20} parts; call them by their published names, which end "
-                f"in -00001-of-0000N.gguf"
+                f"{path} is one of {n_parts!r:.20} parts; call them by their published names, "
+                "which end in -00001-of-0000N.gguf"
             )
         return facts, tensors
     n_parts = int(match[3])

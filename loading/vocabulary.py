@@ -167,8 +167,8 @@ def _parse(path: Path, settings: dict) -> tuple[Vocabulary, dict | None]:
     """Return the vocabulary of a file, and what is in the file if it is a tokenizer.json."""
     blob = inside(path.parent).get(path.name)
     if isinstance(blob, dict):
-        return _from_json(path, blob), blob
-    if blob is None:
+        blob = b"{"  # `read_json` finds it again
+    elif blob is None:
         blob = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", blob):
         return _from_tiktoken(path, blob), None
