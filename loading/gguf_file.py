@@ -304,7 +304,7 @@ def as_folder(path: Path) -> dict[str, dict | bytes]:
 
 def open_tensors(path: Path) -> dict[str, Held]:
     """Return {Hugging Face's name: the tensor, not read yet}."""
-    return read_model(path, stamp(path))[1]
+    return dict(read_model(path, stamp(path))[1])
 
 
 @functools.lru_cache(maxsize=1)
