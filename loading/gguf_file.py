@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from loading import gguf_tokens
+from loading import gguf_tokens, gguf_types
 from loading.files import stamp
 from loading.quantised import Held, Matrix
 from loading.rope import ORIGINAL
@@ -332,7 +331,8 @@ def translate(path: Path, facts: dict, stored: dict[str, Stored]) -> tuple[dict,
     files["config.json"] = config
     tensors = {}
     for name, tensor in stored.items():
-        tensors[hugging_face_name(name)] = Held(matrix(tensor, row_order(name, tensor, config)))
+        make = functools.partial(matrix, tensor, row_order(name, tensor, config))
+        tensors[hugging_face_name(name)] = Held(make)
     return files, tensors
 
 
@@ -444,10 +444,16 @@ def row_order(name: str, tensor: Stored, config: dict) -> np.ndarray | None:
 
 def matrix(tensor: Stored, order: np.ndarray | None = None) -> Matrix:
     def widen(start: int, stop: int) -> Tensor:
-        dense = package().dequantize(read_rows(tensor, order, start, stop), tensor.kind)
-        return torch.from_numpy(dense).view(stop - start, *tensor.shape[1:])
+        raw = read_rows(tensor, order, start, stop)
+        return gguf_types.widen(raw, tensor.kind, package()).view(-1, *tensor.shape[1:])
 
-    return Matrix(tensor.kind.name, tensor.shape, widen)
+    def split(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        raw = read_rows(tensor, order, start, stop)
+        return gguf_types.split(raw, tensor.kind).in_4_bits()
+
+    name = tensor.kind.name
+    group = gguf_types.TYPES[name][2] if name in gguf_types.TYPES else 0
+    return Matrix(name, tensor.shape, widen, group, split if group else None)
 
 
 def read_rows(tensor: Stored, order: np.ndarray | None, start: int, stop: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 FORMATS says for each format which tensors make one matrix, and which function reads its rows. All
 of them come down to one formula: a column belongs to a group, and
 
-    value = (q - zero) * scale        q of each number, scale and zero of its group in the row
+    value = (q - zero) * scale + add        q of each number, the others of its group in the row
 
 Sources: vLLM's compressed-tensors, AutoAWQ, AutoGPTQ and GPTQModel, bitsandbytes, transformers.
 """
@@ -43,29 +43,36 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows (n, K) of a matrix: value = (q - zero) * scale."""
+    """Some rows (n, K) of a matrix: value = (q - zero) * scale + add."""
 
     q: Tensor  # (n, K)
     scale: Tensor  # (n, G)
     zero: Tensor | None = None  # (n, G)
     group_of: Tensor | None = None  # (K,) of each column; None: groups of equal width
+    add: Tensor | None = None  # (n, G)
 
     def widen(self) -> Tensor:
         """Return the values (n, K) in float32."""
-        n_groups = self.scale.shape[1]
-        if self.group_of is None and self.q.shape[1] % n_groups == 0:
-            return self.widen_groups(n_groups)
-        group_of = self.group_of
         values = self.q.float()
+        if self.group_of is None:
+            values = values.unflatten(1, (self.scale.shape[1], -1))  # (n, G, K/G)
         if self.zero is not None:
-            values -= self.zero.float()[:, group_of]
-        return values.mul_(self.scale.float()[:, group_of])
+            values -= self.of_columns(self.zero)
+        values *= self.of_columns(self.scale)
+        if self.add is not None:
+            values += self.of_columns(self.add)
+        return values.flatten(1)
 
-    def widen_groups(self, n_groups: int) -> Tensor:
-        values = self.q.float().unflatten(1, (n_groups, -1))  # (n, G, K/G)
-        if self.zero is not None:
-            values = values - self.zero.float()[..., None]
-        return values.mul(self.scale.float()[..., None]).flatten(1)
+    def of_columns(self, x: Tensor) -> Tensor:
+        """Return a number of each group (n, G) so that it fits the numbers of the group."""
+        return x.float()[..., None] if self.group_of is None else x.float()[:, self.group_of]
+
+    def in_4_bits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q of 0..15, scale and zero with value = (q - 8) * scale + zero."""
+        scale = self.scale.float()
+        zero = torch.zeros_like(scale) if self.add is None else self.add.float()
+        zero = zero + (8 - (0 if self.zero is None else self.zero.float())) * scale
+        return self.q.to(torch.uint8), scale, zero
 
 
 @dataclass(frozen=True)
@@ -349,10 +356,7 @@ def matrix(format: "Format", parts: dict[str, Tensor], shape, scheme: Scheme) ->
         return read(start, stop).widen()
 
     def split(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows = read(start, stop)
-        scale = rows.scale.float()
-        zero = (8 - rows.zero.float()) * scale
-        return rows.q.to(torch.uint8), scale, zero
+        return read(start, stop).in_4_bits()
 
     kind = f"{scheme.format}, {scheme.bits} bits"
     exact = scheme.bits == 4 and scheme.group in EXACT and scheme.format != "nf4"

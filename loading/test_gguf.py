@@ -192,6 +192,14 @@ def test_any_part_of_a_matrix_is_as_gguf_widens_it(tmp_path, monkeypatch, kind):
         torch.testing.assert_close(found, torch.cat([ordered[3:9], ordered[20:21]]), **same)
         found = torch.cat([*matrix.cut(1, [slice(1, block)]).chunks()])
         torch.testing.assert_close(found, ordered[:, 1:block], **same)
+        assert bool(matrix.group) == (kind.name in ("Q4_0", "Q4_1", "Q4_K"))
+        if matrix.group:
+            q, scale, zero = (torch.cat(one) for one in zip(*matrix.groups()))
+            assert q.dtype == torch.uint8 and q.max() < 16
+            scale, zero = (one.repeat_interleave(32, 1) for one in (scale, zero))
+            found = (q - 8.0) * scale + zero
+            rounding = 1e-6 * float(scale.abs().max()) * 16
+            torch.testing.assert_close(found, ordered, rtol=1e-5, atol=rounding)
 
 
 def test_the_type_of_a_run_follows_the_file(checkpoints, tmp_path):
