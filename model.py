@@ -89,7 +89,7 @@ class Config:
     qk_norm: bool = False  # an RMSNorm over each head's query and key, before RoPE
     fused: bool = False  # q, k, v are one tensor in the checkpoint, and gate and up another
     no_rope: tuple[int, ...] = ()  # layers without RoPE
-    tile: tuple[int, int] | None = None  # rows and columns of FP8 weights that share a scale
+    scheme: object = None  # how its matrices are quantised: a loading.quantised.Scheme
 
 
 @dataclass

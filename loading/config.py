@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loading.files import positive, read_json
+from loading.quantised import read_scheme
 from loading.rope import ORIGINAL, check_rope, rope_keys, stretch
 from model import DTYPES, Config
 
@@ -202,7 +203,7 @@ def parse_config(given: dict, path, rope_yarn: float = 0.0) -> Config:
         rope_scaling=scaling,
         tied=keys.flag("tie_word_embeddings"),
         dtype=read_dtype(keys),
-        tile=fp8_tile(keys),
+        scheme=read_scheme(keys.get("quantization_config"), keys.name("quantization_config")),
         **heads,
         **adds,
     )
@@ -312,24 +313,6 @@ def check_full_attention(keys: Keys, family: Family, n_layers: int, max_len: int
         )
     if keys.get("layer_types") not in (None, ["full_attention"] * n_layers):
         raise keys.wrong("layer_types", "only full attention in every layer is supported")
-
-
-def fp8_tile(keys: Keys) -> tuple[int, int] | None:
-    """Return the tile of FP8 weights that shares a scale, or None; refuse other quantisation."""
-    quantised = keys.get("quantization_config")
-    if quantised is None:
-        return None
-    given = quantised if isinstance(quantised, dict) else {}
-    kind = given.get("quant_method")
-    tile = given.get("weight_block_size")
-    is_tile = isinstance(tile, list) and len(tile) == 2
-    if kind != "fp8" or not is_tile or not all(type(n) is int and n > 0 for n in tile):
-        raise ValueError(
-            f"{keys.name('quantization_config')} is of kind {kind!r:.40} with tiles {tile!r:.40}, "
-            "so quantised; only FP8 with a scale for each tile is read, and weights that are not "
-            "quantised"
-        )
-    return tile[0], tile[1]
 
 
 def layers_without_rope(keys: Keys, n_layers: int) -> tuple[int, ...]:

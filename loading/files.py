@@ -11,8 +11,30 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def inside(folder: Path) -> dict[str, dict | bytes]:
+    """Return {name: contents} of the files that a GGUF file stands for; {} for a folder."""
+    if not folder.is_file():
+        return {}
+    from loading import gguf_file  # which reads with this module
+
+    return gguf_file.as_folder(folder)
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a file exists, be it inside a GGUF file."""
+    return path.is_file() or path.name in inside(path.parent)
+
+
+def stamp(path) -> tuple:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object; raise FileNotFoundError or ValueError with the path."""
+    held = inside(path.parent).get(path.name)
+    if held is not None:
+        return held
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; a checkpoint is a folder in Hugging Face layout"

@@ -1,6 +1,7 @@
 """Where a checkpoint is: a path, a name, or a Hugging Face id in the local cache; no downloads."""
 
 import os
+import re
 from pathlib import Path
 
 ALIASES = {
@@ -46,20 +47,50 @@ def find_checkpoint(name: str | Path) -> Path:
     if not str(name):
         raise ValueError("--ckpt is empty; give a folder, a name or a Hugging Face id")
     if path.is_file():
-        raise ValueError(
-            f"--ckpt {name} is a file; give the folder that holds config.json and the safetensors"
-        )
+        return check_file(path)
     repo = ALIASES.get(str(name).lower(), str(name))
     places = possible_places(path, repo)
     for place in places:
         if place.is_dir():
-            return place
+            return gguf_in(place)
+        for file in (place, place.with_name(f"{place.name}.gguf")):
+            if file.is_file():
+                return check_file(file)
     known = repo if repo.count("/") == 1 else "ORG/NAME"
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
     command = f"hf download {known} --local-dir checkpoints/{path.name}"
     raise FileNotFoundError(
         f"no checkpoint {str(name)!r} (looked at {looked}); to download one: {command}"
     )
+
+
+def check_file(path: Path) -> Path:
+    """Return a GGUF file, which stands for a folder; raise ValueError for any other."""
+    with path.open("rb") as file:
+        is_gguf = file.read(4) == b"GGUF"
+    if path.suffix == ".gguf" or is_gguf:  # `gguf_file` says what is wrong with it
+        return path
+    raise ValueError(
+        f"--ckpt {path} is a file, and not GGUF; "
+        "give the folder that holds config.json and the safetensors"
+    )
+
+
+def gguf_in(folder: Path) -> Path:
+    """Return a folder, or the GGUF file in it if there is nothing else to load.
+
+    Raises ValueError if there are several, of which one has to be named.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    firsts = [
+        file for file in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", file.name)
+    ]
+    if not firsts or (folder / "config.json").is_file():
+        return folder
+    if len(firsts) > 1:
+        names = ", ".join(file.name for file in firsts[:20])
+        raise ValueError(f"--ckpt {folder} holds {len(firsts)} models; name one of {names}")
+    return firsts[0]
 
 
 def possible_places(path: Path, repo: str) -> list[Path]:

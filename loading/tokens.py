@@ -21,7 +21,7 @@ Each key is done, harmless, or refused by name: one that is ignored may give wro
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loading.files import read_json
+from loading.files import is_there, read_json
 
 CONFIG = "tokenizer_config.json"
 ROLES = "special_tokens_map.json"
@@ -51,7 +51,7 @@ def bad(path: Path, what: str, advice: str = "download the file again") -> Value
 
 
 def read_if_there(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_there(path) else {}
 
 
 def read_settings(folder: Path) -> dict:

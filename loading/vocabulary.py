@@ -29,7 +29,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from loading.files import read_json
+from loading.files import inside, is_there, read_json
 from loading.tokens import (
     CONFIG,
     ROLES,
@@ -149,7 +149,7 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
 
     settings: see `read_settings`. Raises FileNotFoundError, or ValueError for an unusable file.
     """
-    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    path = next((folder / name for name in FILES if is_there(folder / name)), None)
     if path is None:
         raise FileNotFoundError(
             f"{folder}: no tokenizer; looked for {', '.join(FILES)}; copy one of them there"
@@ -165,7 +165,11 @@ def read_vocabulary(folder: Path, settings: dict) -> Vocabulary:
 
 def _parse(path: Path, settings: dict) -> tuple[Vocabulary, dict | None]:
     """Return the vocabulary of a file, and what is in the file if it is a tokenizer.json."""
-    blob = path.read_bytes()
+    blob = inside(path.parent).get(path.name)
+    if isinstance(blob, dict):
+        blob = b"{"  # `read_json` finds it again
+    elif blob is None:
+        blob = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", blob):
         return _from_tiktoken(path, blob), None
     if blob.lstrip()[:1] == b"{":

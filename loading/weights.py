@@ -5,7 +5,6 @@ Every tensor of a checkpoint is used, is known to be harmless, or is refused by 
 
 import hashlib
 import math
-import os
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -14,23 +13,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loading.files import read_json
+from loading import gguf_file
+from loading.files import read_json, stamp
+from loading.quantised import FLOATS, copy_rows, gather, tensor_problem
 from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-SCALE = "_scale_inv"  # of FP8 weights: what a tile is multiplied by
-FLOATS = ("F64", "F32", "F16", "BF16")
 HARMLESS = re.compile(  # computed from config.json, as transformers does
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )
 MAPPED_BYTES = 2**23  # bytes read of a file before it is mapped anew
-
-
-def stamp(path) -> tuple:
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class MappedFile:
@@ -108,11 +102,6 @@ def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def scale_shape(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ...]:
-    """Return how many tiles a tensor of FP8 weights has; each has one scale."""
-    return tuple(math.ceil(n / size) for n, size in zip(shape, tile))
-
-
 def weight_bytes(config: Config, dtype: torch.dtype) -> int:
     shapes = tensor_shapes(config).values()
     return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
@@ -122,12 +111,14 @@ def weight_bytes(config: Config, dtype: torch.dtype) -> int:
 
 
 def open_shards(folder: Path) -> dict[str, MappedFile]:
-    """Open every safetensors file of a folder, memory-mapped; return {tensor name: open file}."""
+    """Open a GGUF file, or every safetensors file of a folder; return {tensor name: open file}."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which would not be applied; "
             "merge it into the weights, or delete its files"
         )
+    if folder.is_file():
+        return gguf_file.open_tensors(folder)
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
@@ -219,36 +210,21 @@ def same_values(tensors: dict[str, MappedFile], shape: tuple[int, int]) -> bool:
 
 
 def check_tensors(folder: Path, config: Config, tensors: dict[str, MappedFile]) -> None:
-    """Raise ValueError that lists every missing, unexpected, mis-shaped or quantised tensor."""
+    """Put together what is quantised, in `tensors`.
+
+    Raises ValueError that lists every missing, unexpected or mis-shaped tensor.
+    """
     needed = tensor_shapes(config)
-    scales = {}
-    if config.tile:
+    problems = gather(tensors, needed, config.scheme)
+    if not problems:
         for name, shape in needed.items():
-            if name + SCALE in tensors:
-                scales[name + SCALE] = scale_shape(shape, config.tile)
-    problems = []
-    for name, shape in (needed | scales).items():
-        kinds = ("F8_E4M3",) if name + SCALE in scales else FLOATS
-        problems += tensor_problem(name, tensors, shape, kinds)
-    for name in sorted(tensors.keys() - needed.keys() - scales.keys()):
+            problems += tensor_problem(name, tensors, shape, FLOATS)
+    for name in sorted(tensors.keys() - needed.keys()):
         if not HARMLESS.fullmatch(name):
             problems.append(f"unexpected {name}")
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:20])}{more}")
-
-
-def tensor_problem(name: str, tensors, shape: tuple[int, ...], kinds: tuple[str, ...]) -> list[str]:
-    """Return what is wrong with a tensor, or nothing."""
-    if name not in tensors:
-        return [f"missing {name}"]
-    part = tensors[name].get_slice(name)
-    found = tuple(part.get_shape())
-    if found != shape:
-        return [f"{name} has shape {found}, config.json asks for {shape}"]
-    if part.get_dtype() not in kinds:
-        return [f"{name} has dtype {part.get_dtype()}, but only {', '.join(kinds)} can be read"]
-    return []
 
 
 # ---- loading ------------------------------------------------------------------------------
@@ -292,12 +268,8 @@ class Loader:
         sizes = [len(part) for part in parts]
         shape = (sum(sizes), *parts[0].shape[1:])
         fused = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for name, part, rows in zip(names, parts, fused.split(sizes)):
-            if part.dtype == torch.float8_e4m3fn:
-                scale = self.tensors[name + SCALE].get_tensor(name + SCALE)
-                copy_scaled(rows, part, scale, self.config.tile)
-            else:
-                rows.copy_(part)
+        for part, rows in zip(parts, fused.split(sizes)):
+            copy_rows(rows, part)
         self.done += fused.nbytes
         if self.progress:
             self.progress(self.done, self.total)
@@ -323,13 +295,6 @@ class Loader:
             w_gate_up=self.fuse([f"{mlp}{name}_proj.weight" for name in gate_up]),
             w_down=self.fuse([mlp + "down_proj.weight"]),
         )
-
-
-def copy_scaled(rows: Tensor, part: Tensor, scale: Tensor, tile: tuple[int, int]) -> None:
-    """Write FP8 weights times the scale of their tile to rows, one row of tiles at a time."""
-    height, width = tile
-    for target, source, factors in zip(rows.split(height), part.split(height), scale.float()):
-        target.copy_(source.float() * factors.repeat_interleave(width)[: part.shape[1]])
 
 
 def fingerprint(config: Config, tensors: dict[str, MappedFile]) -> str:

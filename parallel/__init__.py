@@ -39,8 +39,8 @@ import kvcache
 import model
 import prune
 import slim
+from loading.quantised import Matrix
 from loading.saved import check_extra
-from loading.weights import SCALE
 from model import Config
 from parallel.ranks import Ranks, print_error
 from planning.checkpoint import Checkpoint, dtype_name
@@ -190,7 +190,7 @@ class Part(Checkpoint):
             "lm_head": [self.vocab],
         }
         kind = name.split(".")[-2].removesuffix("_proj")
-        if kind in columns and name.endswith(("weight", SCALE)):
+        if kind in columns and name.endswith("weight"):
             return 1, columns[kind]
         return 0, rows.get(kind, [])
 
@@ -215,9 +215,8 @@ class PartFile:
         dim, pieces = self.part.pieces(name)
         if not pieces:
             return tensor
-        if name.endswith(SCALE):
-            tile = self.part.config.tile[dim]
-            pieces = [slice(piece.start // tile, -(-piece.stop // tile)) for piece in pieces]
+        if isinstance(tensor, Matrix):
+            return tensor.cut(dim, pieces)
         parts = [tensor.narrow(dim, piece.start, length(piece)) for piece in pieces]
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
@@ -230,7 +229,6 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     q = own(config.n_heads)
     kv = own(config.n_kv_heads)
     hidden = own(config.hidden_dim)
-    check_tiles(config, ranks.n, q, kv, hidden)
     vocab_bytes = config.vocab_size * config.dim * ckpt.dtype.itemsize
     cut = vocab_bytes >= VOCABULARY_BYTES
     vocab = own(config.vocab_size) if cut else slice(0, config.vocab_size)
@@ -271,27 +269,6 @@ def check_ranks(config: Config, n_ranks: int) -> None:
             f"{n_ranks} ranks cannot share {least} columns of an FFN, of x or of the vocabulary; "
             "start fewer"
         )
-
-
-def check_tiles(config: Config, n_ranks: int, q: slice, kv: slice, hidden: slice) -> None:
-    """Raise ValueError if a rank's rows of q, of k and v, or of the FFN end inside an FP8 tile."""
-    if config.tile is None:
-        return
-    height, width = config.tile
-    parts = (  # a part, where the last one ends, the sides of tiles that it must not cut
-        (scaled(q, config.head_dim), config.n_heads * config.head_dim, (height, width)),
-        (scaled(kv, config.head_dim), config.n_kv_heads * config.head_dim, (height,)),
-        (hidden, config.hidden_dim, (height, width)),
-    )
-    for part, end, sides in parts:
-        for edge in (part.start, part.stop):
-            if edge == end and not config.fused:  # nothing follows, so nothing is cut
-                continue
-            if any(edge % side for side in sides):
-                raise ValueError(
-                    f"{n_ranks} ranks would cut through the FP8 tiles of {height} x {width} "
-                    f"weights, at {edge}; start fewer"
-                )
 
 
 def own_device(device: torch.device, rank: int) -> torch.device:
