@@ -11,7 +11,7 @@ import transformers
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 import slim
-from bench import common, gpu, memory, shapes, speed
+from bench import common, gpu, memory, reading, shapes, speed
 from planning.checkpoint import Checkpoint
 
 DEMO = f"--ckpt={ROOT / 'demo'}"
@@ -303,3 +303,43 @@ def test_only_copies_that_end_after_they_are_needed_are_late():
     watch.needed = {3: 2.0, 4: 3.0, 5: 4.0}
     watch.copied = {3: (1.0, 2.5), 4: (2.5, 2.75)}
     assert watch.late_seconds() == 0.5 and watch.copy_seconds() == 1.75
+
+
+def test_a_comparison_and_a_table_of_memory_run_to_their_end(folders, capsys):
+    """For real, in processes, with random weights and with a checkpoint."""
+    options = "--shape=tiny --lengths=20 --new=2 --rounds=1 --dtype=float32 --device=cpu"
+    assert speed.main([*options.split(), "--contestants=transformers,dense"]) == 0
+    assert capsys.readouterr().out.count("MiB |") == 2
+    with mock.patch.object(speed, "RANKINGS", [("auto", "peak")]):
+        assert speed.main(["--memory", f"--ckpt={folders[True]}", "--lengths=200"]) == 0
+    assert capsys.readouterr().out.count("| 200 | auto, peak |") == len(speed.WORK)
+
+
+# ---- what reading costs -------------------------------------------------------------------------
+
+
+def test_the_ways_of_reading_take_turns_and_differ(tmp_path, capsys):
+    """A row for each way and length: dense, full attention below the first boundary, local."""
+    (tmp_path / "book.txt").write_text("The grass is green. The sky is blue.\n" * 2000)
+    options = [DEMO, f"--text={tmp_path}/book.txt", "--skip=0"]
+    options += ["--lengths=1200,2048", "--rounds=2", "--local-window=256", "--dtype=float32"]
+    reading.main(options)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [(cells[0], cells[1]) for cells in rows] == [
+        (f"| {n}", way) for n in ("1,200", "2,048") for way in ("dense", "full", "local")
+    ]
+    dense, full, local = (float(cells[4]) for cells in rows[3:])
+    assert dense == 1 < full < local
+    assert all(float(cells[2]) > 0 for cells in rows)
+    reading.main(["--count", "--lengths=131072"])
+    counted = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [cells[1] for cells in counted] == ["dense", "full", "local"]
+    assert float(counted[0][2]) == 6.3  # PFLOP of Llama-3.1-8B, as others count them
+
+
+@pytest.mark.parametrize("option", ["--lengths=9", "--rounds=0", "--ckpt=nope", "--text=no.txt", "--text="])
+def test_a_way_of_reading_that_cannot_be_is_one_line(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reading.main([DEMO, f"--text={__file__}", "--skip=0", "--lengths=1200", option])
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1, err

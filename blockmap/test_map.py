@@ -372,6 +372,30 @@ def test_the_heads_that_rank_have_a_line_that_wraps(tmp_path, browser, n_heads):
     assert browser.execute_script(facts) < 300  # both tables side by side, as without heads
 
 
+@pytest.mark.parametrize(
+    "sinks, block, seen",
+    [
+        (64, 100, "tokens 0–63 and those from 5,888 on"),  # of the tile from 6,400 on
+        (0, 103, "those from 5,888 on"),
+        (64, 10, "all tokens before it"),  # the window reaches the sinks
+        (64, 1996, "all tokens before it"),  # one of the last rows
+    ],
+)
+def test_a_block_says_what_it_saw_below_the_first_boundary(tmp_path, browser, sinks, block, seen):
+    """With a local window; without one every token saw all, and nothing is said."""
+    local = {"local_rows": 127_232, "local": {"window": 512, "sinks": sinks, "tile": 256}}
+    (tmp_path / "map.html").write_text(blockmap.page(big_map() | local), "utf-8")
+    browser.get((tmp_path / "map.html").as_uri())
+    browser.execute_script(f"look({block})")
+    assert f"In layers 0–9 its first token saw {seen}." in browser.find_element("id", "detail").text
+    lead = browser.find_element("id", "lead").text
+    assert "In layers 0–9 the 127,232 first tokens saw what is near: 512 tokens before" in lead
+    assert "; the last 748 saw everything." in lead
+    (tmp_path / "map.html").write_text(blockmap.page(big_map() | {"local_rows": 0}), "utf-8")
+    browser.get((tmp_path / "map.html").as_uri())
+    assert " saw " not in browser.find_element("tag name", "body").text
+
+
 def test_a_big_map_is_found_through_by_mouse_and_keyboard(tmp_path, browser):
     """2,000 blocks: every way to one must end with it in sight."""
     from selenium.webdriver import ActionChains

@@ -1,5 +1,7 @@
 """Floating-point operations of a prefill, by the formula of the layers it runs."""
 
+from collections.abc import Iterator
+
 import prune
 from model import FULL, TILE, Config, Local
 
@@ -12,9 +14,13 @@ def layer_flops(config: Config, rows: int, keys: float, ffn_rows: int | None = N
     heads = 2 * config.n_heads + 2 * config.n_kv_heads  # of q and the output, of k and v
     projections = config.dim * heads * config.head_dim
     ffn = 3 * config.dim * config.hidden_dim
-    attention = 2 * keys * config.n_heads * config.head_dim
     ffn_rows = rows if ffn_rows is None else ffn_rows
-    return 2 * rows * (projections + attention) + 2 * ffn_rows * ffn
+    return attention_flops(config, rows, keys) + 2 * rows * projections + 2 * ffn_rows * ffn
+
+
+def attention_flops(config: Config, rows: int, keys: float) -> float:
+    """Return the operations of a layer's two products with keys and values."""
+    return 4 * rows * keys * config.n_heads * config.head_dim
 
 
 def local_keys(n_prompt: int, local: Local) -> float:
@@ -28,21 +34,28 @@ def local_keys(n_prompt: int, local: Local) -> float:
     return total / n_prompt
 
 
+def layer_work(
+    n_layers: int, n_prompt: int, schedule: dict, block_len: int = 64, local: Local = FULL
+) -> Iterator[tuple[int, float, int]]:
+    """Yield (rows, keys a row on average, rows of the feed-forward) of every layer of a prefill."""
+    sizes = prune.stage_blocks(n_prompt, schedule, block_len)
+    rows_of = {0: n_prompt}  # from this layer on
+    for boundary, size in zip(schedule, sizes[1:]):
+        rows_of[boundary] = n_prompt - (sizes[0] - size) * block_len
+    prunes = sizes[-1] < sizes[0]
+    first_keys = local_keys(n_prompt, local) if prunes else n_prompt / 2
+    rows = n_prompt
+    for layer in range(n_layers):
+        rows = rows_of.get(layer, rows)
+        ffn_rows = rows_of.get(layer + 1, rows)  # below a boundary only its survivors
+        yield rows, first_keys if rows == n_prompt else rows / 2, ffn_rows
+
+
 def prefill_flops(
     config: Config, n_prompt: int, schedule: dict, block_len: int = 64, local: Local = FULL
 ) -> float:
     """Return the floating-point operations of a prefill: every layer, and the head once."""
-    sizes = prune.stage_blocks(n_prompt, schedule, block_len)
-    pruned = min(sizes) < sizes[0]
-    first_keys = local_keys(n_prompt, local if pruned else FULL)  # below the first boundary
-    rows_of = {0: n_prompt}  # from this layer on
-    for boundary, size in zip(schedule, sizes[1:]):
-        rows_of[boundary] = n_prompt - (sizes[0] - size) * block_len
     total = 2 * config.dim * config.vocab_size
-    rows = n_prompt
-    for layer in range(config.n_layers):
-        rows = rows_of.get(layer, rows)
-        ffn_rows = rows_of.get(layer + 1, rows)  # below a boundary only its survivors
-        keys = first_keys if rows == n_prompt else rows / 2
+    for rows, keys, ffn_rows in layer_work(config.n_layers, n_prompt, schedule, block_len, local):
         total += layer_flops(config, rows, keys, ffn_rows)
     return total
