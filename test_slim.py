@@ -48,6 +48,7 @@ from conftest import (
     needs_cuda,
     needs_data,
     newest_of_weights,
+    set_lookup_heads,
 )
 from kvcache import HostMemory, KVCache
 from planning import schedule as schedules
@@ -559,25 +560,30 @@ def test_local_attention_is_a_softmax_over_what_a_row_sees(device, dtype, window
     torch.testing.assert_close(torch.cat(parts).double().cpu(), want, atol=atol, rtol=0)
 
 
-def test_the_default_schedule_reads_locally_and_no_other_does(checkpoints):
-    """A local window is no part of the paper's method, nor of a schedule of one's own."""
-    folder = checkpoints["llama2-mha"][0]
+def test_where_lookup_heads_made_the_schedule_the_prompt_is_read_locally(tiny, monkeypatch):
+    """Nowhere else by itself: nothing is known of other schedules, and `paper` is the paper's."""
 
     def window(**options):
-        return slim.Checkpoint.open(folder, "cpu", **options).local.window
+        return slim.Checkpoint.open(tiny, "cpu", **options).local.window
 
-    assert window() == window(score="peak") == LOCAL_WINDOW
-    for schedule in ("dense", "paper", {2: 1 / 4}):
-        assert window(schedule=schedule) == 0
-        assert window(schedule=schedule, local_window=300) == 300
-    assert window(score="paper") == window(local_window=0) == 0
-    engine = slim.load(folder, "cpu")
+    set_lookup_heads(monkeypatch, (1, 0), (1, 3))
+    assert window() == LOCAL_WINDOW
+    for options in (
+        *(dict(schedule=schedule) for schedule in ("dense", "paper", {2: 1 / 4})),
+        *(dict(score=score) for score in ("paper", "peak", MASS)),
+    ):
+        assert window(**options) == 0
+        assert window(**options, local_window=300) == 300
+    assert window(local_window=0) == 0
+    engine = slim.load(tiny, "cpu")
     for schedule, n, n_local in ((None, 2000, 1280), (None, 1023, 0), ({2: 1 / 4}, 2000, 0)):
         engine.prefill(draw(n), schedule=schedule)
         assert engine.stats["local_rows"] == n_local
-    wide = slim.load(folder, "cpu", window=900)  # the rows that rank the blocks see everything
+    wide = slim.load(tiny, "cpu", window=900)  # the rows that rank the blocks see everything
     wide.prefill(draw(2000))
     assert wide.stats["local_rows"] == 1024
+    set_lookup_heads(monkeypatch)
+    assert window() == 0  # the probe found none
 
 
 OTHERS = "qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn"

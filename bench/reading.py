@@ -25,7 +25,9 @@ from loading.files import format_bytes
 from planning.checkpoint import Checkpoint, dtype_name
 from planning.flops import attention_flops, layer_work, prefill_flops
 from planning.memory import plan
+from planning.settings import LOCAL_WINDOW
 
+WAYS = ["dense", "full", "local"]
 HEAD = ["tokens", "", "seconds", "times faster", "fewer FLOPs", "peak"]
 COUNT_HEAD = ["tokens", "", "PFLOP", "times fewer", "of it attention below", "and above"]
 COUNT_HEAD += ["KV on the device", "pruned, on the host"]
@@ -46,7 +48,8 @@ def measure(args) -> None:
     """Print what each way takes, by the median of the rounds."""
     torch.set_num_threads(args.threads)
     engine = slim.load(args.ckpt, "cpu", args.dtype)
-    runs = ways(engine.ckpt, args.local_window)
+    every = ways(engine.ckpt, args.local_window)
+    runs = {name: every[name] for name in args.ways}
     lengths = read_lengths(args.lengths, 1024, engine.config.max_len, "the model's context")
     texts = read_text(args, engine.tokenizer, max(lengths))  # one a round
     dtype = dtype_name(engine.kv.dtype)
@@ -65,9 +68,9 @@ def measure(args) -> None:
                 peaks[name] = memory_bytes()
         for name, ckpt in runs.items():
             took = median(seconds[name])
-            faster = median(seconds["dense"]) / took
-            fewer = flops(runs["dense"], n) / flops(ckpt, n)
-            cells = [f"{n:,}", name, f"{took:.2f}", f"{faster:.2f}", f"{fewer:.2f}"]
+            faster = f"{median(seconds['dense']) / took:.2f}" if "dense" in runs else ""
+            fewer = flops(every["dense"], n) / flops(ckpt, n)
+            cells = [f"{n:,}", name, f"{took:.2f}", faster, f"{fewer:.2f}"]
             print(row([*cells, format_bytes(peaks[name])]), flush=True)
 
 
@@ -112,7 +115,8 @@ def parser() -> Parser:
     p.add_argument("--skip", type=int, default=100_000, help="characters of the text to leave out")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--lengths", default="4096,8000", help="prompts in tokens, with commas")
-    p.add_argument("--local-window", type=int, default=-1, help="tokens; -1: the default")
+    p.add_argument("--local-window", type=int, default=LOCAL_WINDOW, help="tokens")
+    p.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--count", action="store_true", help="FLOPs and bytes of an 8B model instead")

@@ -100,9 +100,9 @@ def add_pruning(add) -> None:
     )
     add("--gamma", type=float, default=DEFAULT["gamma"], metavar="G", help=overlap)
     near = (
-        "in the layers below the first cut, tokens of the prompt see so many tokens before their "
-        f"256, and the sinks; 0: all; -1: {LOCAL_WINDOW} with the schedule auto, else 0 "
-        "(%(default)s)"
+        "below the first layer of the schedule, tokens of the prompt see this many before their "
+        f"256, and the sinks; 0: all; -1: {LOCAL_WINDOW} where lookup heads made the schedule, "
+        "else 0 (%(default)s)"
     )
     add("--local-window", **COUNT, default=DEFAULT["local_window"], help=near)
     first = "first tokens that they see too (%(default)s)"

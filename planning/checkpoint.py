@@ -177,11 +177,11 @@ class Checkpoint:
 
     @property
     def local(self) -> Local:
-        """The prompt's local attention; by default with the default schedule, but not `paper`."""
+        """The prompt's local attention; by default where lookup heads made the schedule."""
         window = self.settings.local_window
         if window == -1:
-            by_default = self.asked_schedule == "auto" and self.rule.name != "paper"
-            window = LOCAL_WINDOW if by_default else 0
+            is_default = self.asked_schedule == "auto" and self.rule.sees == "lookup"
+            window = LOCAL_WINDOW if is_default else 0
         return Local(window, self.settings.sinks, max(LAST_ROWS, self.window))
 
 
