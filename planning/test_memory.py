@@ -327,6 +327,23 @@ def test_the_memory_of_scoring_is_in_the_plan(tiny):
     assert planned > 10 * 64 * 4 * engine.config.hidden_dim * 4
 
 
+def test_the_copy_of_a_local_window_is_in_the_plan(checkpoints):
+    """It is as long as the window, whatever the prompt."""
+    folder = checkpoints["llama2-mha"][0]
+    settings = dict(chunk=16, window=1)  # what else takes memory is small
+    engine = slim.load(folder, "cpu", "float32", {2: 512}, "peak", local_window=5000, **settings)
+    full = slim.Checkpoint.open(folder, "cpu", "float32", {2: 512}, "peak", **settings)
+    ids = draw(6000)
+    engine.kv.reset(len(ids), engine.ckpt.schedule)
+    slots = [stage.n_slots for stage in engine.kv.stages]
+    tail = len(ids) - engine.kv.tail_start
+    planned, without = (
+        planning.memory.step_bytes(ckpt, slots, tail, tail, first=True)
+        for ckpt in (engine.ckpt, full)
+    )
+    assert without < peak(lambda: engine.model.step(torch.tensor(ids))) <= planned
+
+
 def test_a_conversation_survives_a_tail_that_could_not_grow(tiny, monkeypatch):
     engine, other = slim.load(tiny, "cpu"), slim.load(tiny, "cpu")
     engine.prefill(draw(100)), other.prefill(draw(100))
