@@ -235,8 +235,8 @@ class Bench:
         self.base = self.dense
         schedule = entry.schedule(self.ckpt, len(prompt))
         rule = entry.rule
-        if rule is rivals.LOOKUP:
-            rule = self.ckpt.with_schedule(schedule).rule
+        if rule.sees == "lookup":
+            rule = replace(rule, heads=self.ckpt.heads_below(max(schedule)))
         if rule is rivals.ORACLE:
             rule = oracle_rule(oracle, entry.block_len)
         if entry.second_run:
@@ -359,6 +359,7 @@ def run_document(bench: Bench, document, missing: list[Key], entries: dict) -> I
                 key._asdict()
                 | judge(logits, answer)
                 | {
+                    "revived": bench.model.kv.revived,
                     "flops": round(bench.saving(entry, len(prompt)), 4),
                     "schedule": format_schedule(entry.schedule(bench.ckpt, len(prompt))),
                 }

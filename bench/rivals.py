@@ -5,8 +5,9 @@ where Slim prunes blocks. SnapKV and OmniKV select after a dense prefill; here t
 boundaries.
 """
 
+import dataclasses
 import math
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
@@ -19,7 +20,9 @@ import prune
 from model import FULL, Local
 from planning.checkpoint import Checkpoint
 from planning.flops import prefill_flops
+from planning.probe import strength_below
 from planning.schedule import at_depth, auto_schedule
+from planning.settings import LOCAL_WINDOW
 
 Schedule = Callable[[Checkpoint, int], dict]  # (model, prompt tokens) -> {boundary: budget}
 
@@ -40,13 +43,25 @@ def by_heads(ckpt: Checkpoint, n_prompt: int) -> dict:
     return ckpt.with_schedule("auto").schedule
 
 
-def at_layers(*shares: str) -> Schedule:
-    """Return the default's boundaries with other shares; "0" leaves a boundary out."""
+def keep(kept: str) -> Schedule:
+    """Return the default's boundary with another share."""
 
     def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
-        found = by_heads(ckpt, n_prompt)
-        cuts = {layer: Fraction(share) for layer, share in zip(found, shares)}
-        return {layer: share for layer, share in cuts.items() if share}
+        return {boundary: Fraction(kept) for boundary in by_heads(ckpt, n_prompt)}
+
+    return schedule
+
+
+def at_parts(text: str) -> Schedule:
+    """Return a schedule such as "1/16:1/4 2/3:1/8", by parts of the heads' total strength."""
+
+    def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
+        below = strength_below(ckpt.strengths)
+        cuts = {}
+        for pair in text.split():
+            part, share = pair.split(":")
+            cuts[1 + bisect_left(below, Fraction(part) * below[-1])] = Fraction(share)
+        return cuts
 
     return schedule
 
@@ -178,19 +193,61 @@ DENSE = Entry(schedule=dense)
 
 LOOKUP = prune.RULES["lookup"]
 
+NEAR = Local(LOCAL_WINDOW, sinks=64)
+
+
+def lookup_by(score: Callable, **changes) -> prune.Rule:
+    """Return the default rule with another score of two results, or other changes."""
+    return dataclasses.replace(LOOKUP, score=score, name="lookup, changed", **changes)
+
+
+def by_weight(weights: Tensor) -> tuple[Tensor, Tensor]:
+    return weights.amax((1, 3)), weights[..., -prune.END_LEN :].amax((1, 3))
+
+
+def by_contrast(weights: Tensor) -> tuple[Tensor, Tensor]:
+    best = weights.amax(3).clamp(min=1e-7)
+    end = weights[..., -prune.END_LEN :].amax(3).clamp(min=1e-7)
+    median = best[..., 1:].median(-1, keepdim=True).values
+    return (best / median).log().amax(1), (end / median).log().amax(1)
+
+
+def without_next(weights: Tensor) -> tuple[Tensor, Tensor]:
+    own, of_next = prune.lookup(weights)
+    return own, of_next.fill_(-math.inf)
+
+
+NEWEST_ONLY = Fraction(1, 10**6)  # a share that keeps one block
+
 HEADS = {
     "dense": DENSE,
-    "Slim": Entry(LOOKUP, by_heads),
-    "Slim, one cut": Entry(LOOKUP, at_layers("1/4")),
-    "Slim, deeper": Entry(LOOKUP, at_layers("1/8", "1/16")),
-    "Slim, peak": Entry(),
-    "peak at the same layers": Entry(prune.RULES["peak"], by_heads),
-    "lookup at the paper's layers": Entry(LOOKUP, auto),
+    "Slim": Entry(LOOKUP, by_heads, local=NEAR),
+    "full attention": Entry(LOOKUP, by_heads),
+    "keep 1/2": Entry(LOOKUP, keep("1/2"), local=NEAR),
+    "keep 3/8": Entry(LOOKUP, keep("3/8"), local=NEAR),
+    "keep 1/8": Entry(LOOKUP, keep("1/8"), local=NEAR),
+    "two cuts": Entry(LOOKUP, at_parts("1/16:1/4 2/3:1/8"), local=NEAR),
+    "late second cut": Entry(LOOKUP, at_parts("1/16:1/4 9/10:1/8"), local=NEAR),
+    "earlier cut": Entry(LOOKUP, at_parts("1/32:1/4"), local=NEAR),
+    "newest block only": Entry(lookup_by(prune.lookup, recent=NEWEST_ONLY), by_heads, local=NEAR),
+    "recent half": Entry(lookup_by(prune.lookup, recent=Fraction(1, 2)), by_heads, local=NEAR),
+    "all revivals": Entry(
+        lookup_by(prune.lookup, revive_margin=0.0, revive_at_most=None), by_heads, local=NEAR
+    ),
+    "weight": Entry(lookup_by(by_weight), by_heads, local=NEAR),
+    "contrast": Entry(lookup_by(by_contrast), by_heads, local=NEAR),
+    "not the next block": Entry(lookup_by(without_next), by_heads, local=NEAR),
+    "window 8": Entry(LOOKUP, by_heads, window=8, local=NEAR),
+    "window 64": Entry(LOOKUP, by_heads, window=64, local=NEAR),
+    "all heads, peak": Entry(prune.RULES["peak"], by_heads, local=NEAR),
+    "recent": Entry(of_keys(recent), by_heads, frozen=True, local=NEAR),
+    "SnapKV": Entry(of_keys(snapkv), by_heads, window=64, block_len=1, frozen=True),
+    "oracle": Entry(ORACLE, by_heads, frozen=True),
 }
 
 RIVALS = {
     "dense": DENSE,
-    "Slim": Entry(LOOKUP, by_heads),
+    "Slim": Entry(LOOKUP, by_heads, local=NEAR),
     "Slim, peak": Entry(),
     "Slim, peak, frozen": Entry(frozen=True),
     "paper's rule": Entry(prune.RULES["paper"]),

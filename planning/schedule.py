@@ -11,10 +11,10 @@ from planning.probe import ENOUGH, lookup_heads, strength_below
 
 # Used when no lookup heads are known: shares at the paper's boundaries, in a model of 30 layers.
 AUTO = {9: Fraction(1, 4), 19: Fraction(1, 8), 28: Fraction(1, 16)}
-# By the lookup heads: cut right after the layer where 1/16 of their total strength lies in it or
-# below, and keep 1/4 of the prompt; cut again at 2/3, and keep 1/8. That is 9 and 19 of 30 layers
-# in SmolLM2, 4 and 17 of 24 in Qwen2.5-Coder-0.5B, chosen on both.
-BY_HEADS = {ENOUGH: Fraction(1, 4), Fraction(2, 3): Fraction(1, 8)}
+# By the lookup heads: one cut, right after the layer by which ENOUGH of their total strength lies
+# below, that keeps this share of the prompt. That is 9 of 30 layers in SmolLM2, 4 of 24 in
+# Qwen2.5-Coder-0.5B, chosen on both. A second cut costs Qwen's answers more than it saves.
+KEPT = Fraction(1, 4)
 # The paper's tokens at boundaries 10, 20 and 30 of 32 layers.
 PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}
 
@@ -30,14 +30,11 @@ def auto_schedule(n_layers: int) -> dict[int, prune.Budget]:
 
 def schedule_by_heads(strengths: Tensor) -> dict[int, prune.Budget]:
     """Return the default for a model whose lookup heads are known; strengths (L, H)."""
-    n_layers = len(strengths)
     below = strength_below(strengths)
-    schedule: dict[int, prune.Budget] = {}
-    for part, budget in BY_HEADS.items():
-        boundary = 1 + bisect_left(below, part * below[-1])
-        if boundary < n_layers:
-            schedule.setdefault(boundary, budget)
-    return schedule or auto_schedule(n_layers)  # where all heads are in the last layer
+    boundary = 1 + bisect_left(below, ENOUGH * below[-1])
+    if boundary == len(strengths):  # all heads are in the last layer
+        return auto_schedule(boundary)
+    return {boundary: KEPT}
 
 
 def paper_schedule(n_layers: int, model_type: str = "llama") -> dict[int, prune.Budget]:
