@@ -66,8 +66,8 @@ def test_heads_are_measured_once_for_a_checkpoint_and_kept(tiny, looking, tmp_pa
     """A start must not wait for what an earlier one has measured; a damaged file is no harm."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = slim.load(tiny, "cpu")
-    assert first.ckpt.heads == ["1.1", "1.2", "3.0"] and list(first.ckpt.schedule) == [2, 4]
-    assert slim.load(tiny, "cpu").ckpt.rule.heads == ((), (1, 2), (), (0,), ())
+    assert first.ckpt.heads == ["1.1", "1.2"] and list(first.ckpt.schedule) == [2]
+    assert slim.load(tiny, "cpu").ckpt.rule.heads == ((), (1, 2), (), (), ())
     assert looking == [probe.PROBE_LEN]
     (file,) = (tmp_path / "slim").iterdir()
     spoiled = ("[[1]]", "{", *(json.dumps([[x] * 4] * 5) for x in (float("nan"), 10**400, 30, -1)))
@@ -88,7 +88,7 @@ def test_only_a_run_that_asks_the_heads_measures_them(tiny, looking, tmp_path, m
     assert looking == []
     engine.prefill(draw(2000), schedule="auto")
     assert looking == [probe.PROBE_LEN] and engine.model.rule.name == "lookup"
-    assert list(engine.kv.schedule) == [2, 4]
+    assert list(engine.kv.schedule) == [2]
     engine.prefill(draw(640), schedule={1: 192})  # below any head that looks things up
     assert engine.model.rule.name == "peak"
 
@@ -128,11 +128,11 @@ def test_a_dense_conversation_is_the_same_before_the_probe_and_after_it(
 
 
 def test_the_probe_finds_the_heads_of_a_real_model(smollm2_folder, tmp_path, monkeypatch):
-    """Those that the first cut of SmolLM2 depends on, in either dtype; the boundaries follow."""
+    """Those that the first cut of SmolLM2 depends on, in either dtype; the boundary follows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engine = slim.load(smollm2_folder, "cpu", "float32")
-    assert {"2.4", "7.7", "8.0", "14.3", "15.6", "18.6"} <= set(engine.ckpt.heads)
-    assert list(engine.ckpt.schedule) == [9, 19]
+    assert set(engine.ckpt.heads) == {"2.4", "7.7", "8.0"}
+    assert list(engine.ckpt.schedule) == [9]
 
 
 def test_a_rule_with_heads_of_its_own_is_checked(tiny):
@@ -221,4 +221,4 @@ def test_the_heads_that_are_shown_rank_something(tiny, looking):
     engine.prefill(draw(600))
     assert engine.stats["lookup_heads"] == [] and engine.stats["score"] == "lookup"
     engine.prefill(draw(3000))
-    assert engine.stats["lookup_heads"] == ["1.1", "1.2", "3.0"]
+    assert engine.stats["lookup_heads"] == ["1.1", "1.2"]
