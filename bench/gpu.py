@@ -608,7 +608,7 @@ def main(argv: list[str] | None = None) -> int:
     timer.start()
     where = f"{hardware(device)}, torch {torch.__version__}, commit {commit()}"
     report.add("machine", note=where)
-    run(report, device, TINY if args.tiny else LARGE)
+    report.attempt("all", 0, run, device, TINY if args.tiny else LARGE)
     timer.cancel()
     return finish(int(report.failed()))
 

@@ -281,6 +281,13 @@ def test_what_fails_or_does_not_fit_the_time_leaves_the_rest(tmp_path, capsys):
     assert "one: error: CUDA error" in report.summary()
 
 
+def test_an_error_between_two_parts_leaves_the_table(tmp_path, monkeypatch):
+    """After a broken kernel every call of CUDA fails, also those outside a part."""
+    monkeypatch.setattr(gpu, "run", mock.Mock(side_effect=RuntimeError("CUDA error")))
+    assert gpu.main(["--device=cpu", "--tiny", f"--out={tmp_path}"]) == 1
+    assert "all: error: CUDA error" in (tmp_path / "table.md").read_text()
+
+
 def test_time_that_is_up_ends_the_call_with_what_there_is(tmp_path):
     """Work that hangs on a device cannot be interrupted; whoever waits gets the table."""
     script = f"""
