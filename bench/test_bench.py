@@ -337,7 +337,9 @@ def test_the_ways_of_reading_take_turns_and_differ(tmp_path, capsys):
     assert float(counted[0][2]) == 6.3  # PFLOP of Llama-3.1-8B, as others count them
 
 
-@pytest.mark.parametrize("option", ["--lengths=9", "--rounds=0", "--ckpt=nope", "--text=no.txt", "--text="])
+@pytest.mark.parametrize(
+    "option", ["--lengths=9", "--rounds=0", "--ckpt=nope", "--text=no.txt", "--text="]
+)
 def test_a_way_of_reading_that_cannot_be_is_one_line(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         reading.main([DEMO, f"--text={__file__}", "--skip=0", "--lengths=1200", option])
