@@ -55,23 +55,29 @@ def measure(args) -> None:
     dtype = dtype_name(engine.kv.dtype)
     print(f"{dtype}, {args.threads} threads, torch {torch.__version__}\n\n{table(HEAD, [])}")
     for n in lengths:
-        seconds = {name: [] for name in runs}
-        peaks = {}
-        for text in texts:
-            for name, ckpt in runs.items():
-                engine.ckpt = ckpt
-                engine.forget()
-                engine.kv.reset(1, {})
-                forget_peak()
-                engine.prefill(text[:n])
-                seconds[name].append(engine.prefill_s)
-                peaks[name] = memory_bytes()
+        seconds, peaks = take_turns(engine, runs, texts, n)
         for name, ckpt in runs.items():
             took = median(seconds[name])
             faster = f"{median(seconds['dense']) / took:.2f}" if "dense" in runs else ""
             fewer = flops(every["dense"], n) / flops(ckpt, n)
             cells = [f"{n:,}", name, f"{took:.2f}", faster, f"{fewer:.2f}"]
             print(row([*cells, format_bytes(peaks[name])]), flush=True)
+
+
+def take_turns(engine, runs: dict[str, Checkpoint], texts: list[list[int]], n: int):
+    """Read n tokens of each text in every way; return {way: seconds} and {way: peak of memory}."""
+    seconds = {name: [] for name in runs}
+    peaks = {}
+    for text in texts:
+        for name, ckpt in runs.items():
+            engine.ckpt = ckpt
+            engine.forget()
+            engine.kv.reset(1, {})
+            forget_peak()
+            engine.prefill(text[:n])
+            seconds[name].append(engine.prefill_s)
+            peaks[name] = memory_bytes()
+    return seconds, peaks
 
 
 def forget_peak() -> None:
