@@ -222,6 +222,7 @@ class Stage:
     home_sent: object = None  # the event after the newest copy to home
     aux_sent: object = None  # and to aux
     newest: Tensor | None = None  # of the newest tokens: scores (W, N), or queries (W, H, D)
+    drafted: Tensor | None = None  # the same of drafted tokens, which do not count yet
 
     def has_keys(self) -> set[int]:
         """Return the blocks whose keys this stage has, in a slot or at home."""
@@ -235,12 +236,16 @@ class Stage:
             return "home"
         return "pruned" if block in self.aux else "below"
 
-    def remember(self, newest: Tensor, window: int) -> None:
-        """Add the newest tokens' scores or queries; keep those of the last `window` tokens."""
+    def remember(self, newest: Tensor, window: int, n_drafted: int = 0) -> None:
+        """Add the newest tokens' scores or queries; keep those of the last `window` tokens.
+
+        Those of the last n_drafted tokens are kept apart.
+        """
+        n_certain = len(newest) - n_drafted
         before = newest[:0] if self.newest is None else self.newest
-        self.newest = torch.cat([before, newest])[
-            -window:
-        ]  # a copy: the ranking goes on changing its own
+        # copies: the ranking goes on changing its own
+        self.newest = torch.cat([before, newest[:n_certain]])[-window:]
+        self.drafted = newest[n_certain:].clone()
 
 
 @dataclass(frozen=True)
@@ -497,7 +502,16 @@ class KVCache:
         self.to_gpu_bytes += x.nbytes
         return x.view(-1, self.dim)
 
-    # ---- going back, and out to a file -----------------------------------------------
+    # ---- drafted tokens, going back, and out to a file ---------------------------------
+
+    def accept(self, window: int) -> None:
+        """Count the first drafted token as one of the conversation; its keys are in the slabs.
+
+        Drafted tokens that are never accepted leave nothing: the next step writes over their keys.
+        """
+        self.length += 1
+        for stage in self.stages[1:]:
+            stage.remember(stage.drafted, window, len(stage.drafted) - 1)
 
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens; the active blocks stay, and the next tokens choose."""

@@ -142,6 +142,7 @@ class Model:
     - on_scores(layer, scores): what the newest tokens give the prompt's blocks so far, (W, N)
     - on_select(i, candidates, scores, active): each choice of stage i's blocks, before it takes
       effect, with scores (N,) in the candidates' order
+    - on_accept(): a drafted token that becomes part of the conversation
     """
 
     def __init__(
@@ -170,13 +171,15 @@ class Model:
         self.on_queries = lambda layer, queries: None
         self.on_scores = lambda layer, scores: None
         self.on_select = lambda stage, candidates, scores, active: None
+        self.on_accept = lambda: None
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, n_logits: int = 1) -> Tensor:
+    def step(self, ids: Tensor, n_logits: int = 1, n_drafted: int = 0) -> Tensor:
         """Run new token ids (T,) after what the KV holds; return the last logits (n_logits, V).
 
         Prefill when the KV is empty, else decode or follow-up. Mutates the KV; `KVCache.make_room`
-        comes before.
+        comes before. The last n_drafted ids are guesses: they choose no blocks, and are no part of
+        the conversation until `accept` takes them, one by one.
         """
         kv = self.kv
         first = kv.reading_prompt  # the prompt's own step: a row for every block
@@ -184,8 +187,8 @@ class Model:
         first_tail = max(kv.length, kv.tail_start)
         blocks = list(kv.stages[0].slots) if first else []  # with rows in x, ascending
         x = self.embed(ids.to(kv.device))  # (T, C)
-        n_newest = min(self.window, len(ids))
-        ranking = RANKINGS[self.rule.sees](self, n_newest)
+        n_newest = min(self.window + n_drafted, len(ids))
+        ranking = RANKINGS[self.rule.sees](self, n_newest, n_drafted)
         for i, stage in enumerate(kv.stages):
             rows = self.locate(stage, blocks, first_tail, end, n_newest)
             kv.local_rows += rows.n_local
@@ -201,9 +204,15 @@ class Model:
                 self.ffn(layer, x)
                 if move is not None:
                     kv.copy(move)  # after the FFN, which hides the copies
-        kv.length = end
+        kv.length = end - n_drafted
         x = F.rms_norm(x[-n_logits:], (self.config.dim,), self.weights.norm, self.config.norm_eps)
         return self.head(x).to(self.wide)  # (n_logits, V)
+
+    @torch.inference_mode()
+    def accept(self) -> None:
+        """Make the first drafted token of the last step part of the conversation."""
+        self.kv.accept(self.window)
+        self.on_accept()
 
     def locate(
         self, stage: Stage, blocks: list[int], first_tail: int, end: int, n_newest: int
@@ -435,10 +444,11 @@ class Ranking:
     scores of its candidates (`rank`). A stage keeps what earlier tokens left (`Stage.remember`).
     """
 
-    def __init__(self, model: Model, n_newest: int):
+    def __init__(self, model: Model, n_newest: int, n_drafted: int):
         self.model = model
         self.rule = model.rule
-        self.n_newest = n_newest
+        self.n_newest = n_newest - n_drafted  # that choose
+        self.n_drafted = n_drafted  # that do not count yet
 
     def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
         """Look at a layer: its newest queries (w, H, D); weights (1, H, S) of a single row."""
@@ -455,8 +465,8 @@ class WeightRanking(Ranking):
     A block that a stage does not hold keeps its score from lower layers.
     """
 
-    def __init__(self, model: Model, n_newest: int):
-        super().__init__(model, n_newest)
+    def __init__(self, model: Model, n_newest: int, n_drafted: int):
+        super().__init__(model, n_newest, n_drafted)
         n_blocks = model.kv.stages[0].n_slots
         shape = (
             n_newest,
@@ -506,7 +516,7 @@ class WeightRanking(Ranking):
             del of_keys, of_slots  # the largest temporaries: gone before the next rows' come
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
-        stage.remember(self.scores, self.model.window)
+        stage.remember(self.scores, self.model.window, self.n_drafted)
         return stage.newest.amax(0)[below.blocks]
 
 
@@ -532,7 +542,7 @@ class KeyRanking(Ranking):
         self.queries = queries
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
-        stage.remember(self.queries, self.model.window)
+        stage.remember(self.queries, self.model.window, self.n_drafted)
         keys, _ = self.model.kv.slot_rows(below, below.layers[-1])  # (G, N, B, D)
         keys = keys.permute(1, 2, 0, 3)  # (N, B, G, D)
         return self.rule.score(stage.newest, keys, below.blocks, self.model.unit_len)

@@ -28,9 +28,10 @@ from loading.weights import load_weights, weight_bytes
 from model import Model
 from planning import probe
 from planning.checkpoint import Checkpoint
-from planning.memory import KERNEL_BYTES, check_memory, fits, step_bytes
+from planning.lookup import Lookup, row_cost, usual_draft
+from planning.memory import KERNEL_BYTES, STEP_ROWS, check_memory, fits, step_bytes
 from planning.probe import PROBE_LEN
-from planning.settings import check_count, check_sampling
+from planning.settings import check_count, check_draft, check_sampling
 
 
 def load(
@@ -122,6 +123,7 @@ class Engine:
         self.config = ckpt.config
         self.kv = model.kv
         self.steps = 0  # of all conversations: shows a generator that another caller ran one
+        self.draft = usual_draft(ckpt)  # tokens that `generate` guesses at most in a step
         Engine.forget(self)  # a subclass's would tell other ranks, and is not connected yet
 
     def forget(self) -> None:
@@ -131,6 +133,8 @@ class Engine:
         self.pending: list[int] = []  # generated, but not yet run through the model
         self.usable = False  # not before a prefill, while a step runs, or after a broken one
         self.prefill_s = 0.0
+        self.drafted = 0  # tokens that were guessed
+        self.accepted = 0  # of which the model wrote so many
 
     @cached_property
     def tokenizer(self):
@@ -207,28 +211,42 @@ class Engine:
             self.model.window = ckpt.window
             self.model.gamma = ckpt.gamma
 
-    def extend(self, ids=(), all_logits: bool = False, room: int = 0) -> Tensor:
+    def extend(self, ids=(), all_logits: bool = False, room: int = 0, draft=()) -> Tensor:
         """Append ids, one (a decode step) or many (a follow-up); return the logits (V,) after them.
 
         all_logits: those after each token that is run, (T, V). room: tokens after these to check
-        memory for. Tokens that `generate` has yielded but not run are run first. Raises ValueError
-        before any prefill, after an interrupted step, for wrong ids, or too little memory.
+        memory for. draft: ids that may come next; they are run too, and `accept` appends them.
+        Tokens that `generate` has yielded but not run are run first. Raises ValueError before any
+        prefill, after an interrupted step, for wrong ids, or too little memory.
         """
         check_count(room, "room")
         ids = self.check_ids([*self.pending, *ids] if self.pending else ids)
+        draft = self.check_ids(draft) if len(draft) else []
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
-        n_logits = len(ids) if all_logits else 1
-        self.check_growth(len(ids), room, n_logits)
-        self.kv.make_room(self.kv.length + len(ids), room)
-        logits = self.run(ids, n_logits)
+        n_rows = len(ids) + len(draft)
+        n_logits = n_rows if all_logits else 1 + len(draft)
+        self.check_growth(n_rows, room, n_logits)
+        self.kv.make_room(self.kv.length + n_rows, room)
+        logits = self.run(ids, n_logits, draft)
         self.pending = []
-        return logits if all_logits else logits[0]
+        return logits if all_logits or draft else logits[0]
 
-    def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
+    def accept(self) -> None:
+        """Append the one pending token, which is the next of the draft: it was run already."""
+        if not self.usable:
+            raise ValueError("there is no complete conversation to extend; call prefill first")
+        self.usable = False
+        self.model.accept()
+        self.ids += self.pending
+        self.pending = []
+        self.accepted += 1
+        self.usable = True
+
+    def run(self, ids: list[int], n_logits: int = 1, draft=()) -> Tensor:
         self.usable = False
         self.steps += 1
-        logits = self.model.step(torch.tensor(ids), n_logits)
+        logits = self.model.step(torch.tensor([*ids, *draft]), n_logits, len(draft))
         logits = logits.clone()  # a normal tensor, which callers may write to
         # this waits for the device too, so the seconds in stats are of finished work
         if not logits.sum().isfinite():
@@ -238,6 +256,7 @@ class Engine:
             )
         self.usable = True
         self.ids += ids
+        self.drafted += len(draft)
         return logits
 
     def rewind(self, n: int | None = None) -> None:
@@ -332,11 +351,13 @@ class Engine:
     def check_growth(self, n_rows: int, room: int, n_logits: int) -> None:
         """Raise ValueError unless n_rows more tokens, and room after them, fit beside what is here.
 
-        A plain decode step grows nothing and is not checked: asking what is free takes 1 ms.
+        A decode step was planned, mostly grows nothing and is then not checked: asking what is free
+        takes 1 ms.
         """
         kv = self.kv
         end = kv.length + n_rows
-        if n_rows == 1 and kv.growth_bytes(end) == 0 and not kv.exchange_allocates():
+        planned = n_rows <= STEP_ROWS and n_logits <= STEP_ROWS
+        if planned and kv.growth_bytes(end) == 0 and not kv.exchange_allocates():
             return
         slots = [stage.n_slots for stage in kv.stages]
         n_tail = end - kv.tail_start
@@ -385,16 +406,20 @@ class Engine:
         keep_last=0,
         reserve=None,
         on_token=None,
+        draft=None,
     ) -> Iterator[int]:
         """Return an iterator of new ids after a prompt, or after a follow-up to the conversation.
 
         temperature: 0 is greedy. top_p: keep the likeliest tokens of that total probability.
         schedule, keep_last, reserve: as in `prefill`. on_token(token, logits (V,)) sees every
-        choice, also of a stop token. Ends at max_new_tokens or before a stop token, which is not
-        yielded. Raises ValueError at once for wrong arguments, and later if the engine was used for
-        something else in between.
+        choice, also of a stop token. draft: tokens to guess at most and run in one step
+        (planning/lookup.py), by default what pays on this device, 0 for none. They change no answer
+        but by rounding, and in a pruned run because blocks are chosen once a step. Ends at
+        max_new_tokens or before a stop token, which is not yielded. Raises ValueError at once for
+        wrong arguments, and later if the engine was used for something else in between.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
+        check_draft(draft)
         check_count(keep_last, "keep_last")
         ids = self.check_ids(ids)
         if follow_up and (schedule is not None or keep_last):
@@ -415,10 +440,14 @@ class Engine:
                 logits = self.extend(ids, room=at_most(max_new_tokens, reserve))
             else:
                 logits = self.prefill(ids, max_new_tokens, schedule, keep_last, reserve)
+            lookup = Lookup(self.ids, row_cost(self.ckpt))
+            most = self.draft if draft is None else draft
+            drafted = []  # tokens that were run already, if they are what comes
+            after = logits[None]  # logits after the last token and after each drafted one
             for n_left in reversed(range(max_new_tokens)):
-                token = sample(logits, temperature, top_p, rng)
+                token = sample(after[0], temperature, top_p, rng)
                 if on_token is not None:
-                    on_token(token, logits)
+                    on_token(token, after[0])
                 if token in self.ckpt.stop:
                     return
                 self.pending = [token]
@@ -429,8 +458,18 @@ class Engine:
                         "the engine was used while it generated, but holds one conversation; "
                         "load a second engine"
                     )
-                if n_left:
-                    logits = self.extend(room=at_most(n_left - 1, reserve))
+                if not n_left:
+                    return
+                accepted = drafted[:1] == [token]
+                lookup.add(token, accepted)
+                if accepted:
+                    self.accept()
+                    drafted = drafted[1:]
+                    after = after[1:]
+                else:
+                    drafted = lookup.draft(min(most, n_left - 1))
+                    room = at_most(n_left - 1 - len(drafted), reserve)
+                    after = self.extend(all_logits=True, room=room, draft=drafted)
 
         return stream()
 
@@ -440,7 +479,8 @@ class Engine:
         last_boundary = self.kv.stages[-1].layers.start  # 0 if nothing is pruned
         heads = [name for name in self.running.heads if int(name.split(".")[0]) < last_boundary]
         ranking = {"score": self.running.rule.name, "lookup_heads": heads}
-        return self.kv.stats() | ranking | {"prefill_s": self.prefill_s}
+        drafts = {"drafted": self.drafted, "accepted": self.accepted}
+        return self.kv.stats() | ranking | drafts | {"prefill_s": self.prefill_s}
 
 
 def at_most(n: int, limit: int | None) -> int:

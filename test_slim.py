@@ -373,7 +373,8 @@ class Oracle:
         lacking.sort(key=lambda b: (-scores[b], b))
         held = {b for b in lacking if scores[b] < last + self.revive_margin}
         if self.revive_at_most is not None:
-            held |= set(lacking[self.revive_at_most * min(self.window, self.n - self.start) :])
+            n_new = min(self.window, self.n - self.n_drafted - self.start)
+            held |= set(lacking[self.revive_at_most * n_new :])
         return held
 
     # ---- a boundary
@@ -385,9 +386,11 @@ class Oracle:
         found = queries
         if self.rule != "paper":
             found = {row: dict(worth) for row, worth in self.worth.items()}
-        newest = max(self.start, self.n - self.window)  # older rows only survived, and ask nothing
-        asking = [found[row] for row in sorted(found) if row >= newest]
+        certain = self.n - self.n_drafted
+        newest = max(self.start, certain - self.window)  # older rows only survived, and ask nothing
+        asking = [found[row] for row in sorted(found) if newest <= row < certain]
         self.newest[p] = (self.newest[p] + asking)[-self.window :]
+        self.late[p] = [found[row] for row in sorted(found) if row >= certain]
         below = self.boundary_below(p - 1)
         candidates = set(range(self.last + 1)) if below is None else self.active[below]
         k = max(2, self.schedule[p] // self.block_len)
@@ -411,9 +414,14 @@ class Oracle:
 
     # ---- a step
 
-    def step(self, ids):
-        """Run new tokens through all layers; return the logits after the last."""
+    def step(self, ids, n_drafted=0):
+        """Run new tokens through all layers; return the logits after the last.
+
+        The last n_drafted do not choose blocks, but count for the next step's choice.
+        """
         self.start = self.n
+        self.n_drafted = n_drafted
+        self.late = {}
         if self.start == 0:
             self.prompt = len(ids)
             self.last = (len(ids) - 1) // self.block_len  # block
@@ -440,6 +448,8 @@ class Oracle:
             for row in x:
                 h = self.norm(x[row], name + "post_attention_layernorm.weight")
                 x[row] = x[row] + self.ffn(layer, h)
+        for p, found in self.late.items():
+            self.newest[p] = (self.newest[p] + found)[-self.window :]
         head = self.w.get("lm_head.weight", embed)
         return head @ self.norm(x[self.n - 1], "model.norm.weight")
 
@@ -584,6 +594,50 @@ def test_where_lookup_heads_made_the_schedule_the_prompt_is_read_locally(tiny, m
     assert wide.stats["local_rows"] == 1024
     set_lookup_heads(monkeypatch)
     assert window() == 0  # the probe found none
+
+
+DRAFTING = [  # schedule, gamma, rule, window
+    ({}, 1.0, "peak", 4),
+    ({1: 64, 2: 40, 3: 24}, 0.9, "paper", 4),
+    ({1: 64, 2: 40, 3: 24}, 1.0, "peak", 4),
+    ({2: 64, 4: 40}, 1.0, "lookup", 20),
+    ({1: 64, 3: 32}, 1.0, "peak", 1),
+]
+
+
+@pytest.mark.parametrize("schedule, gamma, rule, window", DRAFTING)
+@hypothesis_settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_drafted_tokens_count_once_accepted_and_leave_nothing_if_not(
+    tiny, tmp_path_factory, schedule, gamma, rule, window, seed
+):
+    """The oracle never sees a rejected token, nor lets an accepted one choose in its own step."""
+    rng = random.Random(seed)
+    heads = LOOKUP_HEADS if rule == "lookup" else ()
+    score = dataclasses.replace(prune.RULES["lookup"], heads=heads) if heads else rule
+    oracle = Oracle(tiny, schedule, 8, 4, window, gamma, rule, heads)
+    settings = dict(block_len=8, unit_len=4, window=window, gamma=gamma, chunk=rng.choice((3, 0)))
+    engine = slim.load(tiny, "cpu", "float64", schedule, score, **settings)
+    ids = draw(400, seed)
+    compare(oracle, [engine], ids, [150])
+    for _ in range(12):
+        n_certain = rng.choice((1, 1, 1, 2, 7))
+        n_accepted = rng.randrange(5)
+        certain = ids[oracle.n : oracle.n + n_certain]
+        accepted = ids[oracle.n + n_certain :][:n_accepted]
+        want = oracle.step(certain + accepted, n_accepted)
+        got = engine.extend(certain, draft=accepted + draw(rng.randrange(5), rng.random()))
+        for token in accepted:
+            engine.pending = [token]
+            engine.accept()
+        got = got[n_accepted] if got.ndim == 2 else got
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+        assert engine.ids == ids[: oracle.n] and engine.kv.length == oracle.n
+    file = tmp_path_factory.mktemp("drafting") / "talk.slim"
+    engine.save(file)
+    engine.resume(file)
+    compare(oracle, [engine], ids, range(oracle.n + 1, oracle.n + 4))
+    assert oracle.swaps > 0 or not schedule
 
 
 OTHERS = "qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn"
@@ -788,6 +842,69 @@ def test_sampling_is_repeatable_and_within_top_p(tiny):
     assert {slim.sample(logits, 1.0, 0.6, g) for _ in range(50)} == {0}
     assert {slim.sample(logits, 1.0, 0.61, g) for _ in range(50)} == {0, 1}
     assert slim.sample(logits, 0.0, 1.0, g) == 0
+
+
+STORY = draw(25) * 3  # a text that repeats itself, so that something can be looked up
+
+
+class Guesses:
+    """Drafts of an answer that is known, sometimes right for a while, in place of a lookup."""
+
+    def __init__(self, answer):
+        self.n = 0
+        self.answer = answer
+        self.rng = random.Random(len(answer))
+
+    def add(self, token, accepted):
+        self.n += 1
+
+    def draft(self, most):
+        right = self.answer[self.n :][: self.rng.randrange(6)]
+        return (right + draw(self.rng.randrange(3), self.n))[:most]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_drafts_change_no_answer(tiny, monkeypatch, temperature):
+    """Greedy or sampled, of any length: the same tokens from fewer steps."""
+    engine = slim.load(tiny, "cpu", "float64", "dense")
+    sampling = dict(temperature=temperature, top_p=0.9, seed=3)
+    want = list(engine.generate(STORY, 40, draft=0, **sampling))
+    assert engine.stats["drafted"] == 0
+    if temperature == 0:
+        assert list(engine.generate(STORY, 40, draft=16)) == want
+        assert engine.stats["accepted"] > 0
+    monkeypatch.setattr(slim, "Lookup", lambda *_: Guesses(want))
+    for n, draft in ((40, 1), (40, 3), (40, 16), (40, None), (1, 16), (2, 16), (7, 16), (39, 16)):
+        steps = engine.steps
+        assert list(engine.generate(STORY, n, draft=draft, **sampling)) == want[:n]
+        assert engine.ids == STORY + want[: n - 1] and engine.kv.length == len(engine.ids)
+        stats = engine.stats
+        assert n < 9 or 0 < stats["accepted"] < stats["drafted"]
+        assert engine.steps - steps == n - stats["accepted"]
+
+
+def test_an_answer_that_stops_amid_a_draft_goes_on_from_what_was_said(tiny, tmp_path, monkeypatch):
+    """Tokens that were run ahead, and neither said nor kept, must not be in the conversation."""
+    engine = slim.load(tiny, "cpu", "float64", "dense")
+    want = list(engine.generate(STORY, 20, draft=0))
+    monkeypatch.setattr(slim, "Lookup", lambda *_: Guesses(want))
+    for n in range(1, 12):
+        answer = engine.generate(STORY, 20)
+        assert [next(answer) for _ in range(n)] == want[:n]
+        engine.save(tmp_path / "talk.slim")
+        assert next(answer) == want[n]  # a save changes nothing
+        assert engine.ids + engine.pending == STORY + want[: n + 1]
+        after = engine.extend([1, 2, 3])
+        with pytest.raises(ValueError, match="used while it generated"):
+            next(answer)
+        engine.rewind(len(STORY))
+        torch.testing.assert_close(engine.extend(want[: n + 1] + [1, 2, 3]), after)
+        engine.resume(tmp_path / "talk.slim")
+        torch.testing.assert_close(engine.extend([want[n], 1, 2, 3]), after)
+    for stop in want:
+        engine.ckpt.stop.add(stop)
+        assert list(engine.generate(STORY, 20)) == want[: want.index(stop)]
+        engine.ckpt.stop.clear()
 
 
 def test_a_follow_up_sees_the_last_generated_token(tiny):

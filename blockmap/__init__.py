@@ -29,10 +29,10 @@ INFINITE = 1e300  # stands for infinity, which JSON lacks; the page calls such a
 class Recorder:
     """Record every choice of blocks of one conversation; a new prompt starts afresh.
 
-    Takes two of the model's hooks. record: {"n_prompt", "block_len", "stages", "steps"}. A stage:
+    Takes three of the model's hooks. record: {"n_prompt", "block_len", "stages", "steps"}. A stage:
     {"candidates", "scores", "seen", "active"} of the prompt's step, "seen" being the layer that
     gave the score. A step: {"at": tokens before it, "pending": how many of its own tokens the model
-    wrote, "moves": [[stage, in, out, revived]]}.
+    wrote, drafted ones too, "moves": [[stage, in, out, revived]]}.
     """
 
     def __init__(self, engine, record: dict | None = None):
@@ -43,6 +43,7 @@ class Recorder:
         self.riding: set[int] = set()  # blocks whose rows come up from the stage below
         engine.model.on_scores = self.on_scores
         engine.model.on_select = self.on_select
+        engine.model.on_accept = self.on_accept
 
     def on_scores(self, layer: int, scores) -> None:
         if self.engine.kv.length > 0:
@@ -67,6 +68,10 @@ class Recorder:
                 self.record["steps"].append(step)
                 self.riding = set()
             self.add_moves(i, active)
+
+    def on_accept(self) -> None:
+        if self.record.get("steps"):
+            self.record["steps"][-1]["pending"] += 1
 
     def first_choice(self, i: int, candidates: list[int], scores, active: set[int]) -> dict:
         """Return what stage i chose in the prompt's step, and why."""

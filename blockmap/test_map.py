@@ -186,6 +186,21 @@ def test_a_map_holds_the_text_whatever_it_says(talking, tmp_path):
     assert (tmp_path / "map.html").read_text("utf-8") == html
 
 
+def test_accepted_drafts_are_shown_as_written(tiny):
+    """They come with a step of another token, and would else look like a question."""
+    engine = slim.load(tiny, "cpu", "float32", {1: 64, 3: 32}, block_len=8, unit_len=4)
+    recorder = blockmap.Recorder(engine)
+    engine.prefill(draw(100))
+    engine.pending = [1]
+    engine.extend(draft=[2, 3, 4])
+    for token in (2, 3):
+        engine.pending = [token]
+        engine.accept()
+    engine.extend([5, 6])
+    turns = blockmap.spoken(engine.kv, recorder.record["steps"])
+    assert [(turn["at"], turn["kind"]) for turn in turns] == [(100, "written"), (103, "asked")]
+
+
 def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):
     """Nothing is chosen, so no record is asked for."""
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30, schedule={})

@@ -111,6 +111,8 @@ def run(args, progress: Progress) -> int:
         n_prompt = max(1, len(ids))
     engine = start(ckpt, n_prompt, args.max_new_tokens, progress.loading)
     engine.tokenizer = tok
+    if args.draft is not None:
+        engine.draft = args.draft
     say(describe(engine.ckpt, n_prompt))
     if server:
         return serve.run(server, engine, tok, args, say)

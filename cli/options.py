@@ -10,7 +10,7 @@ import prune
 import slim
 from loading.files import check_path, one_line
 from loading.saved import read_saved
-from planning.settings import LOCAL_WINDOW, Settings, check_sampling
+from planning.settings import LOCAL_WINDOW, Settings, check_draft, check_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = {
@@ -68,6 +68,10 @@ def add_answering(add) -> None:
     end = "end before this text, taken as it is (bash writes a newline as $'\\n'); may be repeated"
     add("--stop", metavar="TEXT", action="append", help=end)
     add("--seed", **COUNT, help="makes sampling repeatable")
+    guesses = (
+        "tokens to guess at most from the text, and check in one step; 0: none; else what pays"
+    )
+    add("--draft", **COUNT, help=guesses)
 
 
 def add_showing(add) -> None:
@@ -191,6 +195,7 @@ EXCLUDED = {  # an option: those that do not go with it
 def check_args(args) -> None:
     """Raise ValueError for arguments that do not go together."""
     check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    check_draft(args.draft)
     check_excluded(args.given)
     check_texts(args)
     if args.compare and len(args.ask) > 1:

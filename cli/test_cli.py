@@ -303,6 +303,7 @@ WRONG = {  # arguments: what the one line must name
     "--temperature nan": "--temperature",
     "--temperature 1e-320": "--temperature",
     "--seed -1": "--seed",
+    "--draft 17": "--draft 17",
     "--dense --schedule 2:512": "--dense",
     "--dense --compare": "--dense",
     "--compare --schedule dense": "--compare",
@@ -469,6 +470,8 @@ def test_json_holds_what_the_engine_counted(cli):
         "kv_dense_bytes",
         "swaps",
         "revived",
+        "drafted",
+        "accepted",
         "lookup_heads",
         "score",
     }

@@ -465,6 +465,7 @@ class Engine(slim.Engine):
 
     prefill = commanded(slim.Engine.prefill)
     extend = commanded(slim.Engine.extend)
+    accept = commanded(slim.Engine.accept)
     forget = commanded(slim.Engine.forget)
     rewind = commanded(slim.Engine.rewind)
 
@@ -499,9 +500,9 @@ class Engine(slim.Engine):
         """Ask every rank at every step: some may have to allocate where others need not."""
         self.ranks.together(lambda: slim.Engine.check_growth(self, *args))
 
-    def run(self, ids: list[int], n_logits: int = 1) -> Tensor:
+    def run(self, *args) -> Tensor:
         """Run a step; return rank 0's logits on every rank that may sample from them."""
-        logits = super().run(ids, n_logits)
+        logits = super().run(*args)
         return logits if self.ranks.role else self.ranks.first(logits)
 
     def generate(

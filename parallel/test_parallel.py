@@ -307,6 +307,31 @@ def test_a_saved_conversation_opens_on_any_number_of_ranks(folders, tmp_path):
             assert all((found[key] - want[key]).abs().max() < 1e-10 for key in want)
 
 
+def test_ranks_draft_and_accept_as_one_does(folders, tmp_path):
+    """Blocks, counters and tokens; an accepted token counts on every rank."""
+
+    def work():
+        engine = load(
+            folders["llama3-gqa"],
+            "cpu",
+            dtype="float64",
+            schedule={2: 96, 3: 64},
+            score=RULES["lookup"],
+            block_len=16,
+            unit_len=4,
+        )
+        tokens = list(engine.generate(draw(50) * 6, 60, draft=16))
+        after = engine.extend([1, 2, 3]).tolist()
+        names = "swaps", "revived", "tokens", "drafted", "accepted"
+        return tokens, after, [engine.stats[name] for name in names]
+
+    tokens, after, counts = work()
+    assert 0 < counts[-1] < counts[-2]
+    for ranks_tokens, ranks_after, ranks_counts in Group(tmp_path, 2, work).results():
+        assert (ranks_tokens, ranks_counts) == (tokens, counts)
+        assert max(abs(a - b) for a, b in zip(ranks_after, after)) < 1e-10
+
+
 @pytest.mark.parametrize("n, steps", [(2, 200), (4, 40)])
 def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path, n, steps):
     """Sampled, with a seed and logits of each rank's own: rank 0's count."""

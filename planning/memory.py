@@ -13,9 +13,10 @@ from loading.weights import weight_bytes
 from model import TILE, rows_at_once
 from planning.checkpoint import Checkpoint
 from planning.schedule import format_schedule
-from planning.settings import env_number
+from planning.settings import MOST_DRAFTED, env_number
 
 KERNEL_BYTES = 2**26  # reserved for kernel code, scratch buffers and malloc fragmentation
+STEP_ROWS = 1 + MOST_DRAFTED  # of a decode step
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def plan(
     if homes is None:
         parts += temporaries(ckpt, slots, n_last, n_last, first=True)
     if n_new:
-        parts += temporaries(ckpt, slots, 1, n_last + n_new)
+        n_rows = min(n_new, STEP_ROWS)
+        parts += temporaries(ckpt, slots, n_rows, n_last + n_new, n_logits=n_rows)
     largest, temporary = max(parts, key=lambda part: part[1])
     return Plan(
         weights=weight_bytes(config, ckpt.dtype),

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 LOCAL_WINDOW = 256  # tokens; with 1,024 answers were no better (bench/README.md)
+MOST_DRAFTED = 16  # tokens of a draft: more rows would cost more than one everywhere
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
         )
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise ValueError(f"--seed {seed!r} is not a whole number within 0..{2**63 - 1}")
+
+
+def check_draft(draft) -> None:
+    if draft is not None and (type(draft) is not int or not 0 <= draft <= MOST_DRAFTED):
+        raise ValueError(
+            f"--draft {draft!r} must be a whole number of tokens within 0..{MOST_DRAFTED}; "
+            "0 drafts none"
+        )
 
 
 def env_number(name: str, default: int = 1, least: int = 1) -> int:
