@@ -33,6 +33,7 @@ import slim
 from bench import shapes, speed
 from conftest import draw, make_checkpoint
 from loading.config import parse_config
+from loading.quantised import Held, Matrix
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -368,7 +369,7 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
 
 
 def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
-    """Parts of all ranks make the whole, none twice; FP8 scales are cut with their tiles."""
+    """Parts of all ranks make the whole, none twice, be they plain or widened as they are read."""
 
     class File:
         def __init__(self, shapes):
@@ -390,9 +391,8 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
         num_key_value_heads=4,
     )
     config = parse_config(raw, "x")
-    object.__setattr__(config, "tile", (16, 32))
     q, o = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
-    shapes = {q: (128, 64), o: (64, 128), q + "_scale_inv": (8, 2), o + "_scale_inv": (4, 4)}
+    shapes = {q: (128, 64), o: (64, 128)}
     ckpt = slim.Checkpoint(
         Path("x"),
         config,
@@ -414,32 +414,22 @@ def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):
             dim = int("o_proj" in name)
             assert torch.equal(torch.cat(pieces, dim), File(shapes).get_tensor(name)), name
             assert all(piece.shape[dim] == shapes[name][dim] // n for piece in pieces)
-    for rank in range(2):
-        with pytest.raises(
-            ValueError, match="8 ranks would cut through the FP8 tiles of 16 x 32 weights, at 16"
-        ):
-            parallel.split(ckpt, Rank(rank, 8))
-    odd = replace(
-        ckpt, config=replace(config, hidden_dim=129)
-    )  # its last tile is a piece, and stays whole
+    odd = replace(ckpt, config=replace(config, hidden_dim=129))  # parts of unequal size
     gate, down = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
-    shapes |= {
-        gate: (129, 64),
-        down: (64, 129),
-        gate + "_scale_inv": (9, 2),
-        down + "_scale_inv": (4, 5),
-    }
+    shapes |= {gate: (129, 64), down: (64, 129)}
     odd.tensors.update(dict.fromkeys(shapes, File(shapes)))
     parts = [parallel.split(odd, Rank(r, 2)) for r in range(2)]
-    for name in (gate, down, gate + "_scale_inv", down + "_scale_inv"):
+    for name in (gate, down):
         pieces = [part.tensors[name].get_tensor(name) for part in parts]
-        assert torch.equal(torch.cat(pieces, int("down" in name)), File(shapes).get_tensor(name)), (
-            name
-        )
-    with pytest.raises(
-        ValueError, match="2 ranks would cut through the FP8 tiles of 16 x 32 weights, at 129"
-    ):
-        parallel.split(replace(odd, config=replace(odd.config, fused=True)), Rank(1, 2))
+        assert torch.equal(torch.cat(pieces, int("down" in name)), File(shapes).get_tensor(name))
+        whole = File(shapes).get_tensor(name)
+        widened = Held(partial(Matrix, "x", shapes[name], lambda a, b, w=whole: w[a:b].float()))
+        odd.tensors[name] = widened
+    parts = [parallel.split(odd, Rank(r, 2)) for r in range(2)]
+    for name in (gate, down):
+        pieces = [torch.cat([*part.tensors[name].get_tensor(name).chunks()]) for part in parts]
+        whole = File(shapes).get_tensor(name).float()
+        assert torch.equal(torch.cat(pieces, int("down" in name)), whole)
     for field in ("hidden_dim", "vocab_size", "dim"):
         with pytest.raises(ValueError, match="4 ranks cannot share 3 columns"):
             parallel.split(replace(ckpt, config=replace(config, **{field: 3})), Rank(0, 4))
