@@ -687,8 +687,8 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def row_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend one newest q (1, H, D) to all of k and v (S, G, D): (1, H*D).
 
-    The query heads of a KV head are the kernel's rows, so that they read its keys once. A CPU's
-    kernel gives each KV head to one thread, so keys are cut in parts until every thread has as many.
+    The query heads of a KV head are the kernel's rows, so that they read its keys once. A CPU gives
+    each KV head to one thread, so keys are cut into parts until every thread gets as many.
     """
     n_kv_heads, head_dim = k.shape[1:]
     q = q.view(1, n_kv_heads, -1, head_dim)  # (1, G, H/G, D)

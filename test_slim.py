@@ -133,9 +133,31 @@ def test_attention_of_newest_rows_is_the_plain_softmax(dtype):
         torch.testing.assert_close(attend(q, k, v).double(), want, atol=atol, rtol=0)
     row = model.row_attention(q[-1:], k, v)
     torch.testing.assert_close(row.double(), want[-1:], atol=atol, rtol=0)
+    for n_parts in (2, 3):  # 4,096 keys are not three equal parts
+        row = model.row_attention_in_parts(q[-1:].view(1, 2, 3, 64), k, v, n_parts)
+        torch.testing.assert_close(row.view(1, -1).double(), want[-1:], atol=atol, rtol=0)
     torch.testing.assert_close(
         model.attention_weights(q, k).double(), weights.flatten(1, 2), atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    "threads, kv_heads, n_keys, want",
+    [(2, 3, 4096, 2), (2, 4, 4096, 1), (16, 2, 4096, 4), (2, 3, 2000, 1)],
+)
+def test_every_thread_gets_as_many_keys_of_one_row(monkeypatch, threads, kv_heads, n_keys, want):
+    """With two KV heads and sixteen threads, fourteen would wait; short parts cost more."""
+    made = []
+
+    def in_parts(q, k, v, n_parts):
+        made.append(n_parts)
+        return torch.zeros(kv_heads, 2, 8)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(model, "row_attention_in_parts", in_parts)
+    k = torch.randn(n_keys, kv_heads, 8)
+    model.row_attention(torch.randn(1, 2 * kv_heads, 8), k, k)
+    assert made == ([want] if want > 1 else [])
 
 
 def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeypatch):
