@@ -389,10 +389,9 @@ class KVCache:
 
     # ---- keys and values ------------------------------------------------------------
 
-    def append(self, layer: int, slab_rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values (T, G, D) to slab rows (T,)."""
-        self.slabs[layer][0].index_copy_(1, slab_rows, keys.transpose(0, 1))
-        self.slabs[layer][1].index_copy_(1, slab_rows, values.transpose(0, 1))
+    def append(self, layer: int, slab_rows: Tensor, kv: Tensor) -> None:
+        """Write keys and values (T, 2, G, D) to slab rows (T,)."""
+        self.slabs[layer].index_copy_(2, slab_rows, kv.permute(1, 2, 0, 3))
 
     def read(self, layer: int, n: int) -> Tensor:
         """Return the first n slab rows of a layer as a view (2, n, G, D): keys, values."""

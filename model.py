@@ -15,6 +15,7 @@ blocks, B block_len, W newest tokens that rank the blocks; t rows of a chunk, w 
 have a row in a stage.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+LEAST_PART = 1024  # keys: to join parts that are smaller costs more than their threads save
 TILE = 256  # positions; a tile's rows share a local window, so that they are one call
 LAST_ROWS = 512  # of the prompt, at least, see everything: they rank the blocks
 
@@ -122,7 +124,7 @@ class Rows:
     """Where the rows of x stand in the text, and their keys in the slabs of one stage."""
 
     pos: Tensor  # (T,)
-    cos: Tensor  # (T, 1, R/2), R dims that RoPE turns
+    cos: Tensor  # (T, 1, R), R dims that RoPE turns
     sin: Tensor
     query_scale: Tensor | None  # (T, 1, 1), by position, if the family has one
     slab_rows: Tensor  # (T,) where their keys go
@@ -194,10 +196,10 @@ class Model:
             kv.local_rows += rows.n_local
             below_top = i + 1 < len(kv.stages)
             for layer in stage.layers:
-                queries, row_weights = self.attention(layer, x, rows)
+                queries = self.attention(layer, x, rows)
                 self.on_queries(layer, queries)
                 if below_top:
-                    ranking.see(layer, stage, rows, queries, row_weights)
+                    ranking.see(layer, stage, rows, queries)
                 move = None
                 if below_top and layer == stage.layers[-1]:
                     x, blocks, move = self.boundary(i + 1, x, blocks, ranking)
@@ -266,7 +268,7 @@ class Model:
         return 0
 
     def rope(self, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return RoPE's cos and sin (T, 1, R/2) and the queries' scale (T, 1, 1), if there is one.
+        """Return cos and sin (T, 1, R) for `rotate` and the queries' scale (T, 1, 1), if any.
 
         Computed in float32 even for a float64 run, as the reference implementations do.
         """
@@ -277,75 +279,70 @@ class Model:
         factor = scaling.get("attention_factor", 1.0)
         cos = (angles.cos() * factor).to(self.wide)
         sin = (angles.sin() * factor).to(self.wide)
+        cos = torch.cat([cos, cos], dim=-1)
+        sin = torch.cat([-sin, sin], dim=-1)
         if "llama_4_scaling_beta" not in scaling:
             return cos, sin, None
         times = (pos[:, None, None].float() / original).floor()  # (T, 1, 1)
         query_scale = 1 + scaling["llama_4_scaling_beta"] * torch.log(1 + times)
         return cos, sin, query_scale.to(self.wide)
 
-    def attention(self, layer: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def attention(self, layer: int, x: Tensor, rows: Rows) -> Tensor:
         """Add attention to x (T, C) in place, chunk by chunk, appending keys and values.
 
-        Returns the queries (w, H, D) of the newest tokens that have a row here and, for a single
-        new row, its weights (1, H, S), which attention computes anyway.
+        Returns the queries (w, H, D) of the newest tokens that have a row here.
         """
         self.kv.wait(layer)
         n_newest = len(rows.newest)
         newest = x.new_empty(0, self.config.n_heads, self.config.head_dim)
-        weights = None
         for start, stop, revived in chunks(rows.n_revived, len(x), self.chunk):
-            q, weights = self.attend(layer, x, rows, start, stop, revived)
+            q = self.attend(layer, x, rows, start, stop, revived)
             if not revived:
                 newest = torch.cat([newest, q[-n_newest:]])[-n_newest:]
-        return newest, weights
+        return newest
 
     def attend(self, layer: int, x: Tensor, rows: Rows, start: int, stop: int, revived: bool):
-        """Add attention to rows start..stop-1 of x in place; see `attention`.
-
-        Returns their queries (t, H, D) and, if they are the one new row, its weights (1, H, S).
-        """
+        """Add attention to rows start..stop-1 of x in place; return their queries (t, H, D)."""
         w = self.weights.layers[layer]
         part = x[start:stop]  # (t, C)
-        q, k, v = self.project(layer, part, rows, start, stop)
-        self.kv.append(layer, rows.slab_rows[start:stop], k, v)
+        q, kv = self.project(layer, part, rows, start, stop)
+        self.kv.append(layer, rows.slab_rows[start:stop], kv)
         n_keys = len(rows.key_pos) if revived else rows.keys_before + stop
         self.on_chunk(layer, stop - start, n_keys)
         keys, values = self.kv.read(layer, n_keys)  # (S, G, D)
-        weights = None
         if revived:
             mask = rows.key_pos <= rows.pos[start:stop, None]  # (t, S)
             out = masked_attention(q, keys, values, mask)  # (t, H*D)
-        elif len(x) - rows.n_revived == 1:
-            out, weights = row_attention(q, keys, values)
         elif start < rows.n_local:  # here a row's place in x and in the slab is its position
             out = local_attention(q, keys, values, rows.n_local, self.local)
+        elif len(q) == 1:
+            out = row_attention(q, keys, values)
         else:
             out = causal_attention(q, keys, values)
         self.add(part, out, w.wo)
         if w.bo is not None:
             part.add_(w.bo)
-        return q, weights
+        return q
 
     def project(
         self, layer: int, x: Tensor, rows: Rows, start: int, stop: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (t, H, D), k and v (t, G, D) of rows x (t, C), which are rows start..stop-1."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return q (t, H, D), and keys and values (t, 2, G, D), of rows x (t, C), start..stop-1."""
         c = self.config
         w = self.weights.layers[layer]
-        n_heads, n_kv_heads = c.n_heads, c.n_kv_heads
-        qkv = F.linear(F.rms_norm(x, (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
+        qkv = linear(F.rms_norm(x, (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
         qkv = qkv.view(len(x), -1, c.head_dim)  # (t, H + 2G, D)
-        qk, v = qkv.split([n_heads + n_kv_heads, n_kv_heads], dim=1)
+        q = qkv[:, : c.n_heads]
+        kv = qkv[:, c.n_heads :].unflatten(1, (2, c.n_kv_heads))
         if w.q_norm is not None:
-            q = F.rms_norm(qk[:, :n_heads], (c.head_dim,), w.q_norm, c.norm_eps)
-            k = F.rms_norm(qk[:, n_heads:], (c.head_dim,), w.k_norm, c.norm_eps)
-            qk = torch.cat([q, k], dim=1)
+            k = kv[:, 0]
+            q.copy_(F.rms_norm(q, (c.head_dim,), w.q_norm, c.norm_eps))
+            k.copy_(F.rms_norm(k, (c.head_dim,), w.k_norm, c.norm_eps))
         if layer not in c.no_rope:
-            qk = rotate(qk, rows.cos[start:stop], rows.sin[start:stop])
-        q, k = qk.split([n_heads, n_kv_heads], dim=1)
+            rotate(qkv[:, : c.n_heads + c.n_kv_heads], rows.cos[start:stop], rows.sin[start:stop])
         if rows.query_scale is not None:
             q = (q * rows.query_scale[start:stop]).to(q.dtype)
-        return q, k, v
+        return q, kv
 
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
@@ -356,7 +353,7 @@ class Model:
     def ffn_inner(self, w: Layer, x: Tensor) -> Tensor:
         """Return the FFN's inner states (t, F) of rows x (t, C)."""
         x = F.rms_norm(x, (self.config.dim,), w.ffn_norm, self.config.norm_eps)
-        gate, up = F.linear(x, w.w_gate_up).chunk(2, dim=-1)
+        gate, up = linear(x, w.w_gate_up).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     # ---- what `parallel` overrides: sums over heads and FFN columns, and a cut vocabulary ------
@@ -365,11 +362,11 @@ class Model:
         return self.weights.embed[ids]
 
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights.head)
+        return linear(x, self.weights.head)
 
     def add(self, x: Tensor, out: Tensor, w: Tensor) -> None:
         """Add out (t, K) times w (C, K) to x (t, C) in place."""
-        x.addmm_(out, w.t())
+        add_product(x, out, w)
 
     def join_scores(self, scores: Tensor, at_boundary: bool) -> None:
         """Make scores (W, N+1) the maximum over all ranks' heads; one rank has it already."""
@@ -450,8 +447,8 @@ class Ranking:
         self.n_newest = n_newest - n_drafted  # that choose
         self.n_drafted = n_drafted  # that do not count yet
 
-    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
-        """Look at a layer: its newest queries (w, H, D); weights (1, H, S) of a single row."""
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor) -> None:
+        """Look at a layer: its newest queries (w, H, D)."""
         raise NotImplementedError
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
@@ -475,7 +472,7 @@ class WeightRanking(Ranking):
         self.padded = torch.full(shape, -torch.inf, dtype=model.wide, device=model.kv.device)
         self.scores = self.padded[:, :n_blocks]  # (W, N)
 
-    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor) -> None:
         """Let the rule score what it is given; raise ValueError for a result of another shape."""
         at_boundary = layer == stage.layers[-1]
         if not self.rule.every_layer:
@@ -484,7 +481,7 @@ class WeightRanking(Ranking):
             self.padded.fill_(-torch.inf)
         heads = range(queries.shape[1]) if self.rule.heads is None else self.rule.heads[layer]
         if len(heads):
-            parts = self.block_weights(layer, stage, rows, queries, row_weights, heads)
+            parts = self.block_weights(layer, stage, rows, queries, heads)
             for newest, of_blocks in parts:
                 self.score(newest, stage.blocks, of_blocks)
         self.model.join_scores(self.padded, at_boundary)
@@ -498,7 +495,7 @@ class WeightRanking(Ranking):
         where = newest[:, None], blocks
         self.padded[where] = torch.maximum(self.padded[where], scores.to(self.padded.dtype))
 
-    def block_weights(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, weights, heads):
+    def block_weights(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, heads):
         """Yield few of the newest tokens (t,) at a time, and their weights (t, heads, N, B)."""
         kv = self.model.kv
         n_keys = rows.keys_before + len(rows.pos)
@@ -508,7 +505,7 @@ class WeightRanking(Ranking):
         for start in range(0, len(queries), few):
             part = queries[start : start + few]
             seen = n_keys - len(queries) + start + len(part)  # keys up to the last of these rows
-            of_keys = weights_of_heads(part, keys[:seen], heads, weights)  # (t, heads, seen)
+            of_keys = weights_of_heads(part, keys[:seen], heads)  # (t, heads, seen)
             # a slot that holds none of these keys has no weight: pad with zeros
             of_slots = F.pad(of_keys, (0, max(0, n_in_slots - seen)))[..., :n_in_slots]
             shape = len(part), -1, stage.n_slots, kv.block_len
@@ -538,7 +535,7 @@ class LookupRanking(WeightRanking):
 class KeyRanking(Ranking):
     """What a rule makes of the newest queries and the candidates' keys in the boundary's layer."""
 
-    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor, row_weights) -> None:
+    def see(self, layer: int, stage: Stage, rows: Rows, queries: Tensor) -> None:
         self.queries = queries
 
     def rank(self, below: Stage, stage: Stage) -> Tensor:
@@ -584,20 +581,37 @@ def chunks(n_revived: int, n_rows: int, chunk: int):
         yield start, min(start + chunk, n_rows), False
 
 
+# ---- products with weights ---------------------------------------------------------------
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Return x (t, K) times w (N, K), stored or packed (loading/weights.py), plus b (N,)."""
+    if w.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "none", [], "")
+    return F.linear(x, w, b)
+
+
+def add_product(x: Tensor, out: Tensor, w: Tensor) -> None:
+    """Add out (t, K) times w (C, K), stored or packed, to x (t, C) in place, rounded once."""
+    if w.is_mkldnn:
+        x.copy_(torch.ops.mkldnn._linear_pointwise.binary(out, x, w, None, "add"))
+    else:
+        x.addmm_(out, w.t())
+
+
 # ---- rotary position embedding ----------------------------------------------------------
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in split-half layout to the leading R dims of x (T, heads, D).
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Apply RoPE in split-half layout to the leading R dims of x (T, heads, D), in place.
 
-    cos and sin: (T, 1, R/2).
+    cos and sin: (T, 1, R), the sines of the first half negative.
     """
-    half = cos.shape[-1]
-    rest = x.shape[-1] - 2 * half
-    x1, x2, x3 = x.split([half, half, rest], dim=-1)  # (T, heads, R/2) twice, (T, heads, D-R)
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    return torch.cat([y1, y2, x3], dim=-1).to(x.dtype)
+    n_dims = cos.shape[-1]
+    part = x[..., :n_dims]
+    before = part.to(cos.dtype)
+    swapped = before.roll(n_dims // 2, -1)
+    part.copy_(before.mul(cos).addcmul_(swapped, sin))
 
 
 # ---- attention: of the newest rows, near or far, of one row, of revived rows -------------
@@ -678,16 +692,40 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(n_rows, -1)
 
 
-def row_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend one newest q (1, H, D) to k and v (S, G, D): (1, H*D), and the weights (1, H, S).
+def row_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend one newest q (1, H, D) to all of k and v (S, G, D): (1, H*D).
 
-    Two products and a softmax read keys and values once, as a fused kernel does, and leave
-    the weights for ranking the blocks.
+    The query heads of a KV head are the kernel's rows, so that they read its keys once. A CPU gives
+    each KV head to one thread, so keys are cut into parts until every thread gets as many.
     """
-    weights = attention_weights(q, k)
-    grouped = weights.view(k.shape[1], -1, len(k))  # (G, H/G, S)
-    out = product(grouped, v.transpose(0, 1))  # (G, H/G, D)
-    return out.to(v.dtype).reshape(1, -1), weights
+    n_kv_heads, head_dim = k.shape[1:]
+    q = q.view(1, n_kv_heads, -1, head_dim)  # (1, G, H/G, D)
+    n_parts = 1
+    if not q.is_cuda:
+        n_threads = torch.get_num_threads()
+        n_parts = min(n_threads // math.gcd(n_threads, n_kv_heads), len(k) // LEAST_PART)
+    if n_parts > 1:
+        return row_attention_in_parts(q, k, v, n_parts).view(1, -1)
+    k = k.transpose(0, 1)[None]  # (1, G, S, D)
+    v = v.transpose(0, 1)[None]
+    return F.scaled_dot_product_attention(q, k, v).view(1, -1)
+
+
+def row_attention_in_parts(q: Tensor, k: Tensor, v: Tensor, n_parts: int) -> Tensor:
+    """Attend q (1, G, H/G, D) to equal parts of k and v (S, G, D), and join: (G, H/G, D)."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    n_equal = len(k) // n_parts * n_parts
+    k_parts = k[:n_equal].unflatten(0, (n_parts, -1)).transpose(1, 2)  # (n_parts, G, S/n_parts, D)
+    v_parts = v[:n_equal].unflatten(0, (n_parts, -1)).transpose(1, 2)
+    out, lse = flash(q.expand(n_parts, -1, -1, -1), k_parts, v_parts)
+    if n_equal < len(k):
+        rest, rest_lse = flash(
+            q, k[None, n_equal:].transpose(1, 2), v[None, n_equal:].transpose(1, 2)
+        )
+        out = torch.cat([out, rest])
+        lse = torch.cat([lse, rest_lse])
+    share = lse.softmax(0)[..., None]  # of the weight that a part's keys get
+    return (out * share).sum(0).to(q.dtype)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -713,13 +751,11 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return logits.softmax(-1).transpose(0, 1).reshape(n_rows, n_heads, n_keys)
 
 
-def weights_of_heads(q: Tensor, k: Tensor, heads, weights: Tensor | None = None) -> Tensor:
-    """Return `attention_weights` (t, heads, S) of some heads alone; weights: of all, if known."""
+def weights_of_heads(q: Tensor, k: Tensor, heads) -> Tensor:
+    """Return `attention_weights` (t, heads, S) of some heads alone."""
     n_heads = q.shape[1]
     if len(heads) == n_heads:
-        return attention_weights(q, k) if weights is None else weights
-    if weights is not None:
-        return torch.stack([weights[:, head] for head in heads], 1)
+        return attention_weights(q, k)
     group = n_heads // k.shape[1]
     parts = []
     for head in heads:

@@ -132,12 +132,33 @@ def test_attention_of_newest_rows_is_the_plain_softmax(dtype):
     atol = 1e-5 if dtype == torch.float32 else 9e-3  # near 1 two roundings to bfloat16 are 0.008
     for attend in (model.causal_attention_cpu, model.causal_attention_cuda):
         torch.testing.assert_close(attend(q, k, v).double(), want, atol=atol, rtol=0)
-    row, row_weights = model.row_attention(q[-1:], k, v)
+    row = model.row_attention(q[-1:], k, v)
     torch.testing.assert_close(row.double(), want[-1:], atol=atol, rtol=0)
+    for n_parts in (2, 3):  # 4,096 keys are not three equal parts
+        row = model.row_attention_in_parts(q[-1:].view(1, 2, 3, 64), k, v, n_parts)
+        torch.testing.assert_close(row.view(1, -1).double(), want[-1:], atol=atol, rtol=0)
     torch.testing.assert_close(
         model.attention_weights(q, k).double(), weights.flatten(1, 2), atol=1e-6, rtol=0
     )
-    assert torch.equal(row_weights, model.attention_weights(q[-1:], k))
+
+
+@pytest.mark.parametrize(
+    "threads, kv_heads, n_keys, want",
+    [(2, 3, 4096, 2), (2, 4, 4096, 1), (16, 2, 4096, 4), (2, 3, 2000, 1)],
+)
+def test_every_thread_gets_as_many_keys_of_one_row(monkeypatch, threads, kv_heads, n_keys, want):
+    """With two KV heads and sixteen threads, fourteen would wait; short parts cost more."""
+    made = []
+
+    def in_parts(q, k, v, n_parts):
+        made.append(n_parts)
+        return torch.zeros(kv_heads, 2, 8)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(model, "row_attention_in_parts", in_parts)
+    k = torch.randn(n_keys, kv_heads, 8)
+    model.row_attention(torch.randn(1, 2 * kv_heads, 8), k, k)
+    assert made == ([want] if want > 1 else [])
 
 
 def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeypatch):
@@ -1191,13 +1212,11 @@ def test_every_block_comes_back_bit_exact_and_none_is_lost(tiny, steps, n_prompt
     engine = load_three_stages(tiny, score=BY_CHANCE)
     kv, append, offload, restore = engine.kv, KVCache.append, KVCache.offload, KVCache.restore
 
-    def record(kv, layer, slab_rows, k, v):
+    def record(kv, layer, slab_rows, keys_values):
         stage = next(stage for stage in kv.stages if layer in stage.layers)
         places = positions_in_slab(kv, stage, kv.tail_start + kv.tail_rows)
-        written[layer] |= {
-            places[row]: pair for row, pair in zip(slab_rows.tolist(), torch.stack([k, v], 1))
-        }
-        append(kv, layer, slab_rows, k, v)
+        written[layer] |= {places[row]: pair for row, pair in zip(slab_rows.tolist(), keys_values)}
+        append(kv, layer, slab_rows, keys_values)
 
     def leave(kv, stage, x, place):
         hidden[kv.stages.index(stage)] |= {

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import loading.find
+import loading.weights
 import planning.checkpoint
 import planning.memory
 import slim
@@ -33,6 +34,28 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(planning.checkpoint, "multiplies_bfloat16", lambda: fast)
         assert slim.load(tmp_path / "one", "cpu").kv.dtype == dtype
+
+
+@pytest.mark.skipif(
+    not loading.weights.packs(torch.device("cpu"), torch.bfloat16),
+    reason="this CPU multiplies no packed matrices in bfloat16",
+)
+@pytest.mark.parametrize("family", ["llama3-gqa", "qwen2-bias"])
+def test_packed_matrices_give_what_stored_ones_give(checkpoints, monkeypatch, family):
+    """A packed matrix is another type, and takes another call for its bias and for a sum."""
+    folder, _ = checkpoints[family]
+    stored = slim.load(folder, "cpu", "bfloat16")
+    monkeypatch.setattr(loading.weights, "LEAST_PACKED", 1)
+    packed = slim.load(folder, "cpu", "bfloat16")
+    for layer in packed.model.weights.layers:
+        matrices = layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down
+        assert all(matrix.is_mkldnn for matrix in matrices)
+    ids = draw(70)
+    wants = stored.prefill(ids[:-8]), stored.extend(ids[-8:-1]), stored.extend(ids[-1:])
+    gots = packed.prefill(ids[:-8]), packed.extend(ids[-8:-1]), packed.extend(ids[-1:])
+    for got, want in zip(gots, wants):
+        atol = ATOL[torch.bfloat16] * want.abs().max().item()
+        torch.testing.assert_close(got, want, atol=atol, rtol=0)
 
 
 def test_fp8_weights_are_read_tile_by_tile(checkpoints, tmp_path):

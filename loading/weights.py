@@ -24,6 +24,7 @@ HEAD = "lm_head.weight"
 HARMLESS = re.compile(  # computed from config.json, as transformers does
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )
+LEAST_PACKED = 2**19  # numbers: for smaller matrices a packed one's call costs more than it saves
 MAPPED_BYTES = 2**23  # bytes read of a file before it is mapped anew
 
 
@@ -239,7 +240,7 @@ def load_weights(
     """
     loader = Loader(tensors, config, device, dtype, progress)
     embed = loader.fuse([EMBED])
-    head = embed if config.tied else loader.fuse([HEAD])
+    head = embed if config.tied else loader.matrix([HEAD])
     inv_freq = [inverse_frequencies(config, long) for long in (False, True)]
     return Weights(
         embed=embed,
@@ -275,6 +276,13 @@ class Loader:
             self.progress(self.done, self.total)
         return fused
 
+    def matrix(self, names: list[str]) -> Tensor:
+        """Return tensors as one matrix, packed if that is faster."""
+        stored = self.fuse(names)
+        if stored.numel() < LEAST_PACKED or not packs(self.device, self.dtype):
+            return stored
+        return torch.ops.mkldnn._reorder_linear_weight(stored, 1)
+
     def layer(self, i: int) -> Layer:
         config = self.config
         layer = f"model.layers.{i}."
@@ -285,16 +293,27 @@ class Loader:
         biases = [f"{attn}{name}_proj.bias" for name in qkv]
         return Layer(
             attn_norm=self.fuse([layer + "input_layernorm.weight"]),
-            wqkv=self.fuse([f"{attn}{name}_proj.weight" for name in qkv]),
+            wqkv=self.matrix([f"{attn}{name}_proj.weight" for name in qkv]),
             bqkv=self.fuse(biases) if config.qkv_bias else None,
             q_norm=self.fuse([attn + "q_norm.weight"]) if config.qk_norm else None,
             k_norm=self.fuse([attn + "k_norm.weight"]) if config.qk_norm else None,
-            wo=self.fuse([attn + "o_proj.weight"]),
+            wo=self.matrix([attn + "o_proj.weight"]),
             bo=self.fuse([attn + "o_proj.bias"]) if config.o_bias else None,
             ffn_norm=self.fuse([layer + "post_attention_layernorm.weight"]),
-            w_gate_up=self.fuse([f"{mlp}{name}_proj.weight" for name in gate_up]),
-            w_down=self.fuse([mlp + "down_proj.weight"]),
+            w_gate_up=self.matrix([f"{mlp}{name}_proj.weight" for name in gate_up]),
+            w_down=self.matrix([mlp + "down_proj.weight"]),
         )
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether matrices are packed into the blocks that oneDNN multiplies by.
+
+    In bfloat16 a CPU multiplies one row up to 1.4 times faster so, twenty 1.2 times and a chunk no
+    slower; float32 is as fast as stored. An embedding stays, as it is read by rows.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def fingerprint(config: Config, tensors: dict[str, MappedFile]) -> str:

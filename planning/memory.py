@@ -157,11 +157,11 @@ class StageWork:
         """cos, sin and positions of every row; newest queries, joined with those before."""
         c = self.config
         queries = 2 * self.ckpt.window * c.n_heads * c.head_dim * self.wide
-        return self.rows * (c.rotary_dim * self.wide + 40) + queries
+        return self.rows * (2 * c.rotary_dim * self.wide + 40) + queries
 
     def rope_bytes(self) -> int:
         """Angles, and cos and sin on their way to the dtype of a run."""
-        return self.rows * self.config.rotary_dim // 2 * 5 * self.wide
+        return self.rows * self.config.rotary_dim // 2 * 7 * self.wide
 
     def attention_bytes(self) -> int:
         """q, k, v; turned; output in two parts; a mask of revived rows, as bool and as numbers."""
@@ -179,16 +179,15 @@ class StageWork:
         return 2 * seen * c.n_kv_heads * c.head_dim * self.item
 
     def weight_bytes(self, ranked: bool) -> int:
-        """Products, softmax and a copy, of the rows that rank blocks or of one; keys widened."""
+        """Products, softmax and a copy, of the rows that rank blocks; keys widened."""
+        if not ranked:
+            return 0
         c = self.config
         keys = self.keys * c.n_kv_heads * c.head_dim * self.wide
-        one_row = c.n_heads * self.keys * 3 * self.wide
-        if not ranked:
-            return one_row + keys
         heads = self.ckpt.rule.heads
         n_heads = c.n_heads if heads is None else max(1, *(len(found) for found in heads))
         rows = min(self.ckpt.window, rows_at_once(n_heads, self.keys))
-        return max(one_row, rows * n_heads * self.keys * 3 * self.wide) + keys
+        return rows * n_heads * self.keys * 3 * self.wide + keys
 
     def ffn_bytes(self) -> int:
         """Gate, up and their product; a CPU multiplies half precision in float32."""
