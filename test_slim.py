@@ -636,7 +636,10 @@ def test_drafted_tokens_count_once_accepted_and_leave_nothing_if_not(
     rng = random.Random(seed)
     heads = LOOKUP_HEADS if rule == "lookup" else ()
     score = dataclasses.replace(prune.RULES["lookup"], heads=heads) if heads else rule
-    oracle = Oracle(tiny, schedule, 8, 4, window, gamma, rule, heads)
+    limits = {}
+    if heads:
+        limits = dict(revive_margin=score.revive_margin, revive_at_most=score.revive_at_most)
+    oracle = Oracle(tiny, schedule, 8, 4, window, gamma, rule, heads, **limits)
     settings = dict(block_len=8, unit_len=4, window=window, gamma=gamma, chunk=rng.choice((3, 0)))
     engine = slim.load(tiny, "cpu", "float64", schedule, score, **settings)
     ids = draw(400, seed)
