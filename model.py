@@ -44,12 +44,16 @@ class Local:
     A tile is TILE positions, from a multiple of TILE on, whatever the chunk. Its rows see the first
     `sinks` positions, the `window` positions before the tile, and the tile up to themselves (the
     A-shape of StreamingLLM, arXiv 2309.17453). At least the last `last` rows, and all later tokens,
-    see everything.
+    see everything; so do the heads that look things up, which are few.
     """
 
     window: int  # 0: every row sees everything
     sinks: int
     last: int = LAST_ROWS
+    heads: tuple[tuple[int, ...], ...] = ()  # by layer, those that see everything; (): none
+
+    def far_heads(self, layer: int) -> tuple[int, ...]:
+        return self.heads[layer] if self.heads else ()
 
     def n_rows(self, n_prompt: int) -> int:
         """Return how many leading rows of a prompt see no more than this."""
@@ -314,7 +318,8 @@ class Model:
             mask = rows.key_pos <= rows.pos[start:stop, None]  # (t, S)
             out = masked_attention(q, keys, values, mask)  # (t, H*D)
         elif start < rows.n_local:  # here a row's place in x and in the slab is its position
-            out = local_attention(q, keys, values, rows.n_local, self.local)
+            heads = self.local.far_heads(layer)
+            out = local_attention(q, keys, values, rows.n_local, self.local, heads)
         elif len(q) == 1:
             out = row_attention(q, keys, values)
         else:
@@ -617,15 +622,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 # ---- attention: of the newest rows, near or far, of one row, of revived rows -------------
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, n_local: int, local: Local) -> Tensor:
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, n_local: int, local: Local, far_heads=()
+) -> Tensor:
     """Attend q (t, H, D), the newest t of S positions, to k and v (S, G, D) as `local` says.
 
-    Rows from position n_local on, a multiple of TILE, see everything. Returns (t, H*D). What a tile
-    sees is put together, as causal attention to the end of it is the same as to a run of keys; the
-    copy is as long as a window, not as the prompt.
+    Rows from position n_local on, a multiple of TILE, see everything, and so do far_heads. Returns
+    (t, H*D). What a tile sees is put together, as causal attention to the end of it is the same as
+    to a run of keys; the copy is as long as a window, not as the prompt.
     """
     n_older = len(k) - len(q)
-    out = q.new_empty(len(q), q.shape[1] * q.shape[2])
+    out = q.new_empty(q.shape)
     for start, stop in tiles(n_older, len(k), n_local):
         window_start = local.window_start(start) if start < n_local else 0
         seen_k, seen_v = k[:stop], v[:stop]
@@ -633,8 +640,13 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, n_local: int, local: Local)
             seen_k = without(seen_k, local.sinks, window_start)
             seen_v = without(seen_v, local.sinks, window_start)
         rows = slice(start - n_older, stop - n_older)
-        out[rows] = causal_attention(q[rows], seen_k, seen_v)
-    return out
+        out[rows] = causal_attention(q[rows], seen_k, seen_v).view_as(q[rows])
+    group = q.shape[1] // k.shape[1]
+    for head in far_heads:
+        one = slice(head, head + 1)
+        its = slice(head // group, head // group + 1)  # KV head
+        out[:, one] = causal_attention(q[:, one], k[:, its], v[:, its]).view(len(q), 1, -1)
+    return out.flatten(1)
 
 
 def tiles(start: int, stop: int, n_local: int):

@@ -293,7 +293,13 @@ class Oracle:
         v = torch.stack([self.kv[layer][key][1] for key in keys])
         k = k.repeat_interleave(self.H // self.G, 1)  # (S, H, D)
         v = v.repeat_interleave(self.H // self.G, 1)
-        weights = (torch.einsum("hd,shd->hs", query, k) / math.sqrt(self.D)).softmax(-1)
+        scores = torch.einsum("hd,shd->hs", query, k) / math.sqrt(self.D)
+        if self.local and self.boundary_below(layer) is None:
+            for head in range(self.H):
+                if self.rule != "lookup" or head not in self.lookup_heads[layer]:
+                    near = [self.is_near(row, key) for key in keys]
+                    scores[head, ~torch.tensor(near)] = -math.inf
+        weights = scores.softmax(-1)
         if row >= self.start:
             self.look(layer, row, keys, weights)
         out = torch.einsum("hs,shd->hd", weights, v).flatten()
@@ -304,9 +310,7 @@ class Oracle:
         if key > row:
             return False
         p = self.boundary_below(layer)
-        if p is None:
-            return self.local is None or self.is_near(row, key)
-        return key >= self.tail or key // self.block_len in self.active[p]
+        return p is None or key >= self.tail or key // self.block_len in self.active[p]
 
     def is_near(self, row, key):
         """Return whether a row below the first boundary sees a key before it."""
@@ -543,25 +547,32 @@ LOCALS = (24, 8), (1, 0), (5, 20), (1000, 8)  # window, sinks
 CHUNKS = 1, 7, 64, 300, 4096
 
 
+@pytest.mark.parametrize("rule", ["peak", "lookup"])
 @pytest.mark.parametrize("window, sinks", LOCALS)
-def test_local_attention_is_that_of_the_oracle_in_any_chunks(tiny, window, sinks, monkeypatch):
-    """What rows of the prompt see is fixed by their positions; later rows see everything."""
+def test_local_attention_is_that_of_the_oracle_in_any_chunks(
+    tiny, window, sinks, rule, monkeypatch
+):
+    """What rows of the prompt see is fixed by their positions; lookup heads see everything."""
     tile = 16
     last = 40
     monkeypatch.setattr(model, "TILE", tile)
     monkeypatch.setattr(planning.checkpoint, "LAST_ROWS", last)
     schedule, gamma, prompt, *_ = CASES[2]
-    oracle = Oracle(tiny, schedule, 8, 4, 4, gamma, "peak", local=(window, sinks, tile, last))
+    local = (window, sinks, tile, last)
+    oracle = Oracle(tiny, schedule, 8, 4, 4, gamma, rule, LOOKUP_HEADS, local=local)
     settings = dict(block_len=8, unit_len=4, window=4, gamma=gamma)
     settings |= dict(local_window=window, sinks=sinks)
+    if rule == "lookup":
+        every = dict(revive_margin=0.0, revive_at_most=None)
+        rule = dataclasses.replace(prune.RULES["lookup"], heads=LOOKUP_HEADS, **every)
     engines = [
-        slim.load(tiny, "cpu", "float64", schedule, "peak", chunk=chunk, **settings)
+        slim.load(tiny, "cpu", "float64", schedule, rule, chunk=chunk, **settings)
         for chunk in CHUNKS
     ]
     compare(oracle, engines, draw(prompt + 20, seed=7), [*range(prompt, prompt + 6), prompt + 20])
     n_local = (prompt - last) // tile * tile
     assert all(engine.stats["local_rows"] == n_local > 100 for engine in engines)
-    full = slim.load(tiny, "cpu", "float64", schedule, "peak", **settings | dict(local_window=0))
+    full = slim.load(tiny, "cpu", "float64", schedule, rule, **settings | dict(local_window=0))
     differs = (full.prefill(draw(prompt)) - engines[0].prefill(draw(prompt))).abs().max() > 1e-3
     assert differs == (window < 1000)  # the longest window reaches back to the beginning
 
@@ -578,7 +589,8 @@ def test_local_attention_is_a_softmax_over_what_a_row_sees(device, dtype, window
     row = torch.arange(n)[:, None]
     key = torch.arange(n)
     near = (key < sinks) | (key >= row // 256 * 256 - window) | (row >= n_local)
-    mask = near & (key <= row)
+    far = torch.tensor([head in (1, 5) for head in range(6)])[:, None, None]
+    mask = (near | far) & (key <= row)  # (H, n, n)
     kk, vv = (x.double().cpu().repeat_interleave(3, 1).transpose(0, 1) for x in (k, v))
     qq = q.double().cpu().transpose(0, 1)
     want = F.scaled_dot_product_attention(qq, kk, vv, attn_mask=mask).transpose(0, 1).flatten(1)
@@ -586,7 +598,8 @@ def test_local_attention_is_a_softmax_over_what_a_row_sees(device, dtype, window
     parts = []
     for start in range(0, n, 400):
         stop = min(n, start + 400)
-        parts.append(model.local_attention(q[start:stop], k[:stop], v[:stop], n_local, local))
+        part = model.local_attention(q[start:stop], k[:stop], v[:stop], n_local, local, (1, 5))
+        parts.append(part)
     atol = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(torch.cat(parts).double().cpu(), want, atol=atol, rtol=0)
 

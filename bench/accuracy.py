@@ -242,11 +242,12 @@ class Bench:
         if entry.second_run:
             prompt = self.second_run_prompt(rule, prompt, next(iter(schedule)))
             schedule = {}
-        if entry.local.window and schedule:
-            self.base = self.local_base(entry.local, prompt, next(iter(schedule)))
+        local = self.local_of(entry, len(prompt))
+        if local.window and schedule:
+            self.base = self.local_base(local, prompt, next(iter(schedule)))
         kv = self.cache(entry.block_len, entry.block_len)
         self.model.kv = kv
-        self.model.local = entry.local
+        self.model.local = local
         self.model.rule = rule
         self.model.window = entry.window or entry.rule.window
         self.model.gamma = 0.0 if entry.frozen else rule.gamma
@@ -260,6 +261,13 @@ class Bench:
         else:
             logits += [self.model.step(token[None]) for token in fed]
         return torch.cat(logits)
+
+    def local_of(self, entry: Entry, n_prompt: int) -> Local:
+        """Return an entry's local attention, with the model's lookup heads."""
+        if not entry.far_heads or entry.rule is not rivals.LOOKUP:
+            return entry.local
+        rule = self.ckpt.with_schedule(entry.schedule(self.ckpt, n_prompt)).rule
+        return replace(entry.local, heads=rule.heads or ())
 
     def second_run_prompt(self, rule, prompt: list[int], boundary: int) -> list[int]:
         """Return the tokens that GemFilter's first run chooses, in their order."""
@@ -281,7 +289,8 @@ class Bench:
         """Return how many times fewer FLOPs an entry's first token takes than dense."""
         schedule = rivals.auto if entry.second_run else entry.schedule
         cut = schedule(self.ckpt, n_prompt)
-        cost = prefill_flops(self.config, n_prompt, cut, entry.block_len, entry.local)
+        local = self.local_of(entry, n_prompt)
+        cost = prefill_flops(self.config, n_prompt, cut, entry.block_len, local)
         return prefill_flops(self.config, n_prompt, {}) / cost
 
 

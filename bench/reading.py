@@ -105,7 +105,7 @@ def attention_shares(ckpt: Checkpoint, n: int) -> tuple[float, float]:
     config = ckpt.config
     below = 0.0
     above = 0.0
-    for rows, keys, _ in layer_work(config.n_layers, n, ckpt.schedule, local=ckpt.local):
+    for rows, keys, _ in layer_work(config, n, ckpt.schedule, local=ckpt.local):
         spent = attention_flops(config, rows, keys)
         if rows == n:
             below += spent

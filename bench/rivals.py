@@ -186,6 +186,7 @@ class Entry(NamedTuple):
     block_len: int = 64
     frozen: bool = False  # choose once, after the prompt, and not again at each token
     local: Local = FULL  # attention of the prompt's rows below the first boundary
+    far_heads: bool = True  # and lookup heads see everything there
     second_run: bool = False  # GemFilter: choose tokens, then run them alone
 
 
@@ -275,6 +276,7 @@ LOCAL = {
     "window 256": Entry(LOOKUP, by_heads, local=Local(256, 64)),
     "window 512": Entry(LOOKUP, by_heads, local=Local(512, 64)),
     "window 1024": Entry(LOOKUP, by_heads, local=Local(1024, 64)),
+    "window 256, all heads": Entry(LOOKUP, by_heads, local=Local(256, 64), far_heads=False),
     "window 512, no sinks": Entry(LOOKUP, by_heads, local=Local(512, 0)),
     "window 512, last 256": Entry(LOOKUP, by_heads, local=Local(512, 64, last=256)),
 }

@@ -182,7 +182,8 @@ class Checkpoint:
         if window == -1:
             is_default = self.asked_schedule == "auto" and self.rule.sees == "lookup"
             window = LOCAL_WINDOW if is_default else 0
-        return Local(window, self.settings.sinks, max(LAST_ROWS, self.window))
+        last = max(LAST_ROWS, self.window)
+        return Local(window, self.settings.sinks, last, self.rule.heads or ())
 
 
 def pick_device(name: str) -> torch.device:

@@ -35,7 +35,7 @@ def local_keys(n_prompt: int, local: Local) -> float:
 
 
 def layer_work(
-    n_layers: int, n_prompt: int, schedule: dict, block_len: int = 64, local: Local = FULL
+    config: Config, n_prompt: int, schedule: dict, block_len: int = 64, local: Local = FULL
 ) -> Iterator[tuple[int, float, int]]:
     """Yield (rows, keys a row on average, rows of the feed-forward) of every layer of a prefill."""
     sizes = prune.stage_blocks(n_prompt, schedule, block_len)
@@ -43,12 +43,16 @@ def layer_work(
     for boundary, size in zip(schedule, sizes[1:]):
         rows_of[boundary] = n_prompt - (sizes[0] - size) * block_len
     prunes = sizes[-1] < sizes[0]
-    first_keys = local_keys(n_prompt, local) if prunes else n_prompt / 2
+    few_keys = local_keys(n_prompt, local) if prunes else n_prompt / 2
     rows = n_prompt
-    for layer in range(n_layers):
+    for layer in range(config.n_layers):
         rows = rows_of.get(layer, rows)
         ffn_rows = rows_of.get(layer + 1, rows)  # below a boundary only its survivors
-        yield rows, first_keys if rows == n_prompt else rows / 2, ffn_rows
+        keys = rows / 2
+        if rows == n_prompt:
+            far = len(local.far_heads(layer)) / config.n_heads  # share of heads
+            keys = far * keys + (1 - far) * few_keys
+        yield rows, keys, ffn_rows
 
 
 def prefill_flops(
@@ -56,6 +60,6 @@ def prefill_flops(
 ) -> float:
     """Return the floating-point operations of a prefill: every layer, and the head once."""
     total = 2 * config.dim * config.vocab_size
-    for rows, keys, ffn_rows in layer_work(config.n_layers, n_prompt, schedule, block_len, local):
+    for rows, keys, ffn_rows in layer_work(config, n_prompt, schedule, block_len, local):
         total += layer_flops(config, rows, keys, ffn_rows)
     return total

@@ -34,4 +34,8 @@ def test_local_attention_saves_below_the_first_boundary_alone(tiny):
         full = flops.prefill_flops(config, n, schedule)
         saved = full - flops.prefill_flops(config, n, schedule, local=local)
         assert saved == pytest.approx(layers * a_layer)
+        far = Local(512, 64, heads=((0, 3), (), (1,), (), ()))  # heads that see everything
+        far_share = sum(len(heads) for heads in far.heads[:layers]) / config.n_heads
+        saved = full - flops.prefill_flops(config, n, schedule, local=far)
+        assert saved == pytest.approx((layers - far_share) * a_layer)
     assert prune.stage_blocks(n, {1: n}, 64) == [79, 79]
