@@ -406,6 +406,15 @@ def test_a_block_says_what_it_saw_below_the_first_boundary(tmp_path, browser, si
     lead = browser.find_element("id", "lead").text
     assert "In layers 0–9 the 127,232 first tokens saw what is near: 512 tokens before" in lead
     assert "; the last 748 saw everything." in lead
+    (tmp_path / "map.html").write_text(
+        blockmap.page(big_map() | local | {"lookup_heads": ["3.1"]}), "utf-8"
+    )
+    browser.get((tmp_path / "map.html").as_uri())
+    browser.execute_script(f"look({block})")
+    far = ", lookup heads all." if "on" in seen.split() else "."
+    assert f"saw {seen}{far}" in browser.find_element("id", "detail").text
+    lead = browser.find_element("id", "lead").text
+    assert "; the lookup heads and the last 748 saw everything." in lead
     (tmp_path / "map.html").write_text(blockmap.page(big_map() | {"local_rows": 0}), "utf-8")
     browser.get((tmp_path / "map.html").as_uri())
     assert " saw " not in browser.find_element("tag name", "body").text

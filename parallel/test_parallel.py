@@ -148,6 +148,7 @@ RULES = {
     "paper": "paper",
     "all": prune.Rule("mass", mass, every_layer=False, window=8),
     "keys": prune.Rule("keys", strongest, sees="keys", join="max"),
+    "few heads": replace(prune.RULES["peak"], heads=((0, 3), (), (1,), (2, 3), ())),
 }
 FAMILIES = "llama3-gqa", "qwen2-bias", "qwen3-bias", "phi3", "llama3.2-tied", "llama2-mha"
 
@@ -229,7 +230,7 @@ def all_cases(folders, n_ranks: int, tmp_path) -> dict:
         f"cut {f}": dict(folder=folders[f], cut=True)
         for f in ("llama3-gqa", "llama3.2-tied")[: 4 // n_ranks]
     }
-    cases["local"] = dict(folder=folders["llama3-gqa"], n=1300, local_window=100)
+    cases["local"] = dict(folder=folders["llama3-gqa"], rule="few heads", n=1300, local_window=100)
     cases["saved"] = dict(
         folder=folders["qwen2-bias"], rule="paper", saved=str(tmp_path / f"saved.{n_ranks}")
     )

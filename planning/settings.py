@@ -15,8 +15,8 @@ class Settings:
     unit_len: int = 8  # tokens per unit of a block, for rules that see keys
     window: int = 0  # newest queries that count; 0: as many as the rule wants
     gamma: float = -1.0  # overlap from which the active blocks stay; -1: what the rule wants
-    # tokens that rows of the prompt see before their tile, below the first boundary; 0: everything;
-    # -1: LOCAL_WINDOW where lookup heads made the schedule ("auto"), else 0
+    # tokens that rows of the prompt see before their tile, below the first boundary, by all heads
+    # but lookup heads; 0: everything; -1: LOCAL_WINDOW where those made the schedule, else 0
     local_window: int = -1
     sinks: int = 64  # first tokens, which they see too
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
