@@ -106,30 +106,30 @@ class Bench:
 
     # the model's attention and FFN
 
-    def attend(self, layer: int, x: Tensor, rows) -> tuple[Tensor, Tensor | None]:
+    def attend(self, layer: int, x: Tensor, rows) -> Tensor:
         if self.recording is not None:
             return self.record(layer, x, rows)
         if self.model.kv.reading_prompt and layer < self.first:
             return self.replay(layer, x, rows)
         return self.attention(layer, x, rows)
 
-    def record(self, layer: int, x: Tensor, rows) -> tuple[Tensor, Tensor | None]:
+    def record(self, layer: int, x: Tensor, rows) -> Tensor:
         if layer >= self.base.n_layers:
-            return x[:0], None
+            return x[:0]
         if self.base.local.window and self.base.kv.reading_prompt:
             rows = replace(rows, n_local=len(x))
-        queries, weights = self.attention(layer, x, rows)
+        queries = self.attention(layer, x, rows)
         self.recording.queries.append(queries)
         if layer + 1 in self.recording.x:
             self.recording.x[layer + 1] = x.clone()
-        return queries, weights
+        return queries
 
-    def replay(self, layer: int, x: Tensor, rows) -> tuple[Tensor, None]:
+    def replay(self, layer: int, x: Tensor, rows) -> Tensor:
         slab = self.model.kv.slabs[layer]
         slab[:, :, : len(x)] = self.base.kv.slabs[layer][:, :, : len(x)]
         if layer == self.first - 1:
             x[:] = torch.cat([record.x[self.first] for record in self.prompt_records()])
-        return self.last_queries(layer)[-len(rows.newest) :], None
+        return self.last_queries(layer)[-len(rows.newest) :]
 
     def feed(self, layer: int, x: Tensor) -> None:
         if self.recording is not None and layer >= self.base.n_layers:
