@@ -242,7 +242,7 @@ class Bench:
         if entry.second_run:
             prompt = self.second_run_prompt(rule, prompt, next(iter(schedule)))
             schedule = {}
-        local = self.local_of(entry, len(prompt))
+        local = self.local_of(entry, schedule)
         if local.window and schedule:
             self.base = self.local_base(local, prompt, next(iter(schedule)))
         kv = self.cache(entry.block_len, entry.block_len)
@@ -262,12 +262,11 @@ class Bench:
             logits += [self.model.step(token[None]) for token in fed]
         return torch.cat(logits)
 
-    def local_of(self, entry: Entry, n_prompt: int) -> Local:
-        """Return an entry's local attention, with the model's lookup heads."""
-        if not entry.far_heads or entry.rule is not rivals.LOOKUP:
+    def local_of(self, entry: Entry, schedule: dict) -> Local:
+        """Return an entry's local attention, with the model's lookup heads below the boundary."""
+        if not (schedule and entry.local.window and entry.far_heads):
             return entry.local
-        rule = self.ckpt.with_schedule(entry.schedule(self.ckpt, n_prompt)).rule
-        return replace(entry.local, heads=rule.heads or ())
+        return replace(entry.local, heads=self.ckpt.heads_below(next(iter(schedule))))
 
     def second_run_prompt(self, rule, prompt: list[int], boundary: int) -> list[int]:
         """Return the tokens that GemFilter's first run chooses, in their order."""
@@ -289,7 +288,7 @@ class Bench:
         """Return how many times fewer FLOPs an entry's first token takes than dense."""
         schedule = rivals.auto if entry.second_run else entry.schedule
         cut = schedule(self.ckpt, n_prompt)
-        local = self.local_of(entry, n_prompt)
+        local = self.local_of(entry, cut)
         cost = prefill_flops(self.config, n_prompt, cut, entry.block_len, local)
         return prefill_flops(self.config, n_prompt, {}) / cost
 

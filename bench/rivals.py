@@ -47,7 +47,7 @@ def keep(kept: str) -> Schedule:
     """Return the default's boundary with another share."""
 
     def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
-        return {boundary: Fraction(kept) for boundary in by_heads(ckpt, n_prompt)}
+        return {next(iter(by_heads(ckpt, n_prompt))): Fraction(kept)}
 
     return schedule
 
