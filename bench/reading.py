@@ -3,8 +3,8 @@
     python bench/reading.py --text BOOK.txt --lengths 4096,8000 --dtype bfloat16
     python bench/reading.py --count --lengths 131072,1048576     # of an 8B model, nothing is run
 
-All ways run in one process and take turns. `full`: the default schedule, and every row of the
-layers below its first boundary sees everything; `local`: the same with a local window. Peaks of
+All ways run in one process and take turns. `full`: the schedule, and every row of the layers below
+its first boundary sees everything; `local`: the same with a local window. Peaks of
 memory are those of the process, read from /proc, so this needs Linux. --count: FLOPs by the
 formula, and bytes by the plan, of Llama-3.1-8B's shape in bfloat16 with boundaries by depth.
 """
@@ -47,7 +47,7 @@ def flops(ckpt: Checkpoint, n: int) -> float:
 def measure(args) -> None:
     """Print what each way takes, by the median of the rounds."""
     torch.set_num_threads(args.threads)
-    engine = slim.load(args.ckpt, "cpu", args.dtype)
+    engine = slim.load(args.ckpt, "cpu", args.dtype, args.schedule)
     every = ways(engine.ckpt, args.local_window)
     runs = {name: every[name] for name in args.ways}
     lengths = read_lengths(args.lengths, 1024, engine.config.max_len, "the model's context")
@@ -87,7 +87,9 @@ def forget_peak() -> None:
 
 def count(args) -> None:
     """Print the FLOPs and the bytes of an 8B model, which is not run."""
-    runs = ways(random_checkpoint("llama3.1-8b", "cpu", "bfloat16", "auto"), args.local_window)
+    runs = ways(
+        random_checkpoint("llama3.1-8b", "cpu", "bfloat16", args.schedule), args.local_window
+    )
     print(table(COUNT_HEAD, []))
     for n in read_lengths(args.lengths, 1024, 2**24, "for which the formula is meant"):
         for name, run in runs.items():
@@ -121,6 +123,7 @@ def parser() -> Parser:
     p.add_argument("--skip", type=int, default=100_000, help="characters of the text to leave out")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--lengths", default="4096,8000", help="prompts in tokens, with commas")
+    p.add_argument("--schedule", default="auto")
     p.add_argument("--local-window", type=int, default=LOCAL_WINDOW, help="tokens")
     p.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     p.add_argument("--rounds", type=int, default=3)
