@@ -4,9 +4,9 @@
     python bench/reading.py --count --lengths 131072,1048576     # of an 8B model, nothing is run
 
 All ways run in one process and take turns. `full`: the schedule, and every row of the layers below
-its first boundary sees everything; `local`: the same with a local window. Peaks of
-memory are those of the process, read from /proc, so this needs Linux. --count: FLOPs by the
-formula, and bytes by the plan, of Llama-3.1-8B's shape in bfloat16 with boundaries by depth.
+its first boundary sees everything; `local`: the same with a local window. Peaks of memory are
+those of the process, read from /proc, so this needs Linux. --count: FLOPs by the formula, and bytes
+by the plan, of Llama-3.1-8B's shape in bfloat16 with boundaries by depth and no lookup heads.
 """
 
 import sys
