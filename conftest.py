@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -234,6 +235,25 @@ def smollm2_folder():
         return checkpoints.folder(checkpoints.SMOLLM2, make)
     except OSError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium by its driver, or a skip that says what is missing."""
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is not installed: no page is opened in a browser"
+    )
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip(f"no Chromium to open pages in (chromium: {chromium}, chromedriver: {driver})")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
+        chrome.set_page_load_timeout(60)
+        yield chrome
 
 
 def load_three_stages(folder, device="cpu", score="peak", **settings):

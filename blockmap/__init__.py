@@ -6,8 +6,9 @@
 
 The recorder listens to `Model.on_select`. Of the prompt step it keeps every score and the
 active set of each stage, of a later step only what changed, so a record stays small and is
-plain JSON. The page is `page.html` with the record and the text put in as data: nothing in a
-prompt can become markup, and its Content-Security-Policy runs this page's one script alone.
+plain JSON. The page is `page.html`, with `draw.css` and `draw.js`, and the record and the text put
+in as data: nothing in a prompt can become markup, and its Content-Security-Policy runs this page's
+one script alone. The server's page draws with the same two files.
 """
 
 import base64
@@ -17,6 +18,8 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from loading.files import replace_file
 from model import TILE
@@ -41,6 +44,7 @@ class Recorder:
         self.best = None  # (N,): each block's best score in the prompt's step
         self.seen = None  # (N,): the layer that gave it
         self.riding: set[int] = set()  # blocks whose rows come up from the stage below
+        self.looked = None  # (N,): each block's best score since `restart`, or in all
         engine.model.on_scores = self.on_scores
         engine.model.on_select = self.on_select
         engine.model.on_accept = self.on_accept
@@ -61,6 +65,7 @@ class Recorder:
             if i == 1:
                 self.record = {"n_prompt": kv.n_prompt, "block_len": kv.block_len}
                 self.record |= {"stages": [], "steps": []}
+                self.looked = None
             self.record["stages"].append(self.first_choice(i, candidates, scores, active))
         elif self.record:
             if i == 1:
@@ -68,6 +73,26 @@ class Recorder:
                 self.record["steps"].append(step)
                 self.riding = set()
             self.add_moves(i, active)
+        self.keep_best(i, candidates, scores)
+
+    def keep_best(self, i: int, candidates: list[int], scores) -> None:
+        n_blocks = self.engine.kv.tail_start // self.engine.kv.block_len
+        if self.looked is None or len(self.looked) != n_blocks:
+            self.looked = torch.full((n_blocks,), -torch.inf)
+        self.looked[candidates] = self.looked[candidates].maximum(scores.float().cpu())
+
+    def strongest(self, n: int) -> list[list]:
+        """Return [block, score] of the best n since `restart`, but those that always stay."""
+        if self.looked is None:
+            return []
+        scores = self.looked[1:]  # the first block always stays
+        scores = scores.masked_fill(scores.isinf(), -torch.inf)
+        best, order = scores.sort(descending=True, stable=True)
+        return [
+            [block + 1, float(f"{score:.4g}")]
+            for block, score in zip(order[:n].tolist(), best[:n].tolist())
+            if score > -INFINITE
+        ]
 
     def on_accept(self) -> None:
         if self.record.get("steps"):
@@ -102,10 +127,15 @@ class Recorder:
         self.riding = without_keys
 
     def restart(self) -> None:
-        """After `Engine.rewind`: what is active now counts as active at first."""
+        """Begin a record of what follows, as after `Engine.rewind`.
+
+        What is active now counts as active at first.
+        """
         for stage, now in zip(self.record.get("stages", []), self.engine.kv.stages[1:]):
             stage["active"] = sorted(now.slots)
-        self.record |= {"steps": []}
+        if self.record:
+            self.record |= {"n_prompt": self.engine.kv.n_prompt, "steps": []}
+        self.looked = None
 
 
 def write(path, engine, recorder: Recorder, ids) -> None:
@@ -120,15 +150,29 @@ def write(path, engine, recorder: Recorder, ids) -> None:
 
 def page(data: dict) -> str:
     """Return the HTML of what `describe` gathered."""
-    html = (HERE / "page.html").read_text("utf-8")
-    for tag in ("script", "style"):  # the policy names both by their hash: nothing else runs
-        content = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest())
-        html = html.replace(f"{{{tag} hash}}", "sha256-" + digest.decode())
+    html, hashes = assemble(HERE / "page.html")
+    for tag, digest in hashes.items():
+        html = html.replace(f"{{{tag} hash}}", digest)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
     before, after = html.split("{data}")
     return before + text + after
+
+
+def assemble(path: Path) -> tuple[str, dict[str, str]]:
+    """Return a page with the style and script that draw a map, and hashes of what it may run.
+
+    A Content-Security-Policy that names them lets nothing else run.
+    """
+    html = path.read_text("utf-8")
+    for name in ("draw.css", "draw.js"):
+        html = html.replace(f"{{{name}}}", (HERE / name).read_text("utf-8").rstrip())
+    hashes = {}
+    for tag in ("script", "style"):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest())
+        hashes[tag] = "sha256-" + digest.decode()
+    return html, hashes
 
 
 def describe(engine, record: dict, ids) -> dict:

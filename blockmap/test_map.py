@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import time
 
 import pytest
@@ -273,27 +272,6 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(talking, tmp_path, monkeypa
 def test_a_map_of_2000_blocks_is_small(tmp_path):
     """A page is sent by mail; 128,000 tokens must fit."""
     assert len(blockmap.page(big_map()).encode()) < 5e6
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium by its driver, or a skip that says what is missing."""
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="selenium is not installed: the map is not opened in a browser"
-    )
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip(
-            f"no Chromium to open the map in (chromium: {chromium}, chromedriver: {driver})"
-        )
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
-        chrome.set_page_load_timeout(60)
-        yield chrome
 
 
 def test_a_map_in_a_browser_shows_the_text_and_nothing_else_and_replays(talking, tmp_path, browser):

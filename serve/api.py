@@ -40,6 +40,10 @@ class Request:
     logprobs: int | None  # likeliest tokens to tell at every place; None: no log probabilities
     echo: bool  # the answer begins with the prompt
     in_thought: bool | None  # whether the answer begins in a thought; None: the model has none
+    include_map: bool = False  # events of the map, see serve/page.py
+    dense: bool = False
+    turns: list[dict] = field(default_factory=list)  # of a chat
+    talk: dict | None = None  # of a text that is to be read for the page
     day: Day | None = None
     path: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -48,7 +52,7 @@ class Request:
 
 # ---- from JSON ----------------------------------------------------------------------------
 
-USED = "model max_tokens temperature top_p seed stop stream stream_options logprobs".split()
+USED = "model max_tokens temperature top_p seed stop stream stream_options dense logprobs".split()
 USED_IN_CHAT = "messages max_completion_tokens top_logprobs chat_template_kwargs".split()
 USED_IN_COMPLETIONS = ["prompt", "echo"]
 # Parameters that Slim does not have, with the values that change nothing. Other values are
@@ -103,14 +107,16 @@ def parse(
         raise ApiError(400, "the body must be a JSON object")
     check_names(body, chat)
     check_model(get(body, "model", str, None), model)
+    dense = get(body, "dense", bool, False)
     day = None
     in_thought = None
+    turns = []
     if not chat:
         ids = prompt_ids(tok, body.get("prompt") or "")
     else:
         turns = read_turns(get(body, "messages", list, []))
         variables = read_variables(get(body, "chat_template_kwargs", dict, {}), tok)
-        day, ids = dated_ids(tok, turns, texts, variables)
+        day, ids = dated_ids(tok, turns, texts, variables, dense)
         in_thought = begins_in_thought(tok, turns, ids)
     check_length(len(ids), max_len, "messages" if chat else "prompt")
     logprobs = read_logprobs(body, chat)
@@ -120,6 +126,8 @@ def parse(
     top_p = float(get(body, "top_p", (int, float), defaults.top_p, 0, 1))
     seed = get(body, "seed", int, defaults.seed)
     options = body.get("stream_options")
+    options = options if isinstance(options, dict) else {}
+    stream = get(body, "stream", bool, False)
     stop = body.get("stop")
     return Request(
         chat=chat,
@@ -130,11 +138,14 @@ def parse(
         top_p=max(1e-6, top_p),
         seed=None if seed is None else seed % 2**63,
         stop=read_stop(defaults.stop if stop is None else stop),
-        stream=get(body, "stream", bool, False),
-        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        stream=stream,
+        include_usage=options.get("include_usage") is True,
         logprobs=logprobs,
         echo=echo,
         in_thought=in_thought,
+        include_map=stream and options.get("include_map") is True,
+        dense=dense,
+        turns=turns,
         day=day,
     )
 
@@ -255,11 +266,11 @@ def read_turns(messages) -> list[dict]:
     return turns
 
 
-def dated_ids(tok, turns: list[dict], texts: Texts | None, variables: dict):
+def dated_ids(tok, turns: list[dict], texts: Texts | None, variables: dict, dense: bool):
     """Return the day of a conversation, None if its template writes no date, and its ids."""
     if not texts or "strftime_now" not in template_of(tok):
         return None, turn_ids(tok, turns, None, variables)
-    return texts.day_of(opening(turns), lambda date: turn_ids(tok, turns, date, variables))
+    return texts.day_of(opening(turns), lambda date: turn_ids(tok, turns, date, variables), dense)
 
 
 def turn_ids(tok, turns: list[dict], date=None, variables=None) -> list[int]:

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
 
 from loading.files import one_line
-from serve import api, ollama
+from serve import api, ollama, page
 from serve.api import ApiError, parse
 from serve.texts import check_folder
 from serve.worker import Job
@@ -34,7 +34,12 @@ COUNTERS = "answers errors disconnected prompt_tokens cached_tokens completion_t
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 ANSWERS = (CHAT, COMPLETIONS, ollama.CHAT, ollama.GENERATE)
-PATHS = (*ANSWERS, ollama.TAGS, "/v1/models", "/v1/stats", "/health")
+COUNT = "/v1/slim/count"
+READ = "/v1/slim/read"
+MAP = "/v1/slim/map"
+TEXTS = "/v1/slim/texts"
+SLIM = (COUNT, READ, MAP, TEXTS)
+PATHS = ("/", *ANSWERS, ollama.TAGS, "/v1/models", "/v1/stats", *SLIM, "/health")
 
 
 # ---- the place ----------------------------------------------------------------------------
@@ -253,7 +258,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_key(self) -> None:
         given = self.headers.get("Authorization", "")
-        free = self.path == "/health" or self.command == "OPTIONS"
+        path = self.path.partition("?")[0]
+        free = path in ("/", "/health") or self.command == "OPTIONS"
         good = hmac.compare_digest(given.encode(), f"Bearer {self.server.key}".encode())
         if not free and not good:
             message = "the key is missing or wrong; send Authorization: Bearer KEY"
@@ -283,7 +289,10 @@ class Handler(BaseHTTPRequestHandler):
             "owned_by": "slim",
             "context_length": server.max_len,
         }
-        if path == "/health":
+        if path == "/":
+            data, headers = page.html()
+            self.send_data(200, "text/html; charset=utf-8", data, headers)
+        elif path == "/health":
             self.send_json(200, {"status": "ok"})
         elif path == ollama.TAGS:
             self.send_json(200, ollama.tags(server.model, server.created))
@@ -294,6 +303,11 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/v1/stats":
             state = {"waiting": server.jobs.qsize(), "conversation": server.engine_stats}
             self.send_json(200, server.counts | state)
+        elif path == TEXTS:
+            settings = page.settings(server.args, server.max_len, server.texts)
+            self.send_json(200, settings | {"model": server.model})
+        elif path == MAP:
+            self.run_job(Job(work=page.draw), self.send_map)
         else:
             raise self.no_such(path)
 
@@ -304,13 +318,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def post(self, path: str) -> None:
         server = self.server
-        if path not in ANSWERS:
+        if path not in (*ANSWERS, COUNT, READ):
             raise self.no_such(path)
         try:
             body = json.loads(self.body())
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error!s:.100}") from None
         server.arriving.pop(self.connection, None)
+        if path == COUNT:
+            self.send_json(200, page.count(body, server.tok, server.max_len))
+        elif path == READ:
+            model = server.tok, server.model, server.max_len
+            request = page.parse_read(body, *model, server.texts)
+            self.run_job(Job(request, page.read), self.stream_reading)
+        else:
+            request = self.read_request(path, body)
+            self.run_job(Job(request), self.stream if request.stream else self.collect)
+
+    def read_request(self, path: str, body) -> api.Request:
+        server = self.server
         chat = path == CHAT
         max_len = server.max_len
         if self.dialect is ollama:
@@ -318,15 +344,15 @@ class Handler(BaseHTTPRequestHandler):
         model = server.tok, server.model, max_len
         request = parse(chat, body, *model, server.args, server.texts)
         request.path = path
-        if server.stopping.is_set():
+        return request
+
+    def run_job(self, job: Job, send) -> None:
+        """Queue a job, and send what comes of it."""
+        if self.server.stopping.is_set():
             raise ApiError(503, "the server is closing")
-        job = Job(request)
-        server.jobs.put(job)
+        self.server.jobs.put(job)
         try:
-            if request.stream:
-                self.stream(job)
-            else:
-                self.collect(job)
+            send(job)
         finally:
             job.disconnected.set()  # harmless once the answer is complete
 
@@ -386,14 +412,31 @@ class Handler(BaseHTTPRequestHandler):
         *pieces, (finish, used) = self.events(job)
         self.send_json(200, self.dialect.whole(job.request, pieces, finish, used))
 
+    def send_map(self, job: Job) -> None:
+        described, _ = self.events(job)
+        self.send_json(200, described)
+
+    def stream_reading(self, job: Job) -> None:
+        """Send progress, then the map of the text."""
+        for event in self.events(job, idle=self.send_idle):
+            if isinstance(event, dict):
+                self.send_event(event)
+        self.wfile.write(self.dialect.END)
+
     def stream(self, job: Job) -> None:
         """Send events; the status line waits for the first, so that an error can have its own."""
-        for item in self.events(job, idle=lambda: self.send_line(self.dialect.IDLE)):
+        for item in self.events(job, idle=self.send_idle):
+            if isinstance(item, dict):  # for the page
+                self.send_event(item)
+                continue
             first = self.streaming != "open"
             for event in self.dialect.events(job.request, item, first):
                 self.send_event(event)
             self.streaming = "open"
         self.wfile.write(self.dialect.END)
+
+    def send_idle(self) -> None:
+        self.send_line(self.dialect.IDLE)
 
     def send_event(self, event: dict) -> None:
         self.send_line(self.dialect.EVENT % json.dumps(event).encode())
@@ -406,8 +449,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(line)
 
     def send_json(self, status: int, value: dict) -> None:
-        data = json.dumps(value).encode() + b"\n"
-        self.send_head(status, "application/json", {"Content-Length": str(len(data))})
+        self.send_data(status, "application/json", json.dumps(value).encode() + b"\n", {})
+
+    def send_data(self, status: int, kind: str, data: bytes, more: dict) -> None:
+        self.send_head(status, kind, {"Content-Length": str(len(data))} | more)
         if self.command != "HEAD":
             self.wfile.write(data)
 

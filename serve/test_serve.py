@@ -1247,7 +1247,7 @@ def test_the_small_paths_and_errors_in_their_shape(server):
     ):
         headers |= {"Origin": f"HTTP://localhost:{server.port}"} if "Origin" in headers else {}
         assert server.ask("/health", **headers)[0] == 200
-    assert "there is no '/';" in server.ask("/")[1]["error"]["message"]
+    assert "there is no '/no';" in server.ask("/no")[1]["error"]["message"]
     message = server.ask("/health", Host="evil.example")[1]["error"]["message"]
     assert message.startswith("requests to 'evil.example' need a key: ") and "--api-key" in message
     message = server.ask("/health", Origin="http://evil.example")[1]["error"]["message"]
@@ -1258,7 +1258,8 @@ def test_the_small_paths_and_errors_in_their_shape(server):
     assert stats["answers"] > 0 and stats["conversation"]["tokens"] > 0 and stats["waiting"] == 0
     chat = "/v1/chat/completions"
     for path, body, headers, status in [
-        ("/", None, {}, 404),
+        ("/", {}, {}, 405),
+        ("/no", None, {}, 404),
         ("/v1/nothing", {}, {}, 404),
         (chat, None, {}, 405),
         ("/v1/models", {}, {}, 405),

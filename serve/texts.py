@@ -13,6 +13,7 @@ is read again.
 import contextlib
 import datetime
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from stat import S_ISREG
 
 from safetensors import SafetensorError
 
+from blockmap import Recorder
 from kvcache import last_block_len
 from loading.files import format_bytes, one_line, try_folder
 from loading.saved import check_saved, read_saved
@@ -81,17 +83,20 @@ class Text:
     ids: list[int]
     first: int  # the first place that it can be rewound to
     day: Day | None = None
+    talk: dict | None = None  # what the page shows of it, see serve/page.py
+    dense: bool = False  # read without pruning, by a server that prunes
 
     def covers(self, other: "Text") -> bool:
         """Tell whether the other one is not needed beside this one."""
         missing = len(other.ids) - common(self.ids, other.ids)
-        return missing <= FEW and self.first <= other.first
+        shown = self.talk or not other.talk
+        return missing <= FEW and self.first <= other.first and bool(shown)
 
 
 class Texts:
     """The conversation at hand, and those that wait in `folder`: files of `gib` in all.
 
-    Only `day_of` is called by other threads than the engine's; it changes nothing.
+    Other threads than the engine's call `day_of`, `talks` and `talk_of`, which change nothing.
     """
 
     def __init__(self, engine, folder=None, gib: float = 8.0, say=print):
@@ -100,6 +105,8 @@ class Texts:
         self.most = int(gib * 2**30)
         self.say = say
         self.day: Day | None = None  # of the conversation at hand
+        self.talk: dict | None = None  # of the conversation at hand
+        self.recorder = Recorder(engine)
         self.running: Text | None = None  # the request that is being read or answered
         self.saved: dict[Path, Text] = {}
         self.versions: dict[Path, tuple] = {}  # of all files looked at, usable or not
@@ -107,18 +114,18 @@ class Texts:
 
     # ---- to find and open -------------------------------------------------------------
 
-    def reuse(self, ids: list[int], room: int = 0) -> tuple[int, int]:
+    def reuse(self, ids: list[int], room: int = 0, dense: bool = False) -> tuple[int, int]:
         """Make ready to run ids; return how many need not be read again, and `keep_last`.
 
         keep_last: tokens to leave unpruned at the end of a new reading. room: new tokens to come.
         """
         self.refresh()
         engine = self.engine
-        path, kept, shared = self.find(ids)
+        path, kept, shared = self.find(ids, dense)
         if path is not None:
             self.put_away(wanted=path)
             if not self.open(path, len(ids) - kept + room):
-                return self.reuse(ids, room)
+                return self.reuse(ids, room, dense)
         else:
             at_hand = self.at_hand().ids
             if len(at_hand) - common(at_hand, ids) > WORTH_A_FILE:
@@ -129,7 +136,21 @@ class Texts:
             engine.rewind(min(kept, len(engine.ids)))
         return kept, 0
 
-    def find(self, ids: list[int]) -> tuple[Path | None, int, int]:
+    def hold(self, ids: list[int], but: int, dense: bool = False) -> bool:
+        """Take up the whole conversation that begins with ids; return False if there is none.
+
+        but: ids at the end that may be missing.
+        """
+        self.refresh()
+        path, kept, _ = self.find(ids, dense)
+        if kept < len(ids) - but:
+            return False
+        if path is None:
+            return True
+        self.put_away(wanted=path)
+        return self.open(path, 0) or self.hold(ids, but, dense)
+
+    def find(self, ids: list[int], dense: bool = False) -> tuple[Path | None, int, int]:
         """Return the file to go on with, the tokens to keep, and the most that any file shares.
 
         The file is None for the conversation at hand. Tokens to keep are 0 if the prompt is to be
@@ -140,6 +161,8 @@ class Texts:
         kept = longest = 0
         at_hand = {None: self.at_hand()} if self.running or self.engine.usable else {}
         for path, text in (at_hand | self.saved).items():
+            if text.dense != dense:
+                continue
             shared = min(common(text.ids, ids), len(ids) - 1)
             longest = max(longest, shared)
             little_is_new = len(ids) - shared <= max(shared, WORTH_A_FILE)
@@ -151,9 +174,36 @@ class Texts:
     def at_hand(self) -> Text:
         """Return the conversation in the engine; while a request runs, what it asked for."""
         engine = self.engine
-        return self.running or Text(engine.ids + engine.pending, engine.kv.tail_start, self.day)
+        ids = engine.ids + engine.pending
+        return self.running or Text(ids, engine.kv.tail_start, self.day, self.talk, self.dense())
 
-    def day_of(self, opening: str, render) -> tuple[Day, list[int]]:
+    def dense(self) -> bool:
+        """Tell whether the conversation at hand is dense, and the server is not."""
+        return self.engine.running.schedule != self.engine.ckpt.schedule
+
+    def talks(self) -> list[dict]:
+        """Return the texts that the page may open.
+
+        kept: in a file. open: at hand, which costs nothing to go on with.
+        """
+        found = {}
+        for text in list(self.saved.values()):
+            if text.talk:
+                found[text.talk["id"]] = in_list(text, kept=True, open=False)
+        here = self.at_hand()
+        if here.talk and self.engine.ids:
+            kept = here.talk["id"] in found
+            found[here.talk["id"]] = in_list(here, kept=kept, open=True)
+        return list(found.values())
+
+    def talk_of(self, id: str) -> dict | None:
+        """Return what the page shows of a text in that list; None if it is gone."""
+        for text in [self.at_hand(), *list(self.saved.values())]:
+            if text.talk and text.talk["id"] == id:
+                return text.talk
+        return None
+
+    def day_of(self, opening: str, render, dense: bool = False) -> tuple[Day, list[int]]:
         """Return the day of the conversation that a request goes on with, and the request's ids.
 
         With the date of another day, they would part in the first message, and all be read again.
@@ -164,10 +214,10 @@ class Texts:
         known = [*list(self.saved.values()), self.at_hand()]
         days = {text.day for text in known if text.day and text.day.opening == opening}
         days.discard(Day(opening, today))
-        if self.find(ids_today)[1] == 0:
+        if self.find(ids_today, dense)[1] == 0:
             for day in sorted(days, key=lambda day: day.date, reverse=True)[:MOST_DAYS]:
                 ids = render(day.date)
-                if self.find(ids)[1] > 0:
+                if self.find(ids, dense)[1] > 0:
                     return day, ids
         return Day(opening, today), ids_today
 
@@ -178,12 +228,15 @@ class Texts:
             before = version(path)
             problem = "other programs change it all the time"
             try:
-                self.engine.resume(path, room)
+                extra = self.engine.resume(path, room)
             except NoRoom:  # the file is good
                 raise
             except (ValueError, OSError, SafetensorError) as error:
                 problem = one_line(error)
             else:
+                self.talk = extra.get("talk")
+                self.recorder.record = extra.get("map", {})
+                self.recorder.looked = None
                 if self.at_hand().ids == expected:
                     self.touch(path)
                     return True
@@ -205,6 +258,8 @@ class Texts:
         engine = self.engine
         if self.folder is None or not engine.usable or engine.kv.tail_start < WORTH_A_FILE:
             return
+        if self.dense():
+            return  # a file is resumed with the server's own schedule
         self.refresh()
         here = self.at_hand()
         if any(text.covers(here) for text in self.saved.values()):
@@ -214,7 +269,7 @@ class Texts:
         name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
         path = self.folder / f"text-{name}.slim"
         try:
-            engine.save(path, as_json(here.day))
+            engine.save(path, as_json(here) | {"map": self.recorder.record})
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.say(f"slim: {one_line(error)}")
             return
@@ -226,7 +281,9 @@ class Texts:
     def size(self) -> int:
         """Return the bytes that a file of the conversation at hand takes, its header included."""
         _, tensors = self.engine.kv.state()
-        return sum(tensor.nbytes for tensor in tensors.values()) + 16 * len(self.engine.ids)
+        n_bytes = sum(tensor.nbytes for tensor in tensors.values()) + 16 * len(self.engine.ids)
+        shown = as_json(self.at_hand()) | {"map": self.recorder.record}
+        return n_bytes + 2 * len(json.dumps(shown))  # a header in a header has more escapes
 
     def make_room(self, size: int, wanted: Path | None) -> bool:
         """Delete files, the least recently used first, until `size` bytes fit.
@@ -280,7 +337,8 @@ class Texts:
             n_prunable = header["kv"]["n_prunable"]
             last = last_block_len(n_prunable, self.engine.ckpt.settings.block_len)
             ids = header["ids"] + header["pending"]
-            return Text(ids, n_prunable - last, from_json(header["extra"]))
+            extra = header["extra"]
+            return Text(ids, n_prunable - last, from_json(extra), check_talk(extra.get("talk")))
         except Exception:  # anything may lie in a folder
             return None
 
@@ -301,8 +359,23 @@ class Texts:
             path.unlink()
 
 
-def as_json(day: Day | None) -> dict:
-    return {"opening": day.opening, "date": day.date.isoformat()} if day else {}
+def as_json(text: Text) -> dict:
+    extra = {"talk": text.talk} if text.talk else {}
+    if text.day:
+        extra |= {"opening": text.day.opening, "date": text.day.date.isoformat()}
+    return extra
+
+
+def in_list(text: Text, kept: bool, open: bool) -> dict:
+    names = "id", "name", "dense", "tokens"
+    return {name: text.talk[name] for name in names} | {"kept": kept, "open": open}
+
+
+def check_talk(talk: dict | None) -> dict | None:
+    """Return what a file says about a text for the page; raise KeyError if parts are missing."""
+    if talk:
+        in_list(Text([], 0, talk=talk), kept=True, open=False)
+    return talk
 
 
 def from_json(extra: dict) -> Day | None:

@@ -5,9 +5,11 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loading.files import one_line
+from serve import page
 from serve.answers import Piece, Scores, score_prompt, thoughts_apart
 from serve.api import ApiError, Request, usage
 from serve.texts import Text, Texts
@@ -24,9 +26,13 @@ class Disconnected(Exception):
 
 @dataclass
 class Job:
-    """A request on its way. `out` gets Pieces, then (finish reason, usage), or an ApiError."""
+    """A request on its way.
 
-    request: Request
+    `out` gets Pieces, and dicts for the page, then (finish reason, usage), or an ApiError.
+    """
+
+    request: Request | None = None
+    work: Callable | None = None  # instead of an answer, see serve/page.py
     out: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     disconnected: threading.Event = field(default_factory=threading.Event)
 
@@ -41,6 +47,7 @@ def run(server, engine, tok, args, say) -> int:
     texts = Texts(engine, args.cache_dir, args.cache_gib, say)
     server.ready(engine, tok, args, texts)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    say(f"slim: a page to read with: {server.url}")
     say(f"slim: {server.model} at {server.url}/v1; Ctrl-C closes")
     with stopping(server):
         while (job := server.jobs.get()) is not None:
@@ -77,7 +84,8 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
     try:
         if server.stopping.is_set():
             raise ApiError(503, "the server is closing")
-        answer(job, server, engine, tok, texts, say)
+        work = job.work or answer
+        work(job, server, engine, tok, texts, say)
     except Disconnected:
         server.counts["disconnected"] += 1
     except ApiError as error:
@@ -144,14 +152,19 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
         tokens = write_scored(job, engine, tok, texts, scores)
         cached = 0
     else:
-        cached, keep_last = texts.reuse(request.ids, min(request.max_tokens, ROOM))
+        dense = request.dense and bool(engine.ckpt.schedule)
+        cached, keep_last = texts.reuse(request.ids, min(request.max_tokens, ROOM), dense)
         texts.day = request.day
+        texts.talk = page.go_on(texts.talk, request.turns) if cached else None
+        texts.recorder.restart()
         first = engine.kv.tail_start if cached else len(request.ids) - keep_last
-        texts.running = Text(request.ids, first, request.day)
+        texts.running = Text(request.ids, first, request.day, texts.talk, dense)
+        turn = page.Turn(job, engine, texts, started, cached)
         try:
-            tokens = write(job, engine, tok, cached, keep_last, scores)
+            tokens = write(job, engine, tok, cached, keep_last, scores, turn)
         finally:
             texts.running = None
+            texts.talk = turn.end()
     used = usage(request, tokens.n, cached)
     job.out.put((tokens.finish_reason(), used))
     count(server.counts, used)
@@ -165,6 +178,7 @@ def write_scored(job: Job, engine, tok, texts: Texts, scores: Scores) -> Tokens:
     """
     texts.put_away()
     engine.forget()
+    texts.talk = None
     engine.model.on_chunk = job.check
     try:
         room = min(job.request.max_tokens, ROOM)
@@ -175,11 +189,11 @@ def write_scored(job: Job, engine, tok, texts: Texts, scores: Scores) -> Tokens:
         engine.forget()
 
 
-def write(job: Job, engine, tok, cached: int, keep_last: int, scores=None) -> Tokens:
+def write(job: Job, engine, tok, cached: int, keep_last: int, scores=None, turn=None) -> Tokens:
     """Put an answer into a job's queue, piece by piece; return its tokens, which have run out.
 
     cached: ids of the request that the engine has. keep_last: of a new reading, see `Texts.reuse`.
-    scores: gathers the log probabilities, if they are wanted.
+    scores: gathers the log probabilities, if they are wanted. turn: tells the page.
     """
     request = job.request
     if request.echo:
@@ -193,24 +207,28 @@ def write(job: Job, engine, tok, cached: int, keep_last: int, scores=None) -> To
     ids = read_ahead(job, engine, cached, min(request.max_tokens, ROOM))
     sampling = request.max_tokens, request.temperature, request.top_p, request.seed
     options = {"follow_up": cached > 0, "keep_last": keep_last, "reserve": ROOM, "on_token": note}
+    if request.dense and not cached:
+        options["schedule"] = {}
     source = engine.generate(ids, *sampling, **options) if request.max_tokens else ()
     tokens = Tokens(source, job, engine)
     if not cached:  # until the first token: a new reading may be broken off anywhere
         engine.model.on_chunk = job.check
     try:
-        put_pieces(job, tok, tokens, scores)
+        put_pieces(job, tok, tokens, scores, turn)
     finally:
         engine.model.on_chunk = nothing
     return tokens
 
 
-def put_pieces(job: Job, tok, tokens: Tokens, scores: Scores | None) -> None:
+def put_pieces(job: Job, tok, tokens: Tokens, scores: Scores | None, turn) -> None:
     """Put the text of tokens into a job's queue, with their log probabilities."""
-    pieces = tok.stream(tokens, job.request.stop)
+    pieces = tok.stream(turn.watch(tokens) if turn else tokens, job.request.stop)
     if scores:
         pieces = scores.follow(pieces)
     for thought, text in thoughts_apart(pieces, job.request.in_thought):
         job.out.put(Piece(text, thought, scores.take() if scores else ()))
+        if turn and not thought:
+            turn.pieces.append(text)
     if scores and tokens.ended:  # not those of a stop text
         scores.shown = float("inf")
         job.out.put(Piece("", scored=scores.take()))
