@@ -46,7 +46,8 @@ class Checkpoint:
     strengths: Tensor | None = field(
         compare=False
     )  # of all heads (L, H), once the probe has measured them
-    exact: dict[str, int] = field(default_factory=dict)  # see loading.weights.exact_groups
+    # {tensor: columns of a group} that can stay in 4 bits without loss
+    exact: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     @staticmethod
     def open(
