@@ -16,7 +16,7 @@ have a row in a stage.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import prune
 from kvcache import KVCache, Move, Stage
+from loading.packed import Packed, add_product, linear, opened, rows_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -103,23 +104,23 @@ class Layer:
     """Weights of one layer; q, k, v are one matrix, so are gate and up."""
 
     attn_norm: Tensor  # (C,)
-    wqkv: Tensor  # (H*D + 2*G*D, C)
+    wqkv: Tensor | Packed  # (H*D + 2*G*D, C)
     bqkv: Tensor | None  # (H*D + 2*G*D,)
     q_norm: Tensor | None  # (D,)
     k_norm: Tensor | None  # (D,)
-    wo: Tensor  # (C, H*D)
+    wo: Tensor | Packed  # (C, H*D)
     bo: Tensor | None  # (C,)
     ffn_norm: Tensor  # (C,)
-    w_gate_up: Tensor  # (2*F, C)
-    w_down: Tensor  # (C, F)
+    w_gate_up: Tensor | Packed  # (2*F, C)
+    w_down: Tensor | Packed  # (C, F)
 
 
 @dataclass
 class Weights:
-    embed: Tensor  # (V, C)
+    embed: Tensor | Packed  # (V, C)
     layers: list[Layer]
     norm: Tensor  # (C,)
-    head: Tensor  # (V, C), the embedding itself when tied
+    head: Tensor | Packed  # (V, C), the embedding itself when tied
     inv_freq: Tensor  # (2, R/2) of RoPE in float32: for short and for long prompts
 
 
@@ -297,19 +298,22 @@ class Model:
         Returns the queries (w, H, D) of the newest tokens that have a row here.
         """
         self.kv.wait(layer)
+        w = self.weights.layers[layer]
+        w = replace(w, wqkv=opened(w.wqkv, len(x)), wo=opened(w.wo, len(x)))  # for all chunks
         n_newest = len(rows.newest)
         newest = x.new_empty(0, self.config.n_heads, self.config.head_dim)
         for start, stop, revived in chunks(rows.n_revived, len(x), self.chunk):
-            q = self.attend(layer, x, rows, start, stop, revived)
+            q = self.attend(layer, w, x, rows, start, stop, revived)
             if not revived:
                 newest = torch.cat([newest, q[-n_newest:]])[-n_newest:]
         return newest
 
-    def attend(self, layer: int, x: Tensor, rows: Rows, start: int, stop: int, revived: bool):
+    def attend(
+        self, layer: int, w: Layer, x: Tensor, rows: Rows, start: int, stop: int, revived: bool
+    ) -> Tensor:
         """Add attention to rows start..stop-1 of x in place; return their queries (t, H, D)."""
-        w = self.weights.layers[layer]
         part = x[start:stop]  # (t, C)
-        q, kv = self.project(layer, part, rows, start, stop)
+        q, kv = self.project(layer, w, part, rows, start, stop)
         self.kv.append(layer, rows.slab_rows[start:stop], kv)
         n_keys = len(rows.key_pos) if revived else rows.keys_before + stop
         self.on_chunk(layer, stop - start, n_keys)
@@ -330,11 +334,10 @@ class Model:
         return q
 
     def project(
-        self, layer: int, x: Tensor, rows: Rows, start: int, stop: int
+        self, layer: int, w: Layer, x: Tensor, rows: Rows, start: int, stop: int
     ) -> tuple[Tensor, Tensor]:
         """Return q (t, H, D), and keys and values (t, 2, G, D), of rows x (t, C), start..stop-1."""
         c = self.config
-        w = self.weights.layers[layer]
         qkv = linear(F.rms_norm(x, (c.dim,), w.attn_norm, c.norm_eps), w.wqkv, w.bqkv)
         qkv = qkv.view(len(x), -1, c.head_dim)  # (t, H + 2G, D)
         q = qkv[:, : c.n_heads]
@@ -352,6 +355,7 @@ class Model:
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
         w = self.weights.layers[layer]
+        w = replace(w, w_gate_up=opened(w.w_gate_up, len(x)), w_down=opened(w.w_down, len(x)))
         for part in x.split(self.chunk):
             self.add(part, self.ffn_inner(w, part), w.w_down)
 
@@ -364,12 +368,12 @@ class Model:
     # ---- what `parallel` overrides: sums over heads and FFN columns, and a cut vocabulary ------
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.weights.embed[ids]
+        return rows_of(self.weights.embed, ids)
 
     def head(self, x: Tensor) -> Tensor:
         return linear(x, self.weights.head)
 
-    def add(self, x: Tensor, out: Tensor, w: Tensor) -> None:
+    def add(self, x: Tensor, out: Tensor, w: Tensor | Packed) -> None:
         """Add out (t, K) times w (C, K) to x (t, C) in place."""
         add_product(x, out, w)
 
@@ -584,24 +588,6 @@ def chunks(n_revived: int, n_rows: int, chunk: int):
         yield start, min(start + chunk, n_revived), True
     for start in range(n_revived, n_rows, chunk):
         yield start, min(start + chunk, n_rows), False
-
-
-# ---- products with weights ---------------------------------------------------------------
-
-
-def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return x (t, K) times w (N, K), stored or packed (loading/weights.py), plus b (N,)."""
-    if w.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "none", [], "")
-    return F.linear(x, w, b)
-
-
-def add_product(x: Tensor, out: Tensor, w: Tensor) -> None:
-    """Add out (t, K) times w (C, K), stored or packed, to x (t, C) in place, rounded once."""
-    if w.is_mkldnn:
-        x.copy_(torch.ops.mkldnn._linear_pointwise.binary(out, x, w, None, "add"))
-    else:
-        x.addmm_(out, w.t())
 
 
 # ---- rotary position embedding ----------------------------------------------------------

@@ -24,7 +24,7 @@ import tokenizer
 from kvcache import KVCache
 from loading.files import format_bytes
 from loading.saved import check_contents, check_extra, check_saved, read_saved, write_saved
-from loading.weights import load_weights, weight_bytes
+from loading.weights import load_weights
 from model import Model
 from planning import probe
 from planning.checkpoint import Checkpoint
@@ -99,7 +99,9 @@ def build(ckpt: Checkpoint, n_prompt, n_new, progress, kv_kind, model_kind, engi
         kv.reset(2 * PROBE_LEN, {})
     else:
         kv.reset(n_prompt, ckpt.schedule, n_new)
-    weights = load_weights(ckpt.tensors, c, ckpt.device, ckpt.dtype, progress)
+    weights = load_weights(
+        ckpt.tensors, c, ckpt.device, ckpt.dtype, ckpt.kept_as, ckpt.exact, progress
+    )
     model = model_kind(
         c,
         weights,
@@ -344,7 +346,7 @@ class Engine:
         """Raise ValueError unless n tokens fit in place of those here; see `check_memory`."""
         check_count(room, "room")
         held = self.kv.stats()
-        loaded = weight_bytes(ckpt.config, ckpt.dtype) + KERNEL_BYTES + held["kv_gpu_bytes"]
+        loaded = ckpt.weight_bytes + KERNEL_BYTES + held["kv_gpu_bytes"]
         pruned = held["kv_cpu_bytes"] + held["aux_cpu_bytes"]
         check_memory(ckpt, n, room, keep_last=keep_last, homes=homes, loaded=loaded, held=pruned)
 
@@ -480,7 +482,8 @@ class Engine:
         heads = [name for name in self.running.heads if int(name.split(".")[0]) < last_boundary]
         ranking = {"score": self.running.rule.name, "lookup_heads": heads}
         drafts = {"drafted": self.drafted, "accepted": self.accepted}
-        return self.kv.stats() | ranking | drafts | {"prefill_s": self.prefill_s}
+        weights = {"weights": self.ckpt.packing or "full", "weight_bytes": self.ckpt.weight_bytes}
+        return self.kv.stats() | ranking | drafts | weights | {"prefill_s": self.prefill_s}
 
 
 def at_most(n: int, limit: int | None) -> int:

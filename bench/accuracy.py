@@ -73,8 +73,10 @@ class Bench:
     entry's run it puts them in.
     """
 
-    def __init__(self, ckpt: str, device: str, dtype: str, entries: dict[str, Entry]):
-        self.engine = slim.load(ckpt, device, dtype, schedule="dense")
+    def __init__(
+        self, ckpt: str, device: str, dtype: str, entries: dict[str, Entry], weights="auto"
+    ):
+        self.engine = slim.load(ckpt, device, dtype, schedule="dense", weights=weights)
         if self.engine.ckpt.with_schedule("auto").needs_probe:
             self.engine.find_heads()
         self.ckpt = self.engine.ckpt
@@ -319,11 +321,13 @@ def run(args, ckpt: str, entries: dict[str, Entry]) -> None:
     """Compute the results of one model that --out lacks, and add them to it."""
     out = Path(args.out)
     known = report.read(out)
-    bench = Bench(ckpt, args.device, args.dtype, entries)
+    bench = Bench(ckpt, args.device, args.dtype, entries, args.weights)
     text = Path(args.text).read_text(encoding="utf-8")
     book = prose.Book(text, bench.engine.tokenizer, args.part)
     name = Path(ckpt).name.lower()
     dtype = dtype_name(bench.engine.kv.dtype)
+    if bench.ckpt.kept_as != "full":
+        dtype += f", {bench.ckpt.kept_as}"
     seeds = range(args.first, args.first + args.samples)
     with out.open("a") as file, torch.inference_mode():
         if not (out.read_bytes() or b"\n").endswith(b"\n"):
@@ -394,6 +398,7 @@ def parser() -> Parser:
     p.add_argument("--part", type=int, choices=(0, 1), default=1, help=part)
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--weights", default="auto", help="full, int8 or int4")
     p.add_argument("--out", required=True, help="results; --table takes several, with commas")
     p.add_argument("--plot", metavar="PNG", help="draw the first of --lengths; needs matplotlib")
     p.add_argument("--table", action="store_true", help="compute nothing")

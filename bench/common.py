@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from loading.files import format_bytes, one_line
-from loading.weights import weight_bytes
+from loading.packed import matrix_bytes
+from loading.weights import stored
 from planning.checkpoint import Checkpoint
 from planning.memory import plan
 
@@ -100,9 +101,11 @@ def floor_bytes(ckpt: Checkpoint, n_prompt: int, n_new: int) -> int:
 
     Of an embedding that is not also the head, a token reads one row.
     """
-    config = ckpt.config
-    unread = 0 if config.tied else (config.vocab_size - 1) * config.dim * ckpt.dtype.itemsize
-    return weight_bytes(config, ckpt.dtype) - unread + plan(ckpt, n_prompt, n_new).kv
+    unread = 0
+    if not ckpt.config.tied:
+        (n_rows, n_columns), bits, group = next(stored(ckpt.config, ckpt.kept_as, ckpt.exact))
+        unread = matrix_bytes((n_rows - 1, n_columns), bits, group, ckpt.dtype)
+    return ckpt.weight_bytes - unread + plan(ckpt, n_prompt, n_new).kv
 
 
 def last_line(command: list[str], stdin: str = "") -> str:

@@ -19,7 +19,7 @@ class Key(NamedTuple):
     part: int  # of the book: 0 for choosing, 1 for reporting
     seed: int  # number of the document
     entry: str
-    dtype: str
+    dtype: str  # and how the weights are packed, if they are
 
 
 Results = dict[Key, dict]

@@ -10,6 +10,7 @@ from dataclasses import fields
 import serve
 import slim
 import tokenizer
+from cli import fit
 from cli.options import build_ids, check_args, parse_args, read_prompt, settings_of_saved
 from cli.show import Progress, status
 from cli.talk import Talk, chat
@@ -92,6 +93,9 @@ def run(args, progress: Progress) -> int:
     """Check everything, then load, then read, then answer."""
     say = status(args, progress)
     check_args(args)
+    if args.plan:
+        print(fit.describe(open_checkpoint(args), args.max_new_tokens))
+        return 0
     server = None
     if args.serve is not None:
         if env_number("WORLD_SIZE") > 1:

@@ -127,6 +127,10 @@ def add_running(add) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     kinds = "auto, float32, bfloat16, float16 or float64 (%(default)s)"
     add("--dtype", default="auto", help=kinds)
+    kinds = "how weights stay in memory: auto, full, int8 or int4 (%(default)s)"
+    add("--weights", default=DEFAULT["weights"], help=kinds)
+    fit = "print what prompts of several lengths need, and the longest that fits; loads nothing"
+    add("--plan", **FLAG, help=fit)
     rows = "rows computed at a time; 0 chooses by device (%(default)s)"
     add("--chunk", **COUNT, default=DEFAULT["chunk"], help=rows)
     add("--no-overlap", **FLAG, help="copy synchronously, on the compute stream")
@@ -186,6 +190,7 @@ EXCLUDED = {  # an option: those that do not go with it
     "dense": "schedule compare",
     "compare": "chat save resume",
     "resume": "prompt save max_prompt_tokens system",
+    "plan": "prompt ask chat save resume serve max_prompt_tokens compare map json",
     "raw": "system no_think",
     "chat": "json",
     "serve": "prompt ask chat save resume max_prompt_tokens compare map json",
@@ -357,8 +362,8 @@ def first_tokens(text: str, n: int, tokenizer) -> str:
 # ---- a saved text -------------------------------------------------------------------------
 
 SAVED = (
-    "ckpt dtype schedule score block_len unit_len window gamma local_window sinks chunk rope_yarn "
-    "raw"
+    "ckpt dtype weights schedule score block_len unit_len window gamma local_window sinks chunk "
+    "rope_yarn raw"
 ).split()
 
 
@@ -367,7 +372,8 @@ def settings_of_saved(args) -> dict:
     path = args.resume
     header, _ = read_saved(path)
     raw = header["extra"].get("raw", False)
-    saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": raw}
+    kept_as = header["identity"].get("kept_as", "full").replace("file", "auto")
+    saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": raw, "weights": kept_as}
     for name in SAVED:
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))

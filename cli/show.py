@@ -160,7 +160,7 @@ def comparison(dense: dict, pruned: dict) -> str:
 
 PUBLIC = (
     "text ids prompt_tokens kept ttft_s decode_tok_s kv_gpu_bytes kv_cpu_bytes kv_dense_bytes "
-    "swaps revived drafted accepted score lookup_heads"
+    "swaps revived drafted accepted score lookup_heads weights weight_bytes"
 ).split()
 
 

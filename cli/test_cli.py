@@ -422,6 +422,30 @@ def test_a_model_too_big_is_refused_before_it_is_loaded_with_the_flag_that_helps
     is_one_line(cli()[2], "no flag makes it fit")
 
 
+def test_a_plan_says_what_fits_and_loads_nothing(cli, monkeypatch):
+    """In each kind of weights, dense and pruned, whether or not the heads were measured."""
+    monkeypatch.setattr(slim, "load_weights", lambda *_: pytest.fail("weights were loaded"))
+    code, out, err = cli("--plan", "--dtype", "bfloat16", prompt=None)
+    assert (code, err) == (0, "")
+    assert "full, bfloat16" in out and "int8, bfloat16" in out and "int4, bfloat16" in out
+    assert "assumed" in out
+    lines = [line.split()[:2] for line in out.splitlines()]
+    assert ["2,048", "dense"] in lines and ["2,048", "slim"] in lines
+    assert "(all of its context)" in out and " *" not in out.split("free\n")[1]
+    set_free(monkeypatch, planning.memory.KERNEL_BYTES)
+    out = cli("--plan", prompt=None)[1].split("free\n")[1]
+    assert " *" in out and "(all of its context)" not in out
+    is_one_line(cli("--plan", "--ask", "x", prompt=None)[2], "--plan excludes --ask")
+
+
+def test_packed_weights_are_said(cli):
+    """On the line about memory, and in JSON."""
+    args = ("--weights", "int8", "--dtype", "bfloat16", "--ask", "A", "--max-new-tokens", "2")
+    code, out, err = cli(*args, "--json")
+    assert code == 0 and " weights (int8) + " in err
+    assert json.loads(out)["weights"] == "int8"
+
+
 def test_the_command_line_answers_and_says_what_it_did(cli):
     """The answer alone goes to standard output, in either mode."""
     code, out, err = cli("--max-new-tokens", "8", "--schedule", "2:256,3:128")

@@ -110,13 +110,15 @@ def is_complete(header: dict) -> bool:
 
 def check_saved(path, header: dict, identity: dict) -> None:
     """Raise ValueError that lists how a saved conversation differs from this engine."""
-    theirs = header["identity"]
+    theirs = {"kept_as": "full"} | header["identity"]  # older files do not say
     wrong = []
     for key, ours in identity.items():
         if theirs.get(key) == ours:
             continue
         if key == "weights":
             wrong.append("other weights")
+        elif key == "kept_as":
+            wrong.append(f"--weights {theirs[key]!s:.60} where this run has {ours}")
         else:
             wrong.append(f"{key} {theirs.get(key)!r:.60} where this run has {ours!r}")
     if wrong:

@@ -37,7 +37,7 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
 
 
 @pytest.mark.skipif(
-    not loading.weights.packs(torch.device("cpu"), torch.bfloat16),
+    not loading.weights.in_blocks(torch.device("cpu"), torch.bfloat16),
     reason="this CPU multiplies no packed matrices in bfloat16",
 )
 @pytest.mark.parametrize("family", ["llama3-gqa", "qwen2-bias"])
@@ -45,7 +45,7 @@ def test_packed_matrices_give_what_stored_ones_give(checkpoints, monkeypatch, fa
     """A packed matrix is another type, and takes another call for its bias and for a sum."""
     folder, _ = checkpoints[family]
     stored = slim.load(folder, "cpu", "bfloat16")
-    monkeypatch.setattr(loading.weights, "LEAST_PACKED", 1)
+    monkeypatch.setattr(loading.weights, "LEAST_IN_BLOCKS", 1)
     packed = slim.load(folder, "cpu", "bfloat16")
     for layer in packed.model.weights.layers:
         matrices = layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down

@@ -6,6 +6,7 @@ Every tensor of a checkpoint is used, is known to be harmless, or is refused by 
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -13,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loading import gguf_file
+from loading import gguf_file, packed
 from loading.files import read_json, stamp
-from loading.quantised import FLOATS, copy_rows, gather, tensor_problem
+from loading.quantised import FLOATS, Matrix, copy_rows, gather, tensor_problem
 from loading.rope import inverse_frequencies
 from model import Config, Layer, Weights
 
@@ -24,7 +25,7 @@ HEAD = "lm_head.weight"
 HARMLESS = re.compile(  # computed from config.json, as transformers does
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )
-LEAST_PACKED = 2**19  # numbers: for smaller matrices a packed one's call costs more than it saves
+LEAST_IN_BLOCKS = 2**19  # numbers: for smaller matrices the call costs more than it saves
 MAPPED_BYTES = 2**23  # bytes read of a file before it is mapped anew
 
 
@@ -103,9 +104,81 @@ def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def weight_bytes(config: Config, dtype: torch.dtype) -> int:
-    shapes = tensor_shapes(config).values()
-    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+def matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Return rows and columns of a layer's matrices, as they are fused."""
+    dim = config.dim
+    q_rows = config.n_heads * config.head_dim
+    kv_rows = config.n_kv_heads * config.head_dim
+    return {
+        "wqkv": (q_rows + 2 * kv_rows, dim),
+        "wo": (dim, q_rows),
+        "w_gate_up": (2 * config.hidden_dim, dim),
+        "w_down": (dim, config.hidden_dim),
+    }
+
+
+def matrix_names(config: Config, i: int) -> dict[str, list[str]]:
+    """Return the tensors that make up each matrix of a layer."""
+    attn = f"model.layers.{i}.self_attn."
+    mlp = f"model.layers.{i}.mlp."
+    qkv = ["qkv"] if config.fused else ["q", "k", "v"]
+    gate_up = ["gate_up"] if config.fused else ["gate", "up"]
+    return {
+        "wqkv": [f"{attn}{name}_proj.weight" for name in qkv],
+        "wo": [attn + "o_proj.weight"],
+        "w_gate_up": [f"{mlp}{name}_proj.weight" for name in gate_up],
+        "w_down": [mlp + "down_proj.weight"],
+    }
+
+
+# ---- how matrices are kept ------------------------------------------------------------------
+
+
+def exact_groups(config: Config, tensors: dict) -> dict[str, int]:
+    """Return {name: columns of a group} of the tensors that can stay in 4 bits without loss."""
+    groups = {}
+    for name, shape in tensor_shapes(config).items():
+        if len(shape) == 2:
+            groups[name] = getattr(tensors[name].get_slice(name), "group", 0)
+    return {name: group for name, group in groups.items() if group}
+
+
+def packing(kind: str, exact: dict, names: list[str], shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the bits of a matrix in a run, 0: it stays plain; and its columns of a group.
+
+    kind: "full", "int8", "int4", or "file": 4 bits where that loses nothing. exact: of
+    `exact_groups`. Embedding and head take 8 bits unless the file has them in 4; so does a matrix
+    that torch's int4 kernels do not take.
+    """
+    suits = shape[0] % 64 == 0 and shape[1] % packed.GROUP == 0
+    groups = {exact.get(name, 0) for name in names}
+    if suits and kind in ("int4", "file") and len(groups) == 1 and 0 not in groups:
+        return 4, groups.pop()
+    if kind in ("full", "file"):
+        return 0, 0
+    in_layer = names[0] not in (EMBED, HEAD)
+    return (4, packed.GROUP) if kind == "int4" and suits and in_layer else (8, 0)
+
+
+def stored(config: Config, kind: str, exact: dict) -> Iterator[tuple[tuple, int, int]]:
+    """Yield the shape, bits and group of each matrix, as they are fused; the embedding first."""
+    outside = (config.vocab_size, config.dim)
+    for name in [EMBED] if config.tied else [EMBED, HEAD]:
+        yield outside, *packing(kind, exact, [name], outside)
+    shapes = matrix_shapes(config)
+    for i in range(config.n_layers):
+        for matrix, names in matrix_names(config, i).items():
+            yield shapes[matrix], *packing(kind, exact, names, shapes[matrix])
+
+
+def weight_bytes(config: Config, dtype: torch.dtype, kind: str, exact: dict) -> int:
+    """Return the bytes of all weights in a run; kind, exact: as in `packing`."""
+    numbers = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    total = numbers * dtype.itemsize
+    for shape, bits, group in stored(config, kind, exact):
+        total -= math.prod(shape) * dtype.itemsize
+        total += packed.matrix_bytes(shape, bits, group, dtype)
+    return total
 
 
 # ---- what it has --------------------------------------------------------------------------
@@ -232,14 +305,20 @@ def check_tensors(folder: Path, config: Config, tensors: dict[str, MappedFile]) 
 
 
 def load_weights(
-    tensors: dict, config: Config, device: torch.device, dtype: torch.dtype, progress=None
+    tensors: dict,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: str,
+    exact: dict[str, int],
+    progress=None,
 ) -> Weights:
     """Copy each tensor from its mapped file to the device; QKV and gate/up become one matrix each.
 
-    progress(done, total) is called after each matrix, in bytes.
+    progress(done, total) is called after each matrix, in bytes. kind, exact: as in `packing`.
     """
-    loader = Loader(tensors, config, device, dtype, progress)
-    embed = loader.fuse([EMBED])
+    loader = Loader(tensors, config, device, dtype, kind, exact, progress)
+    embed = loader.matrix([EMBED])
     head = embed if config.tied else loader.matrix([HEAD])
     inv_freq = [inverse_frequencies(config, long) for long in (False, True)]
     return Weights(
@@ -252,16 +331,20 @@ def load_weights(
 
 
 class Loader:
-    """Copies tensors to a device and counts the bytes."""
+    """Copies tensors to a device, packs matrices if `kind` says so, and counts the bytes."""
 
-    def __init__(self, tensors: dict, config: Config, device, dtype, progress):
+    def __init__(
+        self, tensors: dict, config: Config, device, dtype, kind: str, exact: dict, progress
+    ):
         self.tensors = tensors
         self.config = config
         self.device = device
         self.dtype = dtype
         self.progress = progress
         self.done = 0
-        self.total = weight_bytes(config, dtype)
+        self.total = weight_bytes(config, dtype, kind, exact)
+        self.kind = kind
+        self.exact = exact
 
     def fuse(self, names: list[str]) -> Tensor:
         """Return tensors, one below the other, as one."""
@@ -271,42 +354,64 @@ class Loader:
         fused = torch.empty(shape, dtype=self.dtype, device=self.device)
         for part, rows in zip(parts, fused.split(sizes)):
             copy_rows(rows, part)
-        self.done += fused.nbytes
-        if self.progress:
-            self.progress(self.done, self.total)
+        self.count(fused)
         return fused
 
-    def matrix(self, names: list[str]) -> Tensor:
-        """Return tensors as one matrix, packed if that is faster."""
-        stored = self.fuse(names)
-        if stored.numel() < LEAST_PACKED or not packs(self.device, self.dtype):
-            return stored
-        return torch.ops.mkldnn._reorder_linear_weight(stored, 1)
+    def count(self, loaded: Tensor | packed.Packed) -> None:
+        self.done += loaded.nbytes
+        if self.progress:
+            self.progress(self.done, self.total)
+
+    def matrix(self, names: list[str]) -> Tensor | packed.Packed:
+        """Return matrices, one below the other, as one, plain or packed."""
+        parts = [self.tensors[name].get_tensor(name) for name in names]
+        shape = sum(len(part) for part in parts), columns_of(parts[0])
+        bits, group = packing(self.kind, self.exact, names, shape)
+        if not bits:
+            return self.plain_matrix(names)
+        w = packed.empty(*shape, bits, self.dtype, group)
+        start = 0
+        for name, part in zip(names, parts):
+            if bits == 4 and name in self.exact:
+                for rows in part.groups():
+                    start = packed.put(w, start, *rows)
+            else:
+                for rows in plain_rows(part):
+                    start = packed.fill(w, start, rows)
+        w = packed.prepare(w, self.device)
+        self.count(w)
+        return w
+
+    def plain_matrix(self, names: list[str]) -> Tensor:
+        """Return tensors as one matrix, in oneDNN's blocks if that is faster."""
+        plain = self.fuse(names)
+        few = plain.numel() < LEAST_IN_BLOCKS
+        if few or names == [EMBED] or not in_blocks(self.device, self.dtype):
+            return plain
+        return torch.ops.mkldnn._reorder_linear_weight(plain, 1)
 
     def layer(self, i: int) -> Layer:
         config = self.config
         layer = f"model.layers.{i}."
         attn = layer + "self_attn."
-        mlp = layer + "mlp."
-        qkv = ["qkv"] if config.fused else ["q", "k", "v"]
-        gate_up = ["gate_up"] if config.fused else ["gate", "up"]
-        biases = [f"{attn}{name}_proj.bias" for name in qkv]
+        names = matrix_names(config, i)
+        biases = [name.removesuffix("weight") + "bias" for name in names["wqkv"]]
         return Layer(
             attn_norm=self.fuse([layer + "input_layernorm.weight"]),
-            wqkv=self.matrix([f"{attn}{name}_proj.weight" for name in qkv]),
+            wqkv=self.matrix(names["wqkv"]),
             bqkv=self.fuse(biases) if config.qkv_bias else None,
             q_norm=self.fuse([attn + "q_norm.weight"]) if config.qk_norm else None,
             k_norm=self.fuse([attn + "k_norm.weight"]) if config.qk_norm else None,
-            wo=self.matrix([attn + "o_proj.weight"]),
+            wo=self.matrix(names["wo"]),
             bo=self.fuse([attn + "o_proj.bias"]) if config.o_bias else None,
             ffn_norm=self.fuse([layer + "post_attention_layernorm.weight"]),
-            w_gate_up=self.matrix([f"{mlp}{name}_proj.weight" for name in gate_up]),
-            w_down=self.matrix([mlp + "down_proj.weight"]),
+            w_gate_up=self.matrix(names["w_gate_up"]),
+            w_down=self.matrix(names["w_down"]),
         )
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether matrices are packed into the blocks that oneDNN multiplies by.
+def in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether plain matrices are laid out in the blocks that oneDNN multiplies by.
 
     In bfloat16 a CPU multiplies one row up to 1.4 times faster so, twenty 1.2 times and a chunk no
     slower; float32 is as fast as stored. An embedding stays, as it is read by rows.
@@ -314,6 +419,18 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def columns_of(part: Tensor | Matrix) -> int:
+    columns = getattr(part, "columns", None)
+    return part.shape[1] if columns is None else columns.stop - columns.start
+
+
+def plain_rows(part: Tensor | Matrix) -> Iterator[Tensor]:
+    """Yield a matrix's rows as plain numbers, some at a time."""
+    if isinstance(part, Matrix):
+        return part.chunks()
+    return iter(part.split(packed.rows_at_once(part.shape[1])))
 
 
 def fingerprint(config: Config, tensors: dict[str, MappedFile]) -> str:

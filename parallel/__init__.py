@@ -249,7 +249,19 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
     part = Part(**fields, full=ckpt, q=q, kv=kv, hidden=hidden, vocab=vocab, columns=columns)
     for name in ckpt.tensors:
         part.tensors[name] = PartFile(ckpt.tensors[name], part)
+    part = replace(part, exact=uncut(part))
     return part.with_schedule(ckpt.asked_schedule)
+
+
+def uncut(part: Part) -> dict[str, int]:
+    """Return `Checkpoint.exact` without the tensors whose groups of columns this rank would cut."""
+    exact = {}
+    for name, group in part.exact.items():
+        dim, pieces = part.pieces(name)
+        edges = [edge for piece in pieces for edge in (piece.start, piece.stop)]
+        if dim == 0 or not any(edge % group for edge in edges):
+            exact[name] = group
+    return exact
 
 
 def check_ranks(config: Config, n_ranks: int) -> None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -367,6 +368,36 @@ def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path
             a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2]
             for a, b in zip(other[1], first[1])
         )
+
+
+def test_ranks_pack_their_parts(folders, tmp_path):
+    """Each quantises its own part of a row, so scales differ a little from those of one process."""
+
+    def work():
+        found = []
+        for kind in ("full", "int8", "int4"):
+            engine = load(folders["demo"], "cpu", "bfloat16", "dense", weights=kind)
+            found.append(engine.prefill(draw(300)).numpy())
+            found.append(engine.extend([5]).numpy())
+        return found
+
+    alone = work()
+    for result in Group(tmp_path, 2, work).results():
+        for i, (one, many) in enumerate(zip(alone, result)):
+            error = abs(one - many).max()
+            assert error <= (0.2 if i < 2 else 0.1 * abs(one).max()), (i, error)
+
+
+def test_a_rank_does_not_cut_a_group(folders):
+    """Its scale belongs to columns of two ranks: such a matrix is widened instead."""
+    ckpt = slim.Checkpoint.open(folders["llama2-mha"], "cpu", "bfloat16")
+    down = "model.layers.0.mlp.down_proj.weight"
+    up = "model.layers.0.mlp.up_proj.weight"
+    exact = {down: 32, up: 32}
+    part = parallel.split(replace(ckpt, exact=exact), SimpleNamespace(rank=0, n=2))  # 64 columns
+    assert part.exact == exact and part.kept_as == "file"
+    part = parallel.split(replace(ckpt, exact=exact), SimpleNamespace(rank=1, n=4))
+    assert part.exact == {up: 32}
 
 
 def test_a_rank_reads_its_part_of_every_tensor(folders, tmp_path):

@@ -12,7 +12,16 @@ import prune
 from loading.config import read_config
 from loading.find import find_checkpoint
 from loading.vocabulary import stop_tokens
-from loading.weights import MappedFile, check_tensors, fingerprint, open_shards, settle_head
+from loading.weights import (
+    MappedFile,
+    check_tensors,
+    exact_groups,
+    fingerprint,
+    open_shards,
+    settle_head,
+    stored,
+    weight_bytes,
+)
 from model import DTYPES, LAST_ROWS, Config, Local
 from planning.probe import can_rank, lookup_heads, names, read_cache
 from planning.schedule import format_schedule, resolve_schedule
@@ -37,6 +46,8 @@ class Checkpoint:
     strengths: Tensor | None = field(
         compare=False
     )  # of all heads (L, H), once the probe has measured them
+    # {tensor: columns of a group} that can stay in 4 bits without loss
+    exact: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     @staticmethod
     def open(
@@ -49,6 +60,7 @@ class Checkpoint:
         folder = find_checkpoint(ckpt)
         config = read_config(folder / "config.json", options.rope_yarn)
         dtype = pick_dtype(dtype, config, device)
+        check_packing(options.weights, dtype)
         budgets = resolve_schedule(schedule, config, options.block_len)
         tensors = open_shards(folder)
         config = settle_head(config, tensors)
@@ -66,6 +78,7 @@ class Checkpoint:
             asked_schedule=schedule,
             asked_rule=rule,
             strengths=None,
+            exact=exact_groups(config, tensors),
         )
         opened = opened.with_schedule(schedule)
         if not opened.needs_probe:
@@ -82,7 +95,8 @@ class Checkpoint:
     def probe_key(self) -> str:
         """Name the weights and what else changes the strengths of heads a little."""
         yarn = f"-yarn{self.settings.rope_yarn:g}" if self.settings.rope_yarn else ""
-        return f"{self.weights_hash}-{dtype_name(self.dtype)}{yarn}"
+        kind = "" if self.kept_as == "full" else f"-{self.kept_as}"
+        return f"{self.weights_hash}-{dtype_name(self.dtype)}{kind}{yarn}"
 
     def with_strengths(self, strengths: Tensor | None) -> "Checkpoint":
         """Return the run once the strengths of its heads (L, H) are known; None: they are not."""
@@ -147,6 +161,7 @@ class Checkpoint:
             "sinks": self.local.sinks,
             "schedule": format_schedule(self.schedule),
             "dtype": dtype_name(self.dtype),
+            "kept_as": self.kept_as,
             "score": self.rule.name,
             "sees": self.rule.sees,
             "heads": " ".join(self.heads),
@@ -158,6 +173,31 @@ class Checkpoint:
     @cached_property
     def weights_hash(self) -> str:
         return fingerprint(self.config, self.tensors)
+
+    @property
+    def kept_as(self) -> str:
+        """How matrices stay: full, int8, int4, or file: in 4 bits where that loses nothing."""
+        if self.settings.weights != "auto":
+            return self.settings.weights
+        return "file" if self.exact and self.dtype == torch.bfloat16 else "full"
+
+    def with_weights(self, kind: str) -> "Checkpoint":
+        """Return the run with its matrices kept otherwise, in bfloat16 if they are packed."""
+        dtype = self.dtype if kind == "full" else torch.bfloat16
+        return replace(self, dtype=dtype, settings=replace(self.settings, weights=kind))
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self.config, self.dtype, self.kept_as, self.exact)
+
+    @property
+    def packing(self) -> str:
+        """Say in words how matrices stay in memory; nothing if all are plain."""
+        matrices = list(stored(self.config, self.kept_as, self.exact))
+        groups = sorted({group for _, bits, group in matrices if bits == 4})
+        if groups:
+            return f"int4, groups of {' and '.join(map(str, groups))}"
+        return "int8" if any(bits == 8 for _, bits, _ in matrices) else ""
 
     @property
     def aux_dim(self) -> int:
@@ -218,6 +258,15 @@ def pick_dtype(name: str, config: Config, device: torch.device) -> torch.dtype:
     if name == "auto" and device.type == "cpu" and is_slow(dtype):
         return torch.float32
     return dtype
+
+
+def check_packing(kind: str, dtype: torch.dtype) -> None:
+    """Raise ValueError for packed weights in a dtype whose packed products are slow."""
+    if kind in ("int8", "int4") and dtype != torch.bfloat16:
+        raise ValueError(
+            f"--weights {kind} needs bfloat16: in {dtype_name(dtype)} its products take 3 to 18 "
+            "times as long as plain ones; add --dtype bfloat16, or use --weights full"
+        )
 
 
 def is_slow(dtype: torch.dtype) -> bool:

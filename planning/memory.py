@@ -1,7 +1,9 @@
 """How much memory a run needs, how much there is, and what to change if it is too little."""
 
 import contextlib
+import math
 import os
+from bisect import bisect
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 
 from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.files import format_bytes
-from loading.weights import weight_bytes
+from loading.packed import CHUNK, FEW_ROWS
+from loading.weights import matrix_shapes
 from model import TILE, rows_at_once
 from planning.checkpoint import Checkpoint
 from planning.schedule import format_schedule
@@ -24,6 +27,7 @@ class Plan:
     """Bytes that a run needs: on the device, and on the host for pruned blocks."""
 
     weights: int
+    packing: str  # of the weights
     kv: int
     temporary: int
     largest: str  # the name of the largest temporary
@@ -34,8 +38,10 @@ class Plan:
         return self.weights + self.kv + self.temporary
 
     def __str__(self) -> str:
+        packing = f" ({self.packing})" if self.packing else ""
         text = (
-            f"{format_bytes(self.weights)} weights + {format_bytes(self.kv)} KV + "
+            f"{format_bytes(self.weights)} weights{packing} + "
+            f"{format_bytes(self.kv)} KV + "
             f"{format_bytes(self.temporary)} temporary (for {self.largest}) = "
             f"{format_bytes(self.total)}"
         )
@@ -72,7 +78,8 @@ def plan(
         parts += temporaries(ckpt, slots, n_rows, n_last + n_new, n_logits=n_rows)
     largest, temporary = max(parts, key=lambda part: part[1])
     return Plan(
-        weights=weight_bytes(config, ckpt.dtype),
+        weights=ckpt.weight_bytes,
+        packing=ckpt.packing,
         kv=kv_rows * row,
         temporary=temporary + KERNEL_BYTES,
         largest=largest,
@@ -120,7 +127,10 @@ def logits_bytes(ckpt: Checkpoint, n_rows: int, n_logits: int) -> int:
     item = ckpt.dtype.itemsize
     wide = max(4, item)
     a_logit = 2 * wide if item == wide else item + 2 * wide
-    return n_logits * ckpt.config.vocab_size * a_logit + n_rows * ckpt.config.dim * item
+    head = 0
+    if ckpt.kept_as != "full" and n_logits > FEW_ROWS[8]:
+        head = ckpt.config.vocab_size * ckpt.config.dim * item
+    return head + n_logits * ckpt.config.vocab_size * a_logit + n_rows * ckpt.config.dim * item
 
 
 class StageWork:
@@ -168,8 +178,9 @@ class StageWork:
         c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
         mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
-        attention = self.chunk * (self.row + heads * c.head_dim * (self.item + 3 * self.wide))
-        return attention + mask + self.local_bytes()
+        widened = self.widened_bytes("wqkv", "wo")
+        states = self.row + heads * c.head_dim * (self.item + 3 * self.wide)
+        return widened + self.chunk * states + mask + self.local_bytes()
 
     def local_bytes(self) -> int:
         """Keys and values that a tile of the prompt sees, put together."""
@@ -177,6 +188,13 @@ class StageWork:
         local = self.ckpt.local
         seen = min(self.keys, local.sinks + local.window + TILE) if local.window else 0
         return 2 * seen * c.n_kv_heads * c.head_dim * self.item
+
+    def widened_bytes(self, *names: str) -> int:
+        """Packed matrices of a layer, widened for many rows; numbers on their way."""
+        if self.ckpt.kept_as == "full" or self.rows <= min(FEW_ROWS.values()):
+            return 0
+        shapes = matrix_shapes(self.config)
+        return sum(math.prod(shapes[name]) for name in names) * self.item + 8 * CHUNK
 
     def weight_bytes(self, ranked: bool) -> int:
         """Products, softmax and a copy, of the rows that rank blocks; keys widened."""
@@ -193,7 +211,8 @@ class StageWork:
         """Gate, up and their product; a CPU multiplies half precision in float32."""
         widened = self.ckpt.device.type == "cpu" and self.item < self.wide
         product = self.item + (self.wide if widened else 0)
-        return self.chunk * (self.row + max(3 * self.item, 2 * product) * self.config.hidden_dim)
+        states = self.row + max(3 * self.item, 2 * product) * self.config.hidden_dim
+        return self.widened_bytes("w_gate_up", "w_down") + self.chunk * states
 
     def move_bytes(self) -> int:
         """Keys and values of the blocks that move in a layer: gathered, and laid out."""
@@ -216,8 +235,9 @@ def check_memory(
     loaded: int = 0,
     held: int = 0,
 ) -> Plan:
-    """Return the plan; raise NoRoom if it does not fit, naming a flag that helps if one does.
+    """Return the plan; raise NoRoom if it does not fit.
 
+    The error names a flag that helps, if one does, and the longest prompt that fits without it.
     loaded: bytes already on the device; held: bytes already taken by pruned blocks; the other
     arguments are those of `plan`.
     """
@@ -239,11 +259,23 @@ def check_memory(
             if has_room(plan(way, n_prompt, n_new, keep_last)):
                 advice = f"it would fit with {flag}"
                 break
+        longest = longest_prompt(ckpt, n_new, n_prompt - 1, has_room, keep_last)
+        if longest:
+            advice += f"; as it is, a prompt of at most {longest:,} tokens fits"
     free = format_bytes(free_bytes(ckpt.device))
     raise NoRoom(
         f"not enough memory on {ckpt.device}: {need} for {n_prompt:,} tokens, but {free} free; "
         f"{advice}"
     )
+
+
+def longest_prompt(ckpt: Checkpoint, n_new: int, most: int, has_room, keep_last: int = 0) -> int:
+    """Return the most tokens, up to `most`, of a prompt for whose plan there is room; 0: none."""
+
+    def is_too_long(n: int) -> bool:
+        return not has_room(plan(ckpt, n, n_new, min(keep_last, n - 1)))
+
+    return bisect(range(1, most + 1), False, key=is_too_long)
 
 
 def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
@@ -255,8 +287,14 @@ def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
     for schedule in (default, small):
         flag = f"--schedule {format_schedule(schedule)}"
         ways[flag] = replace(ckpt, schedule=schedule)
+    narrow = replace(ckpt, dtype=torch.bfloat16)
+    flag = ""
     if ckpt.dtype.itemsize > 2:
-        ways["--dtype bfloat16"] = replace(ckpt, dtype=torch.bfloat16)
+        flag = "--dtype bfloat16"
+        ways[flag] = narrow
+    if not ckpt.packing:
+        for kind in ("int8", "int4"):
+            ways[f"{flag} --weights {kind}".strip()] = ckpt.with_weights(kind)
     return ways
 
 

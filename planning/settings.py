@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 LOCAL_WINDOW = 256  # tokens; 512 and 1,024 were no better on the few texts tried
 MOST_DRAFTED = 16  # tokens of a draft: more rows would cost more than one everywhere
+WEIGHTS = ("auto", "full", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Settings:
     sinks: int = 64  # first tokens, which they see too
     chunk: int = 0  # rows computed at a time; 0: 1024 on a CPU, 2048 on a GPU
     overlap: bool = True  # copies on a stream of their own
+    weights: str = "auto"  # full, int8 or int4: how matrices stay in memory; auto: as the file asks
     rope_yarn: float = 0.0  # YaRN stretches the trained context by this; 0: as config.json asks
 
     def __post_init__(self):
@@ -41,6 +43,8 @@ class Settings:
             )
         if type(self.overlap) is not bool:
             raise ValueError(f"overlap is {self.overlap!r}; it must be a bool")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"--weights {self.weights!r} is unknown; use {', '.join(WEIGHTS)}")
         yarn = self.rope_yarn
         if not is_number(yarn) or not (yarn == 0 or 1 <= yarn <= 2**10):
             raise ValueError(

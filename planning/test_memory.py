@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import mmap
 import os
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,24 @@ def test_a_follow_up_that_does_not_fit_is_refused_and_the_conversation_stays(tin
     other = slim.load(tiny, "cpu")
     other.prefill(draw(100))
     assert torch.equal(engine.extend(draw(500)), other.extend(draw(500)))
+
+
+@pytest.mark.parametrize("schedule", ["dense", {1: 64, 3: 32}])
+def test_the_refusal_names_the_longest_prompt_that_fits(schedule, tiny, monkeypatch):
+    """And that one does fit, to the token."""
+    ckpt = planning.checkpoint.Checkpoint.open(tiny, "cpu", "float32", schedule, block_len=8)
+    need = planning.memory.plan(ckpt, 1500, 20)
+    set_free(monkeypatch, need.total + need.host)
+    with pytest.raises(ValueError, match="at most 1,5[0-9][0-9] tokens fits") as caught:
+        planning.memory.check_memory(ckpt, 4000, 20)
+    found = int(re.search("at most ([0-9,]+) tokens", str(caught.value))[1].replace(",", ""))
+    planning.memory.check_memory(ckpt, found, 20)
+    with pytest.raises(ValueError, match="not enough memory"):
+        planning.memory.check_memory(ckpt, found + 1, 20)
+    set_free(monkeypatch, 1000)
+    with pytest.raises(ValueError) as caught:
+        planning.memory.check_memory(ckpt, 4000, 20)
+    assert "at most" not in str(caught.value)
 
 
 def test_a_long_follow_ups_rows_are_planned_before_the_step(tiny, monkeypatch):
