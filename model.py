@@ -324,7 +324,7 @@ class Model:
         elif start < rows.n_local:  # here a row's place in x and in the slab is its position
             heads = self.local.far_heads(layer)
             out = local_attention(q, keys, values, rows.n_local, self.local, heads)
-        elif len(q) == 1:
+        elif stop - start == 1:
             out = row_attention(q, keys, values)
         else:
             out = causal_attention(q, keys, values)
@@ -696,12 +696,12 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The query heads of a KV head are the kernel's rows, so that they read its keys once. A CPU gives
     each KV head to one thread, so keys are cut into parts until every thread gets as many.
     """
-    n_kv_heads, head_dim = k.shape[1:]
+    n_keys, n_kv_heads, head_dim = k.shape
     q = q.view(1, n_kv_heads, -1, head_dim)  # (1, G, H/G, D)
     n_parts = 1
     if not q.is_cuda:
         n_threads = torch.get_num_threads()
-        n_parts = min(n_threads // math.gcd(n_threads, n_kv_heads), len(k) // LEAST_PART)
+        n_parts = min(n_threads // math.gcd(n_threads, n_kv_heads), n_keys // LEAST_PART)
     if n_parts > 1:
         return row_attention_in_parts(q, k, v, n_parts).view(1, -1)
     k = k.transpose(0, 1)[None]  # (1, G, S, D)

@@ -1512,7 +1512,9 @@ def test_max_tokens_is_no_claim_on_memory(tiny, tmp_path, monkeypatch):
     texts, read = started(tiny, tmp_path)
     rooms = []
     reuse = texts.reuse
-    monkeypatch.setattr(texts, "reuse", lambda ids, room, *args: (rooms.append(room), reuse(ids, room, *args))[1])
+    monkeypatch.setattr(
+        texts, "reuse", lambda ids, room, *args: (rooms.append(room), reuse(ids, room, *args))[1]
+    )
     job = Job(plain_request(draw(100), max_tokens=3000))
     monkeypatch.setattr(texts.engine, "generate", lambda *args, **more: iter([1]))
     tok = SimpleNamespace(stream=lambda tokens, stops: (str(token) for token in tokens))
