@@ -227,12 +227,12 @@ def talking(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2_folder():
-    """A real model, where it is at hand; with SLIM_REAL=1 it is made."""
+    """A real model where it is at hand, folder or GGUF file; with SLIM_REAL=1 it is fetched."""
     from bench import checkpoints
 
-    make = os.environ.get("SLIM_REAL") == "1"
+    fetch = os.environ.get("SLIM_REAL") == "1"
     try:
-        return checkpoints.folder(checkpoints.SMOLLM2, make)
+        return checkpoints.find_or_fetch(checkpoints.SMOLLM2, fetch)
     except OSError as error:
         pytest.skip(str(error))
 

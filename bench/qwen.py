@@ -1,6 +1,6 @@
-"""Find or make Qwen2.5-Coder-0.5B-Instruct (24 layers, context 32,768): python bench/qwen.py
+"""Find or fetch Qwen2.5-Coder-0.5B-Instruct (24 layers, context 32,768): python bench/qwen.py
 
-Prints its folder. The first time this takes 490 MB and some minutes, and needs `pip install gguf`.
+Prints where it is. The first time this takes 490 MB and some minutes. Needs `pip install gguf`.
 """
 
 import sys

