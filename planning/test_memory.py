@@ -128,9 +128,11 @@ def test_an_answers_steps_are_in_the_plan(tiny):
     ckpt = planning.checkpoint.Checkpoint.open(tiny, "cpu")
     short, long = (
         planning.memory.plan(ckpt, 100, n).temporary - planning.memory.KERNEL_BYTES
-        for n in (0, 50_000)
+        for n in (0, 1_000_000)
     )
-    assert long == planning.memory.step_bytes(ckpt, [1], 1, 50_036) > 2 * short
+    n_rows = planning.memory.STEP_ROWS  # with the most that is drafted
+    step = planning.memory.step_bytes(ckpt, [1], n_rows, 1_000_036, n_logits=n_rows)
+    assert long == step > 2 * short
 
 
 def test_the_growth_of_slabs_is_what_was_planned(tiny):
@@ -310,7 +312,7 @@ def test_a_steps_memory_is_what_was_planned(schedule, score, dtype, prompt, late
         monkeypatch.setattr(
             prune, "select", lambda scores, *args, real=prune.select: real(-scores, *args)
         )
-        least(0.55, lambda: engine.extend([1]), 1, n_last + 1001)
+        least(0.5, lambda: engine.extend([1]), 1, n_last + 1001)
         assert engine.stats["revived"] > slots[1] // 2
 
 
