@@ -496,6 +496,8 @@ def test_json_holds_what_the_engine_counted(cli):
         "revived",
         "drafted",
         "accepted",
+        "weights",
+        "weight_bytes",
         "lookup_heads",
         "score",
     }

@@ -166,7 +166,7 @@ def progress(job, engine):
         job.check()
         kv = engine.kv
         local = engine.running.local
-        work = [*layer_work(config.n_layers, n, kv.schedule, kv.block_len, local)]
+        work = [*layer_work(config, n, kv.schedule, kv.block_len, local)]
         total = sum(layer_flops(config, n_rows, n_keys) for n_rows, n_keys, _ in work)
         share = min(1.0, done / total)
         now = time.perf_counter()
