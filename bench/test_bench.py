@@ -312,16 +312,6 @@ def test_only_copies_that_end_after_they_are_needed_are_late():
     assert watch.late_seconds() == 0.5 and watch.copy_seconds() == 1.75
 
 
-def test_a_comparison_and_a_table_of_memory_run_to_their_end(folders, capsys):
-    """For real, in processes, with random weights and with a checkpoint."""
-    options = "--shape=tiny --lengths=20 --new=2 --rounds=1 --dtype=float32 --device=cpu"
-    assert speed.main([*options.split(), "--contestants=transformers,dense"]) == 0
-    assert capsys.readouterr().out.count("MiB |") == 2
-    with mock.patch.object(speed, "RANKINGS", [("auto", "peak")]):
-        assert speed.main(["--memory", f"--ckpt={folders[True]}", "--lengths=200"]) == 0
-    assert capsys.readouterr().out.count("| 200 | auto, peak |") == len(speed.WORK)
-
-
 # ---- what reading costs -------------------------------------------------------------------------
 
 
