@@ -27,8 +27,12 @@ def bits(x: Tensor, step: int) -> Tensor:
 
 def nibbles(blocks: Tensor, at: int, width: int) -> Tensor:
     """Return 4-bit numbers from a byte on: of each run of bytes the low halves, then the high."""
-    runs = blocks[..., at:].unflatten(-1, (-1, width))
-    return bits(runs, 4).flatten(-3)
+    runs = blocks[..., at:].contiguous().unflatten(-1, (-1, width))
+    return torch.stack((runs & 15, runs >> 4), -2).flatten(-3)
+
+
+# The bits of every byte, each as 16 in a byte of its own: eight bytes, looked up as one number.
+FIFTH = (bits(torch.arange(256, dtype=torch.uint8), 1).T << 4).contiguous().view(torch.int64)[:, 0]
 
 
 def rows(q: Tensor, scale: Tensor, zero: int = 0, add: Tensor | None = None) -> Rows:
@@ -43,9 +47,7 @@ def rows(q: Tensor, scale: Tensor, zero: int = 0, add: Tensor | None = None) -> 
 
 def fifth_bits(blocks: Tensor, at: int) -> Tensor:
     """Return the bits of four bytes (n, blocks, 32), as what they add to 4-bit numbers."""
-    shifts = torch.arange(8, dtype=torch.uint8)
-    found = blocks[..., at : at + 4, None] >> shifts & 1
-    return found.flatten(-2) << 4
+    return FIFTH[blocks[..., at : at + 4].int()].view(torch.uint8)
 
 
 def scales_6_bits(blocks: Tensor, at: int) -> tuple[Tensor, Tensor]:
