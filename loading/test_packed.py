@@ -10,6 +10,7 @@ import slim
 from conftest import ATOL, DEVICES, draw, make_checkpoint
 from loading import packed
 from loading.packed import Packed, linear, pair, prepare, quantise, rows_of, widen
+from loading.weights import in_blocks as can_be_in_blocks
 from planning.checkpoint import Checkpoint
 
 SHAPES = [(128, 64), (64, 96), (80, 32), (13, 256), (192, 128)]
@@ -52,6 +53,26 @@ def test_products_are_those_of_the_formula(bits, shape, device):
             added = torch.zeros(n_rows, shape[0], dtype=BF16, device=device)
             packed.add_product(added, x, w)
             torch.testing.assert_close(added.cpu().double(), want, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_many_rows_are_multiplied_in_float32(in_blocks, monkeypatch):
+    """A CPU without matrix units is twice as fast so; the result is rounded once."""
+    if in_blocks and not can_be_in_blocks(torch.device("cpu"), BF16):
+        pytest.skip("this CPU lays out no matrices in blocks for bfloat16")
+    monkeypatch.setattr(packed, "is_slow", lambda device, dtype: True)
+    monkeypatch.setattr(packed, "PIECE", 1000)  # pieces of 15 rows of the matrix
+    torch.manual_seed(0)
+    plain = torch.randn(70, 64).to(BF16)
+    w = torch.ops.mkldnn._reorder_linear_weight(plain, 1) if in_blocks else plain
+    x, bias, before = torch.randn(128, 64).to(BF16), torch.randn(70).to(BF16), torch.randn(128, 70)
+    product = x.double() @ plain.double().T
+    added = before.to(BF16)
+    want = added.double() + product
+    packed.add_product(added, x, w)
+    once = dict(atol=1e-4, rtol=2**-8)  # half of the last bit
+    torch.testing.assert_close(added.double(), want, **once)
+    torch.testing.assert_close(linear(x, w, bias).double(), product + bias.double(), **once)
 
 
 @pytest.mark.parametrize("group", packed.GROUPS)

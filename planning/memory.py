@@ -11,8 +11,8 @@ import torch
 
 from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.files import format_bytes
-from loading.packed import CHUNK, FEW_ROWS
-from loading.weights import matrix_shapes
+from loading.packed import CHUNK, FEW_ROWS, MANY_ROWS, PIECE, is_slow
+from loading.weights import LEAST_IN_BLOCKS, matrix_shapes
 from model import TILE, rows_at_once
 from planning.checkpoint import Checkpoint
 from planning.schedule import format_schedule
@@ -178,9 +178,10 @@ class StageWork:
         c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
         mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
-        widened = self.widened_bytes("wqkv", "wo")
         states = self.row + heads * c.head_dim * (self.item + 3 * self.wide)
-        return widened + self.chunk * states + mask + self.local_bytes()
+        held = self.plain_bytes("wqkv", "wo") + self.chunk * states
+        unmasked = self.local_bytes() + self.wide_head_bytes()
+        return held + max(self.product_bytes("wqkv", "wo"), mask, unmasked)
 
     def local_bytes(self) -> int:
         """Keys and values that a tile of the prompt sees, put together."""
@@ -189,12 +190,41 @@ class StageWork:
         seen = min(self.keys, local.sinks + local.window + TILE) if local.window else 0
         return 2 * seen * c.n_kv_heads * c.head_dim * self.item
 
-    def widened_bytes(self, *names: str) -> int:
-        """Packed matrices of a layer, widened for many rows; numbers on their way."""
-        if self.ckpt.kept_as == "full" or self.rows <= min(FEW_ROWS.values()):
+    def in_float32(self, n_rows: int) -> bool:
+        """Return whether that many rows of half precision are multiplied in float32."""
+        return n_rows >= MANY_ROWS and is_slow(self.ckpt.device.type, self.ckpt.dtype)
+
+    def wide_head_bytes(self) -> int:
+        """A KV head's keys and values in float32; its queries, and what they attend to in parts."""
+        if not self.in_float32(self.rows - self.revived):
+            return 0
+        c = self.config
+        group = c.n_heads // c.n_kv_heads
+        return (2 * self.keys + 5 * self.chunk * group) * c.head_dim * self.wide
+
+    def plain_bytes(self, *names: str) -> int:
+        """Matrices of a layer, made plain for many rows."""
+        shapes = matrix_shapes(self.config)
+        sizes = [math.prod(shapes[name]) for name in names]
+        if self.ckpt.kept_as != "full":
+            if self.rows <= min(FEW_ROWS.values()):
+                return 0
+            return sum(sizes) * self.item + 8 * CHUNK  # and numbers on their way
+        if self.in_float32(self.rows):
+            return sum(size for size in sizes if size >= LEAST_IN_BLOCKS) * self.item
+        return 0
+
+    def product_bytes(self, *names: str) -> int:
+        """Of a product in float32: a chunk, a piece of the matrix, and the result."""
+        if not self.in_float32(self.rows):
             return 0
         shapes = matrix_shapes(self.config)
-        return sum(math.prod(shapes[name]) for name in names) * self.item + 8 * CHUNK
+        return max(self.wide_product(*shapes[name]) for name in names)
+
+    def wide_product(self, n_rows: int, n_columns: int) -> int:
+        piece_rows = min(n_rows, max(1, PIECE // n_columns))
+        numbers = self.chunk * (n_columns + piece_rows) + piece_rows * n_columns
+        return numbers * self.wide
 
     def weight_bytes(self, ranked: bool) -> int:
         """Products, softmax and a copy, of the rows that rank blocks; keys widened."""
@@ -208,11 +238,12 @@ class StageWork:
         return rows * n_heads * self.keys * 3 * self.wide + keys
 
     def ffn_bytes(self) -> int:
-        """Gate, up and their product; a CPU multiplies half precision in float32."""
+        """Gate, up and their product; of few rows, a CPU's product of half precision is wide."""
         widened = self.ckpt.device.type == "cpu" and self.item < self.wide
-        product = self.item + (self.wide if widened else 0)
+        product = self.item + (self.wide if widened and not self.in_float32(self.rows) else 0)
         states = self.row + max(3 * self.item, 2 * product) * self.config.hidden_dim
-        return self.widened_bytes("w_gate_up", "w_down") + self.chunk * states
+        names = "w_gate_up", "w_down"
+        return self.plain_bytes(*names) + self.product_bytes(*names) + self.chunk * states
 
     def move_bytes(self) -> int:
         """Keys and values of the blocks that move in a layer: gathered, and laid out."""
