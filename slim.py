@@ -133,6 +133,7 @@ class Engine:
         self.running = self.ckpt  # how this conversation is run: its schedule may be its own
         self.ids: list[int] = []  # tokens run so far
         self.pending: list[int] = []  # generated, but not yet run through the model
+        self.draft_left: list[int] = []  # run as guesses by the last step, and not accepted yet
         self.usable = False  # not before a prefill, while a step runs, or after a broken one
         self.prefill_s = 0.0
         self.drafted = 0  # tokens that were guessed
@@ -235,12 +236,20 @@ class Engine:
         return logits if all_logits or draft else logits[0]
 
     def accept(self) -> None:
-        """Append the one pending token, which is the next of the draft: it was run already."""
+        """Append the next token of the last step's draft, which was run already.
+
+        Raises ValueError if none is left, or another token is pending.
+        """
         if not self.usable:
             raise ValueError("there is no complete conversation to extend; call prefill first")
+        if not self.draft_left or self.pending not in ([], self.draft_left[:1]):
+            raise ValueError(
+                f"the draft goes on with {self.draft_left[:1]} and {self.pending} is pending; "
+                "accept needs a drafted token that is no other than the pending one"
+            )
         self.usable = False
         self.model.accept()
-        self.ids += self.pending
+        self.ids.append(self.draft_left.pop(0))
         self.pending = []
         self.accepted += 1
         self.usable = True
@@ -248,6 +257,7 @@ class Engine:
     def run(self, ids: list[int], n_logits: int = 1, draft=()) -> Tensor:
         self.usable = False
         self.steps += 1
+        self.draft_left = list(draft)
         logits = self.model.step(torch.tensor([*ids, *draft]), n_logits, len(draft))
         logits = logits.clone()  # a normal tensor, which callers may write to
         # this waits for the device too, so the seconds in stats are of finished work
@@ -282,6 +292,7 @@ class Engine:
         self.kv.rewind(n)
         self.ids = self.ids[:n]
         self.pending = []
+        self.draft_left = []
         self.steps += 1
 
     # ---- a conversation in a file -----------------------------------------------------

@@ -16,7 +16,7 @@ def describe(ckpt: Checkpoint, n_new: int) -> str:
     """
     if env_number("WORLD_SIZE") > 1:
         raise ValueError("--plan is of one process; start it without torchrun")
-    kinds = [kind for kind in WEIGHTS if kind != "auto" or ckpt.exact]
+    kinds = [kind for kind in WEIGHTS if kind != "auto" or ckpt.packing]
     runs = [ckpt.with_weights(kind) for kind in kinds]
     head = ["tokens", "", *(f"{run.settings.weights}, {dtype_name(run.dtype)}" for run in runs)]
     rows = [head]
@@ -31,7 +31,8 @@ def describe(ckpt: Checkpoint, n_new: int) -> str:
 
 def lengths(ckpt: Checkpoint) -> list[int]:
     """Return the lengths that the model was trained for."""
-    return [n for n in LENGTHS if n < ckpt.config.max_len] + [min(ckpt.config.max_len, LENGTHS[-1])]
+    most = min(ckpt.config.max_len, LENGTHS[-1])
+    return [n for n in LENGTHS if n < most] + [most]
 
 
 def both_ways(runs: list[Checkpoint]) -> list[tuple[str, list[Checkpoint]]]:

@@ -372,15 +372,14 @@ def settings_of_saved(args) -> dict:
     path = args.resume
     header, _ = read_saved(path)
     raw = header["extra"].get("raw", False)
-    kept_as = header["identity"].get("kept_as", "full").replace("file", "auto")
+    kept_as = header["identity"].get("kept_as", "auto").replace("file", "auto")
     saved = header["identity"] | {"ckpt": header.get("ckpt"), "raw": raw, "weights": kept_as}
     for name in SAVED:
         if name not in args.given and not (name == "schedule" and args.dense):
             setattr(args, name, saved.get(name))
-    if "ckpt" not in args.given and not Path(str(args.ckpt)).is_dir():
+    if "ckpt" not in args.given and not Path(str(args.ckpt)).exists():
         raise ValueError(
-            f"{path} was read with the checkpoint {args.ckpt}, which is gone; "
-            "give its folder with --ckpt"
+            f"{path} was read with the checkpoint {args.ckpt}, which is gone; give it with --ckpt"
         )
     if args.raw != raw:
         raise ValueError(f"{path} was read {'with' if raw else 'without'} --raw; use the same")

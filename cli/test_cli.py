@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import planning.checkpoint
 import planning.memory
 import slim
 import tokenizer
+from cli import fit
 from cli import main as cli_main
 from cli.options import DEMO, first_tokens, parse_args
 from cli.show import Progress, visible
@@ -35,6 +37,7 @@ from conftest import (
 )
 from loading.template import Template
 from loading.test_vocabulary import of_bytes
+from planning.checkpoint import Checkpoint
 
 K = "model.layers.1.self_attn.k_proj.weight"
 
@@ -436,6 +439,15 @@ def test_a_plan_says_what_fits_and_loads_nothing(cli, monkeypatch):
     out = cli("--plan", prompt=None)[1].split("free\n")[1]
     assert " *" in out and "(all of its context)" not in out
     is_one_line(cli("--plan", "--ask", "x", prompt=None)[2], "--plan excludes --ask")
+
+
+@pytest.mark.parametrize("context, last", [(4096, 4096), (131072, 131072), (262144, 131072)])
+def test_a_plans_lengths_end_where_the_model_does(tiny, context, last):
+    """Each once, also if a model goes further than the last."""
+    ckpt = Checkpoint.open(tiny, "cpu")
+    ckpt = replace(ckpt, config=replace(ckpt.config, max_len=context))
+    found = fit.lengths(ckpt)
+    assert found == sorted(set(found)) and found[-1] == last
 
 
 def test_packed_weights_are_said(cli):

@@ -326,6 +326,11 @@ def translate(path: Path, facts: dict, stored: dict[str, Stored]) -> tuple[dict,
     frequencies = stored.pop(FREQUENCIES, None)
     config = make_config(path, facts, stored)
     if frequencies is not None:
+        if "rope_scaling" in config:
+            raise ValueError(
+                f"{path} has both {FREQUENCIES} and rope.scaling, {config['rope_scaling']!r:.80}; "
+                "only one of them is supported"
+            )
         add_frequencies(config, matrix(frequencies)[:])
     files = gguf_tokens.make_files(path, facts)
     files["config.json"] = config
@@ -374,8 +379,12 @@ def make_config(path: Path, facts: dict, stored: dict[str, Stored]) -> dict:
     check_heads(path, config, own)
     if not config.get("num_local_experts"):
         config.pop("num_local_experts", None)
+    if "factor" in rope:
+        rope.setdefault("rope_type", "linear")  # as llama.cpp takes it
     if rope.get("rope_type", "none") != "none":
         config["rope_scaling"] = rope
+    elif set(rope) - {"rope_type", "factor", ORIGINAL}:
+        config[f"{kind}.rope.scaling"] = rope  # refused: no type says what it is for
     return config
 
 

@@ -12,7 +12,7 @@ from loading.files import replace_file
 from loading.weights import MappedFile
 from model import Config
 
-SAVED = "slim 7"  # the format; 6 knew no local window
+SAVED = "slim 8"  # the format; 7 did not know which blocks may come back
 PARTS = {
     "identity": dict,
     "ids": list,
@@ -110,7 +110,7 @@ def is_complete(header: dict) -> bool:
 
 def check_saved(path, header: dict, identity: dict) -> None:
     """Raise ValueError that lists how a saved conversation differs from this engine."""
-    theirs = {"kept_as": "full"} | header["identity"]  # older files do not say
+    theirs = header["identity"]
     wrong = []
     for key, ours in identity.items():
         if theirs.get(key) == ours:

@@ -131,8 +131,9 @@ def test_a_gguf_file_says_what_its_folder_says(checkpoints, tmp_path, family):
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     extra = {}
     if rope["rope_type"] in ("linear", "yarn"):
-        extra["{arch}.rope.scaling.type"] = rope["rope_type"]
         extra["{arch}.rope.scaling.factor"] = rope["factor"]
+    if rope["rope_type"] == "yarn":  # linear is what no type means
+        extra["{arch}.rope.scaling.type"] = "yarn"
     if rope["rope_type"] == "yarn":
         original = rope["original_max_position_embeddings"]
         extra["{arch}.rope.scaling.original_context_length"] = original
@@ -143,6 +144,13 @@ def test_a_gguf_file_says_what_its_folder_says(checkpoints, tmp_path, family):
     engine = slim.load(file, "cpu", "float32", "dense")
     torch.testing.assert_close(engine.prefill(ids), want, atol=ATOL[torch.float32], rtol=0)
     assert engine.config.tied == (family == "llama3.2-tied")
+
+
+def test_frequencies_and_another_stretch_are_refused(checkpoints, tmp_path):
+    """One of the two would be left out, and each answer be a little wrong."""
+    extra = {"{arch}.rope.scaling.type": "linear", "{arch}.rope.scaling.factor": 4.0}
+    file = write_gguf(tmp_path / "a.gguf", checkpoints["llama3.1-rope"][0], extra=extra)
+    refused(file, "both rope_freqs.weight and rope.scaling")
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -445,6 +453,7 @@ REFUSED = {  # what the line must name: (facts of the model, facts of the tokeni
     "sliding_window": ({"{arch}.attention.sliding_window": 512}, {}),
     "'llama.logit_scale' is 8.0": ({"{arch}.logit_scale": 8.0}, {}),
     "short_factor": ({"{arch}.rope.scaling.type": "longrope"}, {}),
+    "llama.rope.scaling": ({"{arch}.rope.scaling.attn_factor": 2.0}, {}),
     "rope.dimension_count is 4": ({"{arch}.rope.dimension_count": 4}, {}),
     "attention.value_length is 16": ({"{arch}.attention.value_length": 16}, {}),
     "key 'num_hidden_layers' is 0": ({"{arch}.block_count": 0}, {}),

@@ -112,6 +112,10 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
         lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True),
         "gamma 0.1",
     ),
+    "what may come back": (
+        lambda p: edit_saved(p, lambda h, t: h["identity"].update(revive_at_most=9), sign=True),
+        "revive_at_most 9",
+    ),
     "a bit of a tensor": (lambda p: flip(p, -100), "damaged"),
     "no prompt length": (
         lambda p: edit_saved(p, lambda h, t: h["kv"].pop("n_prompt"), sign=True),

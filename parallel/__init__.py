@@ -239,6 +239,7 @@ def split(ckpt: Checkpoint, ranks: Ranks) -> Part:
         hidden_dim=length(hidden),
         vocab_size=length(vocab),
     )
+    check_join(ckpt.asked_rule)
     rule = replace(ckpt.asked_rule, score=joined(ckpt.asked_rule, ranks, config.n_kv_heads))
     if rule.heads is not None:
         rule = own_heads(rule, q)
@@ -262,6 +263,18 @@ def uncut(part: Part) -> dict[str, int]:
         if dim == 0 or not any(edge % group for edge in edges):
             exact[name] = group
     return exact
+
+
+def check_join(rule: prune.Rule) -> None:
+    """Raise ValueError for a rule with heads of its own that needs those of all ranks at once.
+
+    A rank without any of a layer's heads would not meet the others.
+    """
+    if rule.join == "all" and (rule.heads is not None or rule.sees == "lookup"):
+        raise ValueError(
+            f"rule {rule.name!r:.60} has heads of its own and join 'all'; on several ranks it "
+            "needs join='max', a score that is a maximum over heads"
+        )
 
 
 def check_ranks(config: Config, n_ranks: int) -> None:

@@ -548,6 +548,16 @@ def test_under_torchrun_slim_load_gives_each_process_an_engine_of_its_own(folder
     assert work(0)[1:] == (False, False)
 
 
+def test_a_rule_with_heads_of_its_own_joins_by_maximum():
+    """A rank without any of a layer's heads would let the others wait for ever."""
+    rule = prune.Rule("own", lambda weights: weights.amax((1, 3)), heads=((0,), (), ()))
+    with pytest.raises(ValueError, match="rule 'own' has heads of its own and join 'all'"):
+        parallel.check_join(rule)
+    parallel.check_join(replace(rule, join="max"))
+    for known in prune.RULES.values():
+        parallel.check_join(known)
+
+
 def test_ranks_of_a_script_that_differ_get_one_line(folders, tmp_path):
     """Not a hang, and not logits of two texts mixed; what they agree on then goes on as before."""
 

@@ -166,6 +166,9 @@ class Checkpoint:
             "sees": self.rule.sees,
             "heads": " ".join(self.heads),
             "every_layer": self.rule.every_layer,
+            "recent": str(self.rule.recent),
+            "revive_margin": self.rule.revive_margin,
+            "revive_at_most": self.rule.revive_at_most,
             "rope_yarn": self.settings.rope_yarn,
             "weights": self.weights_hash,
         }

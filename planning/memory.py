@@ -318,11 +318,9 @@ def smaller(ckpt: Checkpoint) -> dict[str, Checkpoint]:
     for schedule in (default, small):
         flag = f"--schedule {format_schedule(schedule)}"
         ways[flag] = replace(ckpt, schedule=schedule)
-    narrow = replace(ckpt, dtype=torch.bfloat16)
-    flag = ""
+    flag = "" if ckpt.dtype == torch.bfloat16 else "--dtype bfloat16"
     if ckpt.dtype.itemsize > 2:
-        flag = "--dtype bfloat16"
-        ways[flag] = narrow
+        ways[flag] = replace(ckpt, dtype=torch.bfloat16)
     if not ckpt.packing:
         for kind in ("int8", "int4"):
             ways[f"{flag} --weights {kind}".strip()] = ckpt.with_weights(kind)
