@@ -9,6 +9,7 @@ from pathlib import Path
 import prune
 import slim
 from loading.files import check_path, one_line
+from loading.find import find_checkpoint
 from loading.saved import read_saved
 from planning.settings import LOCAL_WINDOW, Settings, check_draft, check_sampling
 
@@ -271,6 +272,19 @@ def check_output(args, name: str, path: str) -> None:
             raise ValueError(
                 f"--{name} {path} would overwrite the file of --{other}; give another one"
             )
+    if args.ckpt is not None and target.exists() and is_of_checkpoint(target, args.ckpt):
+        raise ValueError(
+            f"--{name} {path} would overwrite a file of --ckpt {args.ckpt}; give another one"
+        )
+
+
+def is_of_checkpoint(target: Path, ckpt: str) -> bool:
+    try:
+        found = find_checkpoint(ckpt).resolve()
+    except (OSError, ValueError):
+        return False  # it is refused when it is opened
+    is_ours = target.suffix in (".slim", ".html")  # written there by an earlier run
+    return target == found or target.parent == found and not is_ours
 
 
 # ---- the text -----------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from conftest import (
     set_lookup_heads,
 )
 from loading.template import Template
+from loading.test_saved import edit_saved
 from loading.test_vocabulary import of_bytes
 from planning.checkpoint import Checkpoint
 
@@ -343,6 +344,7 @@ WRONG = {  # arguments: what the one line must name
     "--map /proc/x": "--map /proc/x cannot be written: no file can be made in /proc: ",
     "--save /proc/x": "--save /proc/x cannot be written: no file can be made in /proc: ",
     "--map text.txt": "--prompt",
+    "--save ckpt/config.json": "would overwrite a file of --ckpt ckpt",
     "--save a --map a": "--save",
 }
 
@@ -439,6 +441,17 @@ def test_a_plan_says_what_fits_and_loads_nothing(cli, monkeypatch):
     out = cli("--plan", prompt=None)[1].split("free\n")[1]
     assert " *" in out and "(all of its context)" not in out
     is_one_line(cli("--plan", "--ask", "x", prompt=None)[2], "--plan excludes --ask")
+
+
+def test_a_saved_text_finds_the_file_that_read_it(cli):
+    """A checkpoint may be a GGUF file, not a folder."""
+    assert cli("--save", "text.slim", "--max-new-tokens", "2")[0] == 0
+    for file, words in (
+        ("short.txt", "short.txt is a file, and not GGUF"),
+        ("gone", "which is gone"),
+    ):
+        edit_saved("text.slim", lambda header, _: header.update(ckpt=file), sign=True)
+        is_one_line(cli("--resume", "text.slim", "--ask", "AB", prompt=None)[2], words)
 
 
 @pytest.mark.parametrize("context, last", [(4096, 4096), (131072, 131072), (262144, 131072)])

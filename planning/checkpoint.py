@@ -114,8 +114,18 @@ class Checkpoint:
         elif rule.sees == "lookup" and self.strengths is not None and budgets:
             rule = replace(rule, heads=self.heads_below(max(budgets)))
             if not can_rank(self.strengths, min(budgets)):
-                rule = prune.RULES["peak"]
+                rule = self.without_heads(min(budgets))
         return replace(self, schedule=budgets, rule=rule, asked_schedule=schedule)
+
+    def without_heads(self, boundary: int) -> prune.Rule:
+        """Return what ranks blocks in place of the default; no other rule is replaced."""
+        name = self.asked_rule.name
+        if name != "lookup":
+            raise ValueError(
+                f"rule {name!r:.60} sees lookup heads, and too few of this model's lie below "
+                f"boundary {boundary}; give it heads, or set a later boundary"
+            )
+        return prune.RULES["peak"]
 
     def heads_below(self, boundary: int) -> tuple[tuple[int, ...], ...]:
         """Return each layer's lookup heads; none above the last boundary, as none ranks there."""

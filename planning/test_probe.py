@@ -93,6 +93,16 @@ def test_only_a_run_that_asks_the_heads_measures_them(tiny, looking, tmp_path, m
     assert engine.model.rule.name == "peak"
 
 
+def test_a_rule_of_ones_own_is_not_replaced(tiny, looking):
+    """Only the default falls back to `peak`; another rule's figures would be those of `peak`."""
+    rule = prune.Rule("mine", prune.lookup, sees="lookup")
+    engine = slim.load(tiny, "cpu", schedule={2: 192}, score=rule)
+    engine.prefill(draw(640))
+    with pytest.raises(ValueError, match="rule 'mine' sees lookup heads, and too few"):
+        engine.prefill(draw(640), schedule={1: 192})
+    assert engine.stats["score"] == "mine"
+
+
 def test_a_saved_conversation_belongs_to_its_heads(tiny, looking, tmp_path, monkeypatch):
     """Other heads would choose other blocks for the next token."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
