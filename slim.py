@@ -130,6 +130,7 @@ class Engine:
 
     def forget(self) -> None:
         """Drop the conversation; the next prompt starts a new one."""
+        self.steps += 1
         self.running = self.ckpt  # how this conversation is run: its schedule may be its own
         self.ids: list[int] = []  # tokens run so far
         self.pending: list[int] = []  # generated, but not yet run through the model

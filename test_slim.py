@@ -939,6 +939,16 @@ def test_drafts_change_no_answer(tiny, monkeypatch, temperature):
         assert engine.steps - steps == n - stats["accepted"]
 
 
+def test_an_answer_whose_conversation_was_dropped_says_so(tiny):
+    """It cannot go on; the line must say why."""
+    engine = slim.load(tiny, "cpu")
+    answer = engine.generate(draw(50), 5)
+    next(answer)
+    engine.forget()
+    with pytest.raises(ValueError, match="used while it generated"):
+        next(answer)
+
+
 def test_an_answer_that_stops_amid_a_draft_goes_on_from_what_was_said(tiny, tmp_path, monkeypatch):
     """Tokens that were run ahead, and neither said nor kept, must not be in the conversation."""
     engine = slim.load(tiny, "cpu", "float64", "dense")

@@ -1,6 +1,6 @@
 """The ways to answer that bench/accuracy.py compares: Slim, other schedules, other methods.
 
-Rivals choose as their authors define it, at the FLOPs of the paper's schedule. They prune tokens
+Rivals choose as their authors define it, at the FLOPs of the default. They prune tokens
 where Slim prunes blocks. SnapKV and OmniKV select after a dense prefill; here they choose at the
 boundaries.
 """

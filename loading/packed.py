@@ -337,11 +337,11 @@ def opened(w: Tensor | Packed, n_rows: int) -> Tensor | Packed:
 
 def in_float32(x: Tensor, n_rows: int) -> bool:
     """Return whether products of n_rows rows in the dtype of x are computed in float32."""
-    return n_rows >= MANY_ROWS and is_slow(x.device.type, x.dtype)
+    return n_rows >= MANY_ROWS and prefers_float32(x.device.type, x.dtype)
 
 
 @functools.cache
-def is_slow(device: str, dtype: torch.dtype) -> bool:
+def prefers_float32(device: str, dtype: torch.dtype) -> bool:
     """Return whether a device multiplies many rows faster in float32 than in a dtype."""
     if device != "cpu" or dtype.itemsize != 2:
         return False

@@ -60,7 +60,7 @@ def test_many_rows_are_multiplied_in_float32(in_blocks, monkeypatch):
     """A CPU without matrix units is twice as fast so; the result is rounded once."""
     if in_blocks and not can_be_in_blocks(torch.device("cpu"), BF16):
         pytest.skip("this CPU lays out no matrices in blocks for bfloat16")
-    monkeypatch.setattr(packed, "is_slow", lambda device, dtype: True)
+    monkeypatch.setattr(packed, "prefers_float32", lambda device, dtype: True)
     monkeypatch.setattr(packed, "PIECE", 1000)  # pieces of 15 rows of the matrix
     torch.manual_seed(0)
     plain = torch.randn(70, 64).to(BF16)

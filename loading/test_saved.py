@@ -65,6 +65,16 @@ def test_a_saved_conversation_goes_on_bit_for_bit(tiny, tmp_path, device, schedu
     assert not schedule or engine.stats["revived"] > 0
 
 
+def test_a_saved_text_names_its_checkpoint_as_it_was_given(tiny, tmp_path):
+    """In the local cache a GGUF file's own name is behind a link; a split one is refused else."""
+    (tmp_path / "named").symlink_to(tiny)
+    engine = slim.load(tmp_path / "named", "cpu")
+    engine.prefill(draw(30))
+    engine.save(tmp_path / "talk.slim")
+    header, _ = saved.read_saved(tmp_path / "talk.slim")
+    assert header["ckpt"] == str(tmp_path / "named")
+
+
 def edit_saved(path, change, sign=False):
     """Change header and tensors of a saved conversation; sign: as if it had been saved so."""
     with safe_open(path, "pt") as file:

@@ -135,7 +135,7 @@ def matrix_names(config: Config, i: int) -> dict[str, list[str]]:
 
 
 def exact_groups(config: Config, tensors: dict) -> dict[str, int]:
-    """Return {name: columns of a group} of the tensors that can stay in 4 bits without loss."""
+    """Return {name: columns of a group} of the tensors whose 4-bit numbers can stay."""
     groups = {}
     for name, shape in tensor_shapes(config).items():
         if len(shape) == 2:
@@ -146,7 +146,7 @@ def exact_groups(config: Config, tensors: dict) -> dict[str, int]:
 def packing(kind: str, exact: dict, names: list[str], shape: tuple[int, int]) -> tuple[int, int]:
     """Return the bits of a matrix in a run, 0: it stays plain; and its columns of a group.
 
-    kind: "full", "int8", "int4", or "file": 4 bits where that loses nothing. exact: of
+    kind: "full", "int8", "int4", or "file": 4 bits where the file has 4. exact: of
     `exact_groups`. Embedding and head take 8 bits unless the file has them in 4; so does a matrix
     that torch's int4 kernels do not take.
     """

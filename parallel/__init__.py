@@ -90,7 +90,7 @@ def start(ckpt: Checkpoint, n_prompt=1, n_new=0, progress=None) -> "Engine":
         score=ckpt.asked_rule.name,
         **asdict(ckpt.settings),
     )
-    place = str(ckpt.folder.resolve())
+    place = str(ckpt.folder.absolute())
     given = (recipe, n_prompt, n_new)
     with ranks.command("start", (place, *given), given):
         return start_together(ranks, lambda: ckpt, n_prompt, n_new, progress)

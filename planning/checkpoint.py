@@ -46,7 +46,7 @@ class Checkpoint:
     strengths: Tensor | None = field(
         compare=False
     )  # of all heads (L, H), once the probe has measured them
-    # {tensor: columns of a group} that can stay in 4 bits without loss
+    # {tensor: columns of a group} whose 4-bit numbers can stay; scales are rounded to bfloat16
     exact: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     @staticmethod
@@ -189,7 +189,7 @@ class Checkpoint:
 
     @property
     def kept_as(self) -> str:
-        """How matrices stay: full, int8, int4, or file: in 4 bits where that loses nothing."""
+        """How matrices stay: full, int8, int4, or file: in 4 bits where the file has 4."""
         if self.settings.weights != "auto":
             return self.settings.weights
         return "file" if self.exact and self.dtype == torch.bfloat16 else "full"

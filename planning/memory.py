@@ -11,7 +11,7 @@ import torch
 
 from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.files import format_bytes
-from loading.packed import CHUNK, FEW_ROWS, MANY_ROWS, PIECE, is_slow
+from loading.packed import CHUNK, FEW_ROWS, MANY_ROWS, PIECE, prefers_float32
 from loading.weights import LEAST_IN_BLOCKS, matrix_shapes
 from model import TILE, rows_at_once
 from planning.checkpoint import Checkpoint
@@ -192,7 +192,7 @@ class StageWork:
 
     def in_float32(self, n_rows: int) -> bool:
         """Return whether that many rows of half precision are multiplied in float32."""
-        return n_rows >= MANY_ROWS and is_slow(self.ckpt.device.type, self.ckpt.dtype)
+        return n_rows >= MANY_ROWS and prefers_float32(self.ckpt.device.type, self.ckpt.dtype)
 
     def wide_head_bytes(self) -> int:
         """A KV head's keys and values in float32; its queries, and what they attend to in parts."""
