@@ -126,43 +126,43 @@ def score_prompt(engine, ids: list[int], scores: Scores, room: int, check) -> in
     return n_run
 
 
+def parts(pieces: list[Piece]) -> tuple[str, str]:
+    """Return the thought in an answer, and the rest."""
+    thought = "".join(piece.text for piece in pieces if piece.thought)
+    rest = "".join(piece.text for piece in pieces if not piece.thought)
+    return thought, rest
+
+
 def thoughts_apart(pieces: Iterable[str], inside: bool | None) -> Iterator[tuple[bool, str]]:
     """Yield the text of an answer with whether it is thought, without marks and line ends there.
 
     inside: the answer begins in a thought; False: it may begin with a thought's mark; None: all of
     it is answer.
     """
-    state = {True: "opened", False: "start", None: "answer"}[inside]
-    held = ""
+    text = ""
+    told = {True: 0, False: 0}  # characters
     for piece, final in chain(((piece, False) for piece in pieces), [("", True)]):
-        held += piece
-        if state == "start":
-            begun = held.lstrip()
-            if begun.startswith(OPEN):
-                held = begun.removeprefix(OPEN)
-                state = "opened"
-            elif final or not OPEN.startswith(begun):
-                state = "answer"
-        if state == "opened":
-            held = held.lstrip("\n")
-            state = "thought" if held else state
-        if state == "thought":
-            thought, closed, rest = held.partition(CLOSE)
-            if closed or not final:
-                thought = without_end(thought, closed)
-            held = rest if closed else held[len(thought) :]
-            state = "closed" if closed else state
-            if thought:
-                yield True, thought
-        if state == "closed":
-            held = held.lstrip("\n")
-            state = "answer" if held else state
-        if state == "answer" and held:
-            yield False, held
-            held = ""
+        text += piece
+        for is_thought, part in zip(told, split(text, inside, final)):
+            if len(part) > told[is_thought]:
+                yield is_thought, part[told[is_thought] :]
+                told[is_thought] = len(part)
 
 
-def without_end(thought: str, closed: str) -> str:
-    """Return a thought without last line ends; while its mark is to come, without its beginning."""
-    begun = [n for n in range(1, len(CLOSE)) if not closed and thought.endswith(CLOSE[:n])]
-    return thought[: len(thought) - max(begun, default=0)].rstrip("\n")
+def split(text: str, inside: bool | None, final: bool) -> tuple[str, str]:
+    """Return the thought and the rest of an answer, as far as they are certain."""
+    begun = text.lstrip()
+    if inside is False and begun.startswith(OPEN):
+        text = begun.removeprefix(OPEN)
+    elif inside is False and OPEN.startswith(begun) and not final:
+        return "", ""
+    elif not inside:
+        return "", text
+    thought, closed, rest = text.partition(CLOSE)
+    thought = thought.lstrip("\n")
+    if closed:
+        return thought.rstrip("\n"), rest.lstrip("\n")
+    mark = "<" + thought.rpartition("<")[2]
+    if CLOSE.startswith(mark) and not final:
+        thought = thought.removesuffix(mark)
+    return thought if final else thought.rstrip("\n"), ""

@@ -6,9 +6,11 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from serve.answers import CLOSE, OPEN, Likely, Piece, Scored
+from serve.answers import CLOSE, OPEN, Likely, Piece, Scored, parts
 from serve.texts import Day, Texts
 
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 MOST_STOPS = 16
 MOST_LIKELY = 20  # tokens whose log probabilities are told at a place
 
@@ -31,15 +33,15 @@ class Request:
     model: str
     ids: list[int]  # the whole prompt
     max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: list[str]
     stream: bool
-    include_usage: bool
-    logprobs: int | None  # likeliest tokens to tell at every place; None: no log probabilities
-    echo: bool  # the answer begins with the prompt
-    in_thought: bool | None  # whether the answer begins in a thought; None: the model has none
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    include_usage: bool = False
+    logprobs: int | None = None  # likeliest tokens to tell at every place; None: none is told
+    echo: bool = False  # the answer begins with the prompt
+    in_thought: bool | None = None  # where the answer begins; None: the model has no thoughts
     include_map: bool = False  # events of the map, see serve/page.py
     dense: bool = False
     turns: list[dict] = field(default_factory=list)  # of a chat
@@ -55,35 +57,26 @@ class Request:
 USED = "model max_tokens temperature top_p seed stop stream stream_options dense logprobs".split()
 USED_IN_CHAT = "messages max_completion_tokens top_logprobs chat_template_kwargs".split()
 USED_IN_COMPLETIONS = ["prompt", "echo"]
-# Parameters that Slim does not have, with the values that change nothing. Other values are
-# refused, so that nobody waits for what never comes.
-HARMLESS = {
-    "n": (1,),
-    "best_of": (1,),
-    "top_k": (-1, 0),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "repeat_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "top_logprobs": (0,),
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "format": ("",),
-}
+# Parameters that Slim does not have, with a value that changes nothing. Other values are refused,
+# so that nobody waits for what never comes.
+HARMLESS = [
+    (1, "n best_of repetition_penalty repeat_penalty"),
+    (0, "top_k min_p frequency_penalty presence_penalty top_logprobs"),
+    (-1, "top_k"),
+    (False, "echo"),
+    ("", "suffix format"),
+    ("none", "tool_choice function_call"),
+    ("auto", "tool_choice function_call"),
+    ([], "tools functions"),
+    ({}, "logit_bias"),
+    (["text"], "modalities"),
+    ({"type": "text"}, "response_format"),
+]
 IGNORED = (
     "user metadata store service_tier safety_identifier cache_prompt "
     "prompt_cache_key prompt_cache_retention parallel_tool_calls"
 ).split()
-LIMITS = "max_tokens", "max_completion_tokens"  # in a chat the second counts
-OF_A_MESSAGE = "role content name tool_call_id reasoning_content".split()
+OF_A_MESSAGE = "role content name tool_call_id reasoning_content tool_calls".split()
 RESERVED = "messages date tools documents add_generation_prompt".split()
 KINDS = {
     int: "a whole number",
@@ -95,6 +88,11 @@ KINDS = {
 }
 
 
+def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
+    """Return whether a request asks for a chat, its body, and the context; see ollama.py."""
+    return path == CHAT, body, max_len
+
+
 def parse(
     chat: bool, body, tok, model: str, max_len: int, defaults, texts: Texts | None = None
 ) -> Request:
@@ -103,94 +101,37 @@ def parse(
     model: the name that is served. max_len: the model's context in tokens. defaults: for what the
     body leaves open. texts: conversations that it may go on with, whose dates are held.
     """
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    check_names(body, chat)
     check_model(get(body, "model", str, None), model)
+    check_names(body, chat)
     dense = get(body, "dense", bool, False)
-    day = None
-    in_thought = None
-    turns = []
-    if not chat:
-        ids = prompt_ids(tok, body.get("prompt") or "")
-    else:
-        turns = read_turns(get(body, "messages", list, []))
-        variables = read_variables(get(body, "chat_template_kwargs", dict, {}), tok)
-        day, ids = dated_ids(tok, turns, texts, variables, dense)
-        in_thought = begins_in_thought(tok, turns, ids)
-    check_length(len(ids), max_len, "messages" if chat else "prompt")
+    prompt = read_chat(body, tok, texts, dense) if chat else {"ids": prompt_ids(tok, body)}
+    room = max_len - len(prompt["ids"])
+    check_room(room, max_len, "messages" if chat else "prompt")
     logprobs = read_logprobs(body, chat)
     echo = get(body, "echo", bool, False)
     least = 0 if echo and logprobs is not None else 1  # a prompt may be scored alone
-    temperature = float(get(body, "temperature", (int, float), defaults.temperature, 0, 2))
-    top_p = float(get(body, "top_p", (int, float), defaults.top_p, 0, 1))
+    temperature = get(body, "temperature", float, defaults.temperature, 0, 2)
     seed = get(body, "seed", int, defaults.seed)
+    stop = body.get("stop")
+    stream = get(body, "stream", bool, False)
     options = body.get("stream_options")
     options = options if isinstance(options, dict) else {}
-    stream = get(body, "stream", bool, False)
-    stop = body.get("stop")
     return Request(
         chat=chat,
         model=model,
-        ids=ids,
-        max_tokens=read_max_tokens(body, chat, defaults.max_new_tokens, max_len - len(ids), least),
+        max_tokens=read_max_tokens(body, chat, defaults.max_new_tokens, least, room),
         temperature=temperature if temperature >= 1e-6 else 0.0,
-        top_p=max(1e-6, top_p),
+        top_p=max(1e-6, get(body, "top_p", float, defaults.top_p, 0, 1)),
         seed=None if seed is None else seed % 2**63,
         stop=read_stop(defaults.stop if stop is None else stop),
         stream=stream,
         include_usage=options.get("include_usage") is True,
+        include_map=stream and options.get("include_map") is True,
         logprobs=logprobs,
         echo=echo,
-        in_thought=in_thought,
-        include_map=stream and options.get("include_map") is True,
         dense=dense,
-        turns=turns,
-        day=day,
+        **prompt,
     )
-
-
-def check_names(body: dict, chat: bool) -> None:
-    """Refuse parameters that are unknown, or that ask for what Slim does not do."""
-    used = USED + (USED_IN_CHAT if chat else USED_IN_COMPLETIONS)
-    for key, value in body.items():
-        if key in used or key in IGNORED or value is None:
-            continue
-        if key not in HARMLESS:
-            message = f"unknown parameter {key!r:.60}; leave it out"
-            raise ApiError(400, message, key[:60], "unknown_parameter")
-        if not changes_nothing(value, HARMLESS[key]):
-            message = f"{key} {value!r:.60} is not supported; leave it out"
-            raise ApiError(400, message, key, "unsupported_value")
-
-
-def read_max_tokens(body: dict, chat: bool, default: int, room: int, least: int) -> int:
-    """Return how many tokens an answer may have: null and -1 stand for all that have room."""
-    names = [name for name in LIMITS[: 2 if chat else 1] if name in body]
-    if not names:
-        return min(default, room)
-    name = next((name for name in reversed(names) if body[name] is not None), names[0])
-    if body[name] is None or (type(body[name]) is int and body[name] == -1):
-        return room
-    return min(get(body, name, int, default, least), room)
-
-
-def read_logprobs(body: dict, chat: bool) -> int | None:
-    """Return how many likeliest tokens to tell at every place; None for no log probabilities."""
-    if not chat:
-        wanted = None if body.get("logprobs") is False else "logprobs"
-        return wanted and get(body, wanted, int, None, 0, MOST_LIKELY)
-    n_top = get(body, "top_logprobs", int, None, 0, MOST_LIKELY)
-    if get(body, "logprobs", bool, False):
-        return n_top or 0
-    if n_top:
-        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    return None
-
-
-def changes_nothing(value, harmless: tuple) -> bool:
-    """Tell whether a value is a harmless one; 1.0 may stand for 1, but True may not."""
-    return any(value == ok and type(value) in (type(ok), float) for ok in harmless)
 
 
 def check_model(name: str | None, model: str) -> None:
@@ -201,13 +142,54 @@ def check_model(name: str | None, model: str) -> None:
         raise ApiError(404, message, "model", "model_not_found")
 
 
-def check_length(n_prompt: int, max_len: int, param: str) -> None:
-    if n_prompt >= max_len:
+def check_names(body: dict, chat: bool) -> None:
+    """Refuse parameters that are unknown, or that ask for what Slim does not do."""
+    used = USED + IGNORED + (USED_IN_CHAT if chat else USED_IN_COMPLETIONS)
+    for key, value in body.items():
+        if key in used or value is None:
+            continue
+        harmless = [ok for ok, names in HARMLESS if key in names.split()]
+        if not harmless:
+            message = f"unknown parameter {key!r:.60}; leave it out"
+            raise ApiError(400, message, key[:60], "unknown_parameter")
+        if not any(value == ok and type(value) in (type(ok), float) for ok in harmless):
+            message = f"{key} {value!r:.60} is not supported; leave it out"
+            raise ApiError(400, message, key, "unsupported_value")
+
+
+def check_room(room: int, max_len: int, param: str) -> None:
+    """Refuse a prompt that leaves no room for an answer."""
+    if room < 1:
         message = (
-            f"the prompt has {n_prompt:,} tokens; this model's context is {max_len:,}, "
+            f"the prompt has {max_len - room:,} tokens; this model's context is {max_len:,}, "
             "the answer included"
         )
         raise ApiError(400, message, param, "context_length_exceeded")
+
+
+def read_max_tokens(body: dict, chat: bool, default: int, least: int, room: int) -> int:
+    """Return how many tokens an answer may have: null and -1 stand for all that have room."""
+    names = ["max_completion_tokens", "max_tokens"] if chat else ["max_tokens"]
+    given = [name for name in names if name in body]
+    if not given:
+        return min(default, room)
+    for name in given:
+        if body[name] is not None and body[name] != -1:
+            return min(get(body, name, int, None, least), room)
+    return room
+
+
+def read_logprobs(body: dict, chat: bool) -> int | None:
+    """Return how many likeliest tokens to tell at every place; None for no log probabilities."""
+    if not chat:
+        wanted = body.get("logprobs") is not False
+        return get(body, "logprobs", int, None, 0, MOST_LIKELY) if wanted else None
+    n_top = get(body, "top_logprobs", int, 0, 0, MOST_LIKELY)
+    if get(body, "logprobs", bool, False):
+        return n_top
+    if n_top:
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    return None
 
 
 def read_stop(stop) -> list[str]:
@@ -219,21 +201,26 @@ def read_stop(stop) -> list[str]:
     return stops
 
 
-def get(body: dict, key: str, kind, default, least=float("-inf"), most=float("inf")):
-    """Return a value of the body, of the right kind and within its limits, or the default."""
+def get(body, key: str, kind: type, default, least=None, most=float("inf")):
+    """Return a value of the body, of the right kind and within its limits, or the default.
+
+    A whole number is a float, too.
+    """
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object")
     value = body.get(key)
     if value is None:
         return default
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if type(value) not in kinds:
-        raise ApiError(400, f"{key} is {value!r:.60}; it must be {KINDS[kinds[-1]]}", key)
-    if least > float("-inf") and not least <= value <= most:
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise ApiError(400, f"{key} is {value!r:.60}; it must be {KINDS[kind]}", key)
+    if least is not None and not least <= value <= most:
         raise ApiError(400, f"{key} is {value!r:.60}; it must be within {least}..{most}", key)
-    return value
+    return kind(value)
 
 
-def prompt_ids(tok, prompt) -> list[int]:
+def prompt_ids(tok, body: dict) -> list[int]:
     """Return the ids of a completion's prompt: a text, a list of ids, or a list of one of these."""
+    prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str) and prompt:
@@ -249,9 +236,27 @@ def prompt_ids(tok, prompt) -> list[int]:
     raise ApiError(400, message, "prompt")
 
 
+# ---- chats --------------------------------------------------------------------------------
+
+
 def chat_ids(tok, messages) -> list[int]:
     """Return the ids of a conversation, ready for the answer; see `turn_ids`."""
     return turn_ids(tok, read_turns(messages))
+
+
+def read_chat(body: dict, tok, texts: Texts | None, dense: bool) -> dict:
+    """Return what a Request says of a chat: its turns, their ids, the date written in them."""
+    turns = read_turns(get(body, "messages", list, []))
+    variables = read_variables(get(body, "chat_template_kwargs", dict, {}), tok)
+
+    def ids_of(date=None) -> list[int]:
+        return turn_ids(tok, turns, date, variables)
+
+    if texts and "strftime_now" in template_of(tok):
+        day, ids = texts.day_of(opening(turns), ids_of, dense)
+    else:
+        day, ids = None, ids_of()
+    return {"turns": turns, "ids": ids, "day": day, "in_thought": in_thought(tok, turns, ids)}
 
 
 def read_turns(messages) -> list[dict]:
@@ -266,11 +271,76 @@ def read_turns(messages) -> list[dict]:
     return turns
 
 
-def dated_ids(tok, turns: list[dict], texts: Texts | None, variables: dict, dense: bool):
-    """Return the day of a conversation, None if its template writes no date, and its ids."""
-    if not texts or "strftime_now" not in template_of(tok):
-        return None, turn_ids(tok, turns, None, variables)
-    return texts.day_of(opening(turns), lambda date: turn_ids(tok, turns, date, variables), dense)
+def read_message(message, name: str) -> dict:
+    """Return a message for a template: its content, which may be a list of text parts, as a text.
+
+    Raises ApiError for anything in it that no template writes.
+    """
+    if not isinstance(message, dict) or not message.get("role"):
+        raise ApiError(400, f"{name} must be an object with a role and content", "messages")
+    turn = {key: value for key, value in message.items() if value}
+    content = message.get("content")
+    if content is None and "tool_calls" in turn:
+        content = ""
+    if isinstance(content, list) and all(map(is_text, content)):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        problem = f"{name} must have text for content; nothing else can be read"
+        raise ApiError(400, problem, "messages")
+    turn["content"] = content
+    for key, value in turn.items():
+        if key not in OF_A_MESSAGE or not isinstance(value, list if key == "tool_calls" else str):
+            raise ApiError(400, f"{name} has {key!r:.60}, which cannot be read", "messages")
+    if "tool_calls" in turn:
+        turn["tool_calls"] = read_calls(turn, f"{name}.tool_calls")
+    if turn["role"] == "developer":
+        turn["role"] = "system"
+    return turn
+
+
+def is_text(part) -> bool:
+    is_part = isinstance(part, dict) and part.get("type") == "text"
+    return is_part and isinstance(part.get("text"), str)
+
+
+def read_calls(turn: dict, name: str) -> list[dict]:
+    """Return an assistant's tool calls as templates take them: their arguments are objects."""
+    calls = []
+    try:
+        for call in turn["tool_calls"]:
+            function = call["function"]
+            arguments = function.get("arguments") or {}
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
+            given = {"name": function["name"], "arguments": dict(arguments.items())}
+            calls.append({"id": str(call.get("id", "")), "type": "function", "function": given})
+            if turn["role"] != "assistant" or not isinstance(function["name"], str):
+                raise ValueError
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        problem = (
+            f"{name} must be an assistant's calls of functions, each with id and function: "
+            "a name, and arguments that are an object in JSON"
+        )
+        raise ApiError(400, problem, "messages") from None
+    return calls
+
+
+def read_variables(given: dict, tok) -> dict:
+    """Return variables for the template; refuse those that it does not know, unless they are off.
+
+    Also those that are not switches, numbers or texts: such as tools, which would never be called.
+    """
+    known = {}
+    for name, value in given.items():
+        written = name in template_of(tok)
+        if value is None or (value is False and not written):
+            continue
+        good = written and name.isidentifier() and name not in RESERVED
+        if not good or not isinstance(value, bool | int | float | str):
+            problem = f"chat_template_kwargs: the chat template takes no {name!r:.60} {value!r:.60}"
+            raise ApiError(400, f"{problem}; leave it out", "chat_template_kwargs")
+        known[name] = value
+    return known
 
 
 def turn_ids(tok, turns: list[dict], date=None, variables=None) -> list[int]:
@@ -298,7 +368,21 @@ def begun_answer(turns: list[dict]) -> str:
     return turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
 
 
-def begins_in_thought(tok, turns: list[dict], ids: list[int]) -> bool | None:
+def template_of(tok) -> str:
+    return getattr(tok.template, "source", "")
+
+
+def opening(turns: list[dict]) -> str:
+    """Return a hash of how a conversation begins, up to its user's first thousand characters."""
+    first = []
+    for turn in turns:
+        first.append((turn["role"], turn["content"][:1000]))
+        if turn["role"] == "user":
+            break
+    return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16]
+
+
+def in_thought(tok, turns: list[dict], ids: list[int]) -> bool | None:
     """Tell whether an answer goes on with a thought; None if the template knows no thoughts."""
     if CLOSE not in template_of(tok):
         return None
@@ -306,88 +390,6 @@ def begins_in_thought(tok, turns: list[dict], ids: list[int]) -> bool | None:
     end = tok.decode(ids[-len(begun) - 8 :]).removesuffix(begun)
     opened = end.rstrip().endswith(OPEN) or begun.lstrip().startswith(OPEN)
     return opened and CLOSE not in begun
-
-
-def template_of(tok) -> str:
-    return getattr(tok.template, "source", "")
-
-
-def read_variables(given: dict, tok) -> dict:
-    """Return variables for the template; refuse those that it does not know, unless they are off.
-
-    Also those that are not switches, numbers or texts: such as tools, which would never be called.
-    """
-    known = {}
-    for name, value in given.items():
-        if value is None or (value is False and name not in template_of(tok)):
-            continue
-        good = name.isidentifier() and name in template_of(tok) and name not in RESERVED
-        if not good or not isinstance(value, bool | int | float | str):
-            problem = f"chat_template_kwargs: the chat template takes no {name!r:.60} {value!r:.60}"
-            raise ApiError(400, f"{problem}; leave it out", "chat_template_kwargs")
-        known[name] = value
-    return known
-
-
-def opening(turns: list[dict]) -> str:
-    """Return a hash of how a conversation begins, up to its user's first thousand characters."""
-    users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-    first = [(turn["role"], turn["content"][:1000]) for turn in turns[: users[0] + 1]]
-    return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16]
-
-
-def read_message(message, name: str) -> dict:
-    """Return a message for a template: its content, which may be a list of text parts, as a text.
-
-    Raises ApiError for anything in it that no template writes.
-    """
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ApiError(400, f"{name} must be an object with a role and content", "messages")
-    turn = {key: value for key, value in message.items() if value or key == "content"}
-    if "tool_calls" in turn:
-        turn["tool_calls"] = read_calls(turn, f"{name}.tool_calls")
-    parts = turn.get("content")
-    if parts is None and "tool_calls" in turn:
-        parts = ""
-    if isinstance(parts, str):
-        parts = [{"type": "text", "text": parts}]
-    if not isinstance(parts, list) or not all(map(is_text, parts)):
-        problem = f"{name} must have text for content; nothing else can be read"
-        raise ApiError(400, problem, "messages")
-    turn["content"] = "".join(part["text"] for part in parts)
-    for key, value in turn.items():
-        if key != "tool_calls" and not (key in OF_A_MESSAGE and isinstance(value, str)):
-            raise ApiError(400, f"{name} has {key!r:.60}, which cannot be read", "messages")
-    if turn["role"] == "developer":
-        turn["role"] = "system"
-    return turn
-
-
-def read_calls(turn: dict, name: str) -> list[dict]:
-    """Return an assistant's tool calls as templates take them: their arguments are objects."""
-    calls = []
-    try:
-        for call in turn["tool_calls"]:
-            function = call["function"]
-            arguments = function.get("arguments") or {}
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-            given = {"name": function["name"], "arguments": dict(arguments.items())}
-            calls.append({"id": str(call.get("id", "")), "type": "function", "function": given})
-            if turn["role"] != "assistant" or not isinstance(function["name"], str):
-                raise ValueError
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        problem = f"{name} must be an assistant's calls of functions, each with id and function"
-        raise ApiError(
-            400, f"{problem}: a name, and arguments that are an object in JSON", "messages"
-        ) from None
-    return calls
-
-
-def is_text(part) -> bool:
-    return (
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    )
 
 
 # ---- to JSON ------------------------------------------------------------------------------
@@ -414,19 +416,16 @@ def usage(request: Request, n_new: int, n_cached: int) -> dict:
 
 def whole(request: Request, pieces: list[Piece], finish: str, used: dict) -> dict:
     """Return the answer to a request that is not streamed."""
-    text = "".join(piece.text for piece in pieces if not piece.thought)
-    thought = "".join(piece.text for piece in pieces if piece.thought)
-    scored = [scored for piece in pieces for scored in piece.scored]
+    thought, text = parts(pieces)
     if request.chat:
-        head = answer_head(request, "chat.completion")
         message = {"role": "assistant", "content": text, "refusal": None}
         if thought:
             message["reasoning_content"] = thought
         content = {"message": message}
     else:
-        head = answer_head(request, "text_completion")
         content = {"text": text}
-    return head | {"choices": [choice(request, content, finish, scored)], "usage": used}
+    scored = [scored for piece in pieces for scored in piece.scored]
+    return envelope(request, content, scored, finish) | {"usage": used}
 
 
 def events(request: Request, item, first: bool) -> list[dict]:
@@ -436,42 +435,39 @@ def events(request: Request, item, first: bool) -> list[dict]:
     """
     found = []
     if request.chat and first:
-        found.append(chunk(request, {"delta": {"role": "assistant", "content": ""}}))
+        found.append(event(request, {"role": "assistant", "content": ""}))
     if isinstance(item, Piece):
-        content = {"text": item.text}
-        if request.chat:
-            content = {"delta": {"reasoning_content" if item.thought else "content": item.text}}
-        return [*found, chunk(request, content, item.scored)]
+        name = "reasoning_content" if item.thought else "content"
+        return [*found, event(request, {name: item.text}, item.scored)]
     finish, used = item
-    found.append(chunk(request, {"delta": {}} if request.chat else {"text": ""}, finish=finish))
+    found.append(event(request, {}, finish=finish))
     if request.include_usage:
-        found.append(chunk(request, {}) | {"choices": [], "usage": used})
+        found.append(event(request, {}) | {"choices": [], "usage": used})
     return found
 
 
-def chunk(request: Request, content: dict, scored=(), finish: str | None = None) -> dict:
-    """Return one event of a stream."""
-    event = answer_head(request, "chat.completion.chunk" if request.chat else "text_completion")
-    event["choices"] = [choice(request, content, finish, scored)]
-    if request.include_usage:
-        event["usage"] = None
-    return event
+def event(request: Request, delta: dict, scored=(), finish: str | None = None) -> dict:
+    content = {"delta": delta} if request.chat else {"text": delta.get("content", "")}
+    later = {"usage": None} if request.include_usage else {}
+    return envelope(request, content, scored, finish) | later
 
 
-def answer_head(request: Request, kind: str) -> dict:
+def envelope(request: Request, content: dict, scored, finish: str | None) -> dict:
+    """Return an answer, or a part of one, with what every one has."""
+    kind = "text_completion"
+    if request.chat:
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+    logprobs = None
+    if scored:
+        logprobs = chat_logprobs(scored) if request.chat else text_logprobs(scored)
+    choice = {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
     return {
         "id": ("chatcmpl-" if request.chat else "cmpl-") + request.id,
         "object": kind,
         "created": request.created,
         "model": request.model,
+        "choices": [choice],
     }
-
-
-def choice(request: Request, content: dict, finish: str | None, scored: list[Scored]) -> dict:
-    logprobs = None
-    if scored:
-        logprobs = chat_logprobs(scored) if request.chat else text_logprobs(scored)
-    return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
 
 
 def chat_logprobs(scored: list[Scored]) -> dict:

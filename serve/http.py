@@ -15,6 +15,7 @@ import socketserver
 import sys
 import threading
 import time
+from collections import Counter
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
@@ -27,19 +28,21 @@ from serve.worker import Job
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_CLIENTS = 256  # requests at a time, those that wait included
+ONLY_HERE = (
+    "start the server with --api-key or $SLIM_API_KEY; without one, only programs of this "
+    "machine are served, at 127.0.0.1"
+)
 TIMEOUT = 30.0  # seconds for a request to arrive, and for a client to take a piece of its answer
 IDLE = 10.0  # seconds without news after which a stream sends a comment
 CHECK = 0.2  # seconds after which a client is checked again
 COUNTERS = "answers errors disconnected prompt_tokens cached_tokens completion_tokens".split()
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-ANSWERS = (CHAT, COMPLETIONS, ollama.CHAT, ollama.GENERATE)
 COUNT = "/v1/slim/count"
 READ = "/v1/slim/read"
 MAP = "/v1/slim/map"
 TEXTS = "/v1/slim/texts"
-SLIM = (COUNT, READ, MAP, TEXTS)
-PATHS = ("/", *ANSWERS, ollama.TAGS, "/v1/models", "/v1/stats", *SLIM, "/health")
+ANSWERS = (api.CHAT, api.COMPLETIONS, ollama.CHAT, ollama.GENERATE)
+FACTS = ("/v1/models", "/v1/stats", "/health", ollama.TAGS)
+PATHS = ("/", *ANSWERS, COUNT, READ, MAP, TEXTS, *FACTS)
 
 
 # ---- the place ----------------------------------------------------------------------------
@@ -52,19 +55,16 @@ def open_server(args, say=print) -> "Server":
     """
     key = args.api_key or os.environ.get("SLIM_API_KEY") or None
     if key and (not key.isascii() or not key.isprintable() or key != key.strip()):
-        raise ValueError(
-            "the key must be printable ASCII without spaces around it, to fit in a header"
-        )
+        problem = "the key must be printable ASCII without spaces around it"
+        raise ValueError(f"{problem}, to fit in a header")
     host, port = check_place(args.serve, key)
     if args.cache_dir is not None:
         check_folder(args.cache_dir)
     try:
         return Server(host, port, key, say)
     except OSError as error:
-        problem = error.strerror or error
-        raise ValueError(
-            f"--serve {args.serve} cannot be opened: {problem}; take another"
-        ) from None
+        problem = f"--serve {args.serve} cannot be opened: {error.strerror or error}"
+        raise ValueError(f"{problem}; take another") from None
 
 
 def check_place(place: str, key: str | None) -> tuple[str, int]:
@@ -75,14 +75,11 @@ def check_place(place: str, key: str | None) -> tuple[str, int]:
     host, colon, port = place.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if colon else "127.0.0.1"
     if not host or not (port.isascii() and port.isdigit() and int(port) < 2**16):
-        raise ValueError(
-            f"--serve {place!r} is not [HOST:]PORT with a port within 0..65535; "
-            "give one such as 8080"
-        )
+        problem = f"--serve {place!r} is not [HOST:]PORT with a port within 0..65535"
+        raise ValueError(f"{problem}; give one such as 8080")
     if not key and not is_loopback(host):
-        raise ValueError(
-            f"--serve {place} is open to other machines; set a key with --api-key or $SLIM_API_KEY"
-        )
+        problem = f"--serve {place} is open to other machines"
+        raise ValueError(f"{problem}; set a key with --api-key or $SLIM_API_KEY")
     return host, int(port)
 
 
@@ -114,8 +111,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = threading.Event()
         self.arriving: dict[socket.socket, float] = {}  # whose request is not here yet: until when
         self.clients: set[socket.socket] = set()  # that may be served: their caller was checked
-        self.entering = threading.Lock()
-        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.counts = Counter(dict.fromkeys(COUNTERS, 0))
         self.engine_stats = {}
 
     def ready(self, engine, tok, args, texts=None) -> None:
@@ -125,6 +121,24 @@ class Server(socketserver.ThreadingTCPServer):
         self.args = args
         self.texts = texts
         self.created = int(time.time())
+
+    def facts(self) -> dict[str, dict]:
+        """Return what the small paths tell."""
+        card = {
+            "id": self.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "slim",
+            "context_length": self.max_len,
+        }
+        state = {"waiting": self.jobs.qsize(), "conversation": self.engine_stats}
+        return {
+            "/health": {"status": "ok"},
+            "/v1/models": {"object": "list", "data": [card]},
+            f"/v1/models/{self.model}": card,
+            "/v1/stats": {**self.counts, **state},
+            ollama.TAGS: ollama.tags(self.model, self.created),
+        }
 
     def close(self) -> None:
         """Close, once the answers that are written have been sent, or after a few seconds."""
@@ -144,14 +158,6 @@ class Server(socketserver.ThreadingTCPServer):
             shut(unchecked[0])
         self.arriving[request] = time.monotonic() + TIMEOUT
         super().process_request(request, client_address)
-
-    def enter(self, request) -> bool:
-        """Register a connection; return False if there are too many."""
-        with self.entering:
-            if len(self.clients) >= MOST_CLIENTS:
-                return False
-            self.clients.add(request)
-            return True
 
     def shutdown_request(self, request):
         """Close a connection, however it ended: also if no thread could be started for it."""
@@ -192,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = TIMEOUT
-    streaming = ""  # "headers" were sent, or events as well: "open"
+    streaming = False  # the headers of a stream were sent
 
     def version_string(self):
         return "Slim"
@@ -205,32 +211,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_OPTIONS(self):
         """Tell a browser whether a page of another site may send its request: if there is a key."""
-        self.guarded(self.allow if self.server.key else self.post)
+        self.guarded(self.allow)
 
     def allow(self, path: str) -> None:
+        if not self.server.key:
+            raise self.no_such(path)
         self.send_head(204, "text/plain", {})
 
     def guarded(self, method) -> None:
         """Run a method; what it raises is sent as an error object, if the client is still there."""
         self.close_connection = True
-        try:
-            self.attempt(method)
+        with contextlib.suppress(OSError):  # the client has left
+            try:
+                self.check_caller()
+                method(unquote(self.path.partition("?")[0]).rstrip("/") or "/")
+            except OSError:
+                raise
+            except ApiError as error:
+                self.server.counts["errors"] += 1
+                self.refuse(error)
+            except Exception as error:  # a bug: the client and the log are told
+                self.server.log(error)
+                self.refuse(ApiError(500, f"the server failed: {type(error).__name__}"))
             self.linger()
-        except OSError:  # the client has left
-            pass
-
-    def attempt(self, method) -> None:
-        try:
-            self.check_caller()
-            method(unquote(self.path.partition("?")[0]).rstrip("/") or "/")
-        except ApiError as error:
-            self.server.counts["errors"] += 1
-            self.refuse(error)
-        except OSError:
-            raise
-        except Exception as error:  # a bug: the client and the log are told
-            self.server.log(error)
-            self.refuse(ApiError(500, f"the server failed: {type(error).__name__}"))
 
     def refuse(self, error: ApiError) -> None:
         body = self.dialect.error_body(error)
@@ -250,11 +253,10 @@ class Handler(BaseHTTPRequestHandler):
             self.check_key()
         else:
             self.check_origin()
-        if not self.server.enter(self.connection):
-            message = (
-                f"{MOST_CLIENTS} clients are being served, the most there may be; try again later"
-            )
-            raise ApiError(503, message)
+        if len(self.server.clients) >= MOST_CLIENTS:
+            problem = f"{MOST_CLIENTS} clients are being served, the most there may be"
+            raise ApiError(503, f"{problem}; try again later")
+        self.server.clients.add(self.connection)
 
     def check_key(self) -> None:
         given = self.headers.get("Authorization", "")
@@ -273,41 +275,22 @@ class Handler(BaseHTTPRequestHandler):
         foreign = origin and origin.lower() != f"http://{host}"
         if foreign or not is_loopback(name.strip("[]")):
             source = f" from {origin!r:.60}" if origin else ""
-            raise ApiError(
-                403,
-                f"requests to {host!r:.60}{source} need a key: start the "
-                "server with --api-key or $SLIM_API_KEY; without one, only programs of this "
-                "machine are served, at 127.0.0.1",
-            )
+            problem = f"requests to {host!r:.60}{source} need a key"
+            raise ApiError(403, f"{problem}: {ONLY_HERE}")
 
     def get(self, path: str) -> None:
         server = self.server
-        card = {
-            "id": server.model,
-            "object": "model",
-            "created": server.created,
-            "owned_by": "slim",
-            "context_length": server.max_len,
-        }
+        server.arriving.pop(self.connection, None)
+        facts = server.facts()
         if path == "/":
             data, headers = page.html()
             self.send_data(200, "text/html; charset=utf-8", data, headers)
-        elif path == "/health":
-            self.send_json(200, {"status": "ok"})
-        elif path == ollama.TAGS:
-            self.send_json(200, ollama.tags(server.model, server.created))
-        elif path == "/v1/models":
-            self.send_json(200, {"object": "list", "data": [card]})
-        elif path == f"/v1/models/{server.model}":
-            self.send_json(200, card)
-        elif path == "/v1/stats":
-            state = {"waiting": server.jobs.qsize(), "conversation": server.engine_stats}
-            self.send_json(200, server.counts | state)
-        elif path == TEXTS:
-            settings = page.settings(server.args, server.max_len, server.texts)
-            self.send_json(200, settings | {"model": server.model})
         elif path == MAP:
             self.run_job(Job(work=page.draw), self.send_map)
+        elif path == TEXTS:
+            self.send_json(200, page.settings(server))
+        elif path in facts:
+            self.send_json(200, facts[path])
         else:
             raise self.no_such(path)
 
@@ -330,21 +313,13 @@ class Handler(BaseHTTPRequestHandler):
         elif path == READ:
             model = server.tok, server.model, server.max_len
             request = page.parse_read(body, *model, server.texts)
-            self.run_job(Job(request, page.read), self.stream_reading)
+            self.run_job(Job(request, page.read), self.stream)
         else:
-            request = self.read_request(path, body)
+            chat, body, max_len = self.dialect.read(path, body, server.max_len)
+            model = server.tok, server.model, max_len
+            request = parse(chat, body, *model, server.args, server.texts)
+            request.path = path
             self.run_job(Job(request), self.stream if request.stream else self.collect)
-
-    def read_request(self, path: str, body) -> api.Request:
-        server = self.server
-        chat = path == CHAT
-        max_len = server.max_len
-        if self.dialect is ollama:
-            chat, body, max_len = ollama.read(path, body, max_len)
-        model = server.tok, server.model, max_len
-        request = parse(chat, body, *model, server.args, server.texts)
-        request.path = path
-        return request
 
     def run_job(self, job: Job, send) -> None:
         """Queue a job, and send what comes of it."""
@@ -370,11 +345,11 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- answers
 
-    def events(self, job: Job, idle=lambda: None):
+    def events(self, job: Job):
         """Yield what the engine puts out for a job, up to (finish reason, usage).
 
-        Raises its ApiError, or OSError if the client has left. Calls `idle` after every IDLE
-        seconds without news.
+        Raises its ApiError, or OSError if the client has left. A stream without news for IDLE
+        seconds gets a comment.
         """
         checked = news = time.monotonic()
         event = None
@@ -383,9 +358,7 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(queue.Empty):
                 event = job.out.get(timeout=CHECK)
             now = time.monotonic()
-            if (
-                now - checked >= CHECK
-            ):  # also while tokens come: a whole answer is written only at its end
+            if now - checked >= CHECK:  # while tokens come, too: a whole answer is written last
                 self.check_there()
                 checked = now
             if isinstance(event, ApiError):
@@ -393,9 +366,9 @@ class Handler(BaseHTTPRequestHandler):
             if event is not None:
                 news = now
                 yield event
-            elif now - news > IDLE:
+            elif now - news > IDLE and job.request and job.request.stream:
                 news = now
-                idle()
+                self.send_line(self.dialect.IDLE)
 
     def check_there(self) -> None:
         """Raise ConnectionError if the client has closed the connection."""
@@ -416,27 +389,17 @@ class Handler(BaseHTTPRequestHandler):
         described, _ = self.events(job)
         self.send_json(200, described)
 
-    def stream_reading(self, job: Job) -> None:
-        """Send progress, then the map of the text."""
-        for event in self.events(job, idle=self.send_idle):
-            if isinstance(event, dict):
-                self.send_event(event)
-        self.wfile.write(self.dialect.END)
-
     def stream(self, job: Job) -> None:
         """Send events; the status line waits for the first, so that an error can have its own."""
-        for item in self.events(job, idle=self.send_idle):
+        first = True
+        for item in self.events(job):
             if isinstance(item, dict):  # for the page
                 self.send_event(item)
-                continue
-            first = self.streaming != "open"
-            for event in self.dialect.events(job.request, item, first):
-                self.send_event(event)
-            self.streaming = "open"
+            elif not job.work:
+                for event in self.dialect.events(job.request, item, first):
+                    self.send_event(event)
+                first = False
         self.wfile.write(self.dialect.END)
-
-    def send_idle(self) -> None:
-        self.send_line(self.dialect.IDLE)
 
     def send_event(self, event: dict) -> None:
         self.send_line(self.dialect.EVENT % json.dumps(event).encode())
@@ -444,7 +407,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_line(self, line: bytes) -> None:
         """Send a line of a stream; before the first one the headers."""
         if not self.streaming:
-            self.streaming = "headers"
+            self.streaming = True
             self.send_head(200, self.dialect.KIND, {"Cache-Control": "no-cache"})
         self.wfile.write(line)
 

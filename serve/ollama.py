@@ -2,7 +2,8 @@
 
 import datetime
 
-from serve.api import ApiError, Piece, Request, get
+from serve.answers import Piece, parts
+from serve.api import ApiError, Request, get
 
 KIND = "application/x-ndjson"
 EVENT = b"%s\n"
@@ -24,39 +25,41 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
 
     What has no other name there keeps its own; `parse` refuses what would change the answer.
     """
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    body = {"stream": True} | body
-    body |= get(body, "options", dict, {})
-    body = {key: value for key, value in body.items() if given(value) and key not in IGNORED}
-    body.pop("options", None)
-    context = get(body, "num_ctx", int, max_len, 1)
-    body.pop("num_ctx", None)
-    if "model" in body:
-        body["model"] = get(body, "model", str, "").removesuffix(":latest")
-    if "num_predict" in body:
-        body["max_tokens"] = max(-1, get(body, "num_predict", int, -1, -2))
-        del body["num_predict"]
-    if "think" in body:
-        body["chat_template_kwargs"] = {"enable_thinking": get(body, "think", bool, False)}
-        del body["think"]
-    if body.get("logprobs"):
+    options = get(body, "options", dict, {})
+    ours = {"stream": True}
+    for key, value in (body | options).items():
+        if (value or value == 0) and key not in [*IGNORED, "options"]:
+            ours[key] = value
+    if ours.get("logprobs"):
         raise ApiError(400, "logprobs are told at /v1/chat/completions alone", "logprobs")
-    chat = path == CHAT or not body.pop("raw", False)
+    context = take(ours, "num_ctx", int, max_len, 1)
+    n_new = take(ours, "num_predict", int, None, -2)
+    if n_new is not None:
+        ours["max_tokens"] = max(-1, n_new)
+    thinks = take(ours, "think", bool, None)
+    if thinks is not None:
+        ours["chat_template_kwargs"] = {"enable_thinking": thinks}
+    if "model" in ours:
+        ours["model"] = get(ours, "model", str, "").removesuffix(":latest")
+    chat = path == CHAT or not ours.pop("raw", False)
     if path == CHAT:
-        body["messages"] = [renamed(message) for message in get(body, "messages", list, [])]
+        ours["messages"] = [renamed(message) for message in get(ours, "messages", list, [])]
     elif chat:
-        system = body.pop("system", None)
-        messages = [{"role": "user", "content": body.pop("prompt", "")}]
-        body["messages"] = [{"role": "system", "content": system}] * bool(system) + messages
-    return chat, body, min(context, max_len)
+        said = {"system": ours.pop("system", None), "user": ours.pop("prompt", "")}
+        messages = [{"role": role, "content": text} for role, text in said.items()]
+        ours["messages"] = [message for message in messages if message["content"] is not None]
+    return chat, ours, min(context, max_len)
 
 
-def given(value) -> bool:
-    return value is False or value == 0 or bool(value)
+def take(body: dict, key: str, *limits):
+    """Return a value of a body as `get` does, and remove it."""
+    value = get(body, key, *limits)
+    body.pop(key, None)
+    return value
 
 
 def renamed(message):
+    """Return a message with OpenAI's names for its parts."""
     if not isinstance(message, dict):
         return message
     return {OF_A_MESSAGE.get(key, key): value for key, value in message.items()}
@@ -79,20 +82,19 @@ def events(request: Request, item, first: bool) -> list[dict]:
 
 def whole(request: Request, pieces: list[Piece], finish=None, used=None) -> dict:
     """Return a line of an answer; with the finish reason it is the last one, or the only one."""
-    text = "".join(piece.text for piece in pieces if not piece.thought)
-    thought = "".join(piece.text for piece in pieces if piece.thought)
+    thought, text = parts(pieces)
     thinking = {"thinking": thought} if thought else {}
     if request.path == CHAT:
         said = {"message": {"role": "assistant", "content": text} | thinking}
     else:
         said = {"response": text} | thinking
     head = {"model": request.model, "created_at": as_text(request.created)}
-    value = head | said | {"done": finish is not None}
+    end = {"done": finish is not None}
     if finish:
-        value["done_reason"] = finish
-        value["prompt_eval_count"] = used["prompt_tokens"]
-        value["eval_count"] = used["completion_tokens"]
-    return value
+        end["done_reason"] = finish
+        end["prompt_eval_count"] = used["prompt_tokens"]
+        end["eval_count"] = used["completion_tokens"]
+    return head | said | end
 
 
 def error_body(error: ApiError) -> dict:

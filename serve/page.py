@@ -12,7 +12,7 @@ from pathlib import Path
 
 import blockmap
 from planning.flops import layer_flops, layer_work
-from serve.api import ApiError, Request, check_length, dated_ids, get
+from serve.api import ApiError, Request, check_room, get, read_chat
 
 CLOSING = 32  # tokens at most by which a template closes a user's message; read again by a question
 ROOM_TO_ASK = 512  # tokens of the context that a text leaves for questions and answers, at least
@@ -26,14 +26,15 @@ PAUSE = 0.2  # seconds between two reports of progress
 # ---- what is asked ------------------------------------------------------------------------
 
 
-def settings(args, max_len: int, texts) -> dict:
+def settings(server) -> dict:
     """Return what the page starts from: texts, the command line's settings, and what fits."""
     return {
-        "texts": texts.talks(),
-        "most": most_tokens(max_len),
-        "prunes": bool(texts.engine.ckpt.schedule),
-        "temperature": args.temperature,
-        "max_tokens": args.max_new_tokens,
+        "model": server.model,
+        "texts": server.texts.talks(),
+        "most": most_tokens(server.max_len),
+        "prunes": bool(server.texts.engine.ckpt.schedule),
+        "temperature": server.args.temperature,
+        "max_tokens": server.args.max_new_tokens,
     }
 
 
@@ -57,8 +58,6 @@ def count(body: dict, tok, max_len: int) -> dict:
 
 
 def get_text(body: dict) -> str:
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
     text = get(body, "text", str, "").rstrip()
     if not text:
         raise ApiError(400, "text is missing or empty", "text")
@@ -71,34 +70,25 @@ def parse_read(body: dict, tok, model: str, max_len: int, texts) -> Request:
     Returns the Request of the text alone.
     """
     talk = wanted_talk(body, texts)
-    turns = [{"role": "user", "content": talk["text"]}]
-    day, ids = dated_ids(tok, turns, texts, {}, talk["dense"])
-    check_length(len(ids), most_tokens(max_len) + 2 * CLOSING, "text")
-    talk["tokens"] = len(ids)
+    messages = [{"role": "user", "content": talk["text"]}]
+    prompt = read_chat({"messages": messages}, tok, texts, talk["dense"])
+    talk["tokens"] = len(prompt["ids"])
+    most = most_tokens(max_len) + 2 * CLOSING
+    check_room(most - talk["tokens"], most, "text")
     return Request(
         chat=True,
         model=model,
-        ids=ids,
         max_tokens=0,
-        temperature=0.0,
-        top_p=1.0,
-        seed=None,
-        stop=[],
         stream=True,
-        include_usage=False,
-        logprobs=None,
-        echo=False,
-        in_thought=None,
         dense=talk["dense"],
-        turns=turns,
         talk=talk,
-        day=day,
+        **prompt,
     )
 
 
 def wanted_talk(body: dict, texts) -> dict:
     """Return a talk without turns, of the text that a body names or holds."""
-    id = get(body, "id", str, None) if isinstance(body, dict) else None
+    id = get(body, "id", str, None)
     if id is None:
         text = get_text(body)
         name = get(body, "name", str, "")[:200]

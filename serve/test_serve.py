@@ -327,6 +327,17 @@ def test_a_file_deleted_by_another_server_is_read_again(tiny, tmp_path, monkeypa
     assert len(said) == 1 and "deleted" in said[0]
 
 
+def test_a_file_deleted_while_another_is_written_is_read_again(tiny, tmp_path, monkeypatch):
+    """The conversation at hand is saved first, which takes seconds: it ended in a KeyError."""
+    texts, read = started(tiny, tmp_path)
+    document = draw(2000, 1)
+    read(document), read(draw(2000, 2))
+    (path,) = texts.files()
+    save = texts.engine.save
+    monkeypatch.setattr(texts.engine, "save", lambda *args: (path.unlink(), save(*args)))
+    assert read(document + draw(9, 3)) == 0
+
+
 def test_two_servers_on_one_folder_share_its_texts(tiny, tmp_path):
     """What one writes the other finds, and does not write again; both may write one name."""
     first, read_first = started(tiny, tmp_path)
@@ -490,6 +501,7 @@ MALFORMED = {  # a body: the parameter that the error names, its status
     '{"model": "m", "messages": "hi"}': ("messages", 400),
     '{"model": "m", "messages": [3]}': ("messages", 400),
     '{"model": "m", "messages": [{"role": "user"}]}': ("messages", 400),
+    '{"model": "m", "messages": [{"role": "", "content": "x"}]}': ("messages", 400),
     '{"model": "m", "messages": [{"role": "tool", "content": "x"}]}': ("messages", 400),
     '{"model": "m", "messages": [{"role": "system", "content": "x"}]}': ("messages", 400),
     '{"model": "m", "messages": [{"role": "assistant", "content": "x"}]}': ("messages", 400),
@@ -855,6 +867,7 @@ def test_ollamas_requests_are_openais():
     body = {"model": "m", "prompt": "A", "raw": True, "stream": False}
     asked = {"model": "m", "prompt": "A", "stream": False}
     assert ollama.read(ollama.GENERATE, body, 9) == (False, asked, 9)
+    assert ollama.read(ollama.CHAT, {"stream": None}, 9)[1]["stream"]  # as if it were left out
 
 
 def test_ollamas_api_answers_as_openais(server):
@@ -1447,6 +1460,17 @@ def test_a_client_too_many_is_told_so(monkeypatch):
         while server.clients:
             time.sleep(0.01)
         assert b" 200 " in all_of(knock(server, HEALTH))
+
+
+def test_a_request_that_waits_for_the_engine_has_arrived(monkeypatch):
+    """A map that was asked for while a long text was being read was cut off after 30 seconds."""
+    monkeypatch.setattr("serve.http.TIMEOUT", 0.1)
+    with door() as server, knock(server, HEALTH.replace(b"/health", b"/v1/slim/map")) as client:
+        job = server.jobs.get()
+        time.sleep(1)  # the server looks every half second
+        job.out.put({"blocks": []})
+        job.out.put(("stop", {}))
+        assert b" 200 " in client.recv(4096)
 
 
 def test_callers_without_the_key_take_no_place(monkeypatch):

@@ -15,7 +15,7 @@ import datetime
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
 
@@ -120,20 +120,16 @@ class Texts:
         keep_last: tokens to leave unpruned at the end of a new reading. room: new tokens to come.
         """
         self.refresh()
-        engine = self.engine
         path, kept, shared = self.find(ids, dense)
-        if path is not None:
-            self.put_away(wanted=path)
-            if not self.open(path, len(ids) - kept + room):
-                return self.reuse(ids, room, dense)
-        else:
-            at_hand = self.at_hand().ids
-            if len(at_hand) - common(at_hand, ids) > WORTH_A_FILE:
-                self.put_away()  # else that much would be lost
+        at_hand = self.at_hand().ids
+        if path is not None or len(at_hand) - common(at_hand, ids) > WORTH_A_FILE:
+            self.put_away(wanted=path)  # else that much would be lost
+        if path is not None and not self.open(path, len(ids) - kept + room):
+            return self.reuse(ids, room, dense)
         if not kept:
             return 0, unpruned_end(len(ids), shared)
         if kept < len(self.at_hand().ids):
-            engine.rewind(min(kept, len(engine.ids)))
+            self.engine.rewind(min(kept, len(self.engine.ids)))
         return kept, 0
 
     def hold(self, ids: list[int], but: int, dense: bool = False) -> bool:
@@ -189,11 +185,10 @@ class Texts:
         found = {}
         for text in list(self.saved.values()):
             if text.talk:
-                found[text.talk["id"]] = in_list(text, kept=True, open=False)
-        here = self.at_hand()
-        if here.talk and self.engine.ids:
-            kept = here.talk["id"] in found
-            found[here.talk["id"]] = in_list(here, kept=kept, open=True)
+                found[text.talk["id"]] = in_list(text.talk, kept=True, open=False)
+        talk = self.at_hand().talk
+        if talk and self.engine.ids:
+            found[talk["id"]] = in_list(talk, kept=talk["id"] in found, open=True)
         return list(found.values())
 
     def talk_of(self, id: str) -> dict | None:
@@ -223,6 +218,8 @@ class Texts:
 
     def open(self, path: Path, room: int) -> bool:
         """Let the engine go on with a file; return False, and forget it, if it cannot be used."""
+        if path not in self.saved:  # deleted while another one was written
+            return False
         expected = self.saved[path].ids
         for _ in range(TRIES):
             before = version(path)
@@ -269,7 +266,7 @@ class Texts:
         name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
         path = self.folder / f"text-{name}.slim"
         try:
-            engine.save(path, as_json(here) | {"map": self.recorder.record})
+            engine.save(path, self.extra())
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.say(f"slim: {one_line(error)}")
             return
@@ -282,8 +279,17 @@ class Texts:
         """Return the bytes that a file of the conversation at hand takes, its header included."""
         _, tensors = self.engine.kv.state()
         n_bytes = sum(tensor.nbytes for tensor in tensors.values()) + 16 * len(self.engine.ids)
-        shown = as_json(self.at_hand()) | {"map": self.recorder.record}
-        return n_bytes + 2 * len(json.dumps(shown))  # a header in a header has more escapes
+        return n_bytes + 2 * len(json.dumps(self.extra()))  # a header in a header has more escapes
+
+    def extra(self) -> dict:
+        """Return what a file says of the conversation at hand besides its rows."""
+        here = self.at_hand()
+        extra = {"map": self.recorder.record}
+        if here.talk:
+            extra["talk"] = here.talk
+        if here.day:
+            extra |= {"opening": here.day.opening, "date": here.day.date.isoformat()}
+        return extra
 
     def make_room(self, size: int, wanted: Path | None) -> bool:
         """Delete files, the least recently used first, until `size` bytes fit.
@@ -338,7 +344,13 @@ class Texts:
             last = last_block_len(n_prunable, self.engine.ckpt.settings.block_len)
             ids = header["ids"] + header["pending"]
             extra = header["extra"]
-            return Text(ids, n_prunable - last, from_json(extra), check_talk(extra.get("talk")))
+            text = Text(ids, n_prunable - last, talk=extra.get("talk"))
+            if text.talk:
+                in_list(text.talk, kept=True, open=False)
+            if "date" in extra:
+                date = datetime.date.fromisoformat(extra["date"])
+                text = replace(text, day=Day(extra["opening"], date))
+            return text
         except Exception:  # anything may lie in a folder
             return None
 
@@ -359,29 +371,10 @@ class Texts:
             path.unlink()
 
 
-def as_json(text: Text) -> dict:
-    extra = {"talk": text.talk} if text.talk else {}
-    if text.day:
-        extra |= {"opening": text.day.opening, "date": text.day.date.isoformat()}
-    return extra
-
-
-def in_list(text: Text, kept: bool, open: bool) -> dict:
+def in_list(talk: dict, kept: bool, open: bool) -> dict:
+    """Return what the list of texts tells of one; raise KeyError if parts are missing."""
     names = "id", "name", "dense", "tokens"
-    return {name: text.talk[name] for name in names} | {"kept": kept, "open": open}
-
-
-def check_talk(talk: dict | None) -> dict | None:
-    """Return what a file says about a text for the page; raise KeyError if parts are missing."""
-    if talk:
-        in_list(Text([], 0, talk=talk), kept=True, open=False)
-    return talk
-
-
-def from_json(extra: dict) -> Day | None:
-    if "date" not in extra:
-        return None
-    return Day(extra["opening"], datetime.date.fromisoformat(extra["date"]))
+    return {name: talk[name] for name in names} | {"kept": kept, "open": open}
 
 
 def version(path: Path) -> tuple | None:

@@ -1,6 +1,5 @@
 """The engine's side: one job at a time, in the order they came, on the main thread."""
 
-import contextlib
 import queue
 import signal
 import threading
@@ -49,19 +48,18 @@ def run(server, engine, tok, args, say) -> int:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     say(f"slim: a page to read with: {server.url}")
     say(f"slim: {server.model} at {server.url}/v1; Ctrl-C closes")
-    with stopping(server):
-        while (job := server.jobs.get()) is not None:
-            serve(job, server, engine, tok, texts, say)
-        say("slim: closing")
-        server.stopping.set()
-        server.shutdown()
-        texts.put_away()
-        server.close()
+    stop_on_signals(server)
+    while (job := server.jobs.get()) is not None:
+        serve(job, server, engine, tok, texts, say)
+    say("slim: closing")
+    server.stopping.set()
+    server.shutdown()
+    texts.put_away()
+    server.close()
     return 0
 
 
-@contextlib.contextmanager
-def stopping(server):
+def stop_on_signals(server) -> None:
     """Let Ctrl-C or SIGTERM end the queue, after the running answer; a second one breaks off."""
 
     def stop(*_):
@@ -70,12 +68,8 @@ def stopping(server):
         server.stopping.set()
         server.jobs.put(None)
 
-    usual = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in usual.items():
-            signal.signal(name, handler)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, stop)
 
 
 def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
@@ -90,11 +84,10 @@ def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
         server.counts["disconnected"] += 1
     except ApiError as error:
         job.out.put(error)
-    except ValueError as error:  # before a step: the request asks too much
+    except (ValueError, MemoryError) as error:  # before a step: the request asks too much
         broken = engine.steps != steps and not engine.usable
-        job.out.put(ApiError(500 if broken else 400, str(error)))
-    except MemoryError as error:
-        job.out.put(ApiError(500, str(error)))
+        status = 500 if broken or isinstance(error, MemoryError) else 400
+        job.out.put(ApiError(status, str(error)))
     except Exception as error:  # a bug, or torch out of memory: further requests are served
         kind = type(error).__name__
         say(f"slim: error: {kind}: {one_line(error)}")
@@ -149,51 +142,70 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     job.check()
     scores = None if request.logprobs is None else Scores(tok, request.logprobs)
     if scores and request.echo:
-        tokens = write_scored(job, engine, tok, texts, scores)
-        cached = 0
+        turn = write_scored(job, engine, tok, texts, scores, started)
     else:
-        dense = request.dense and bool(engine.ckpt.schedule)
-        cached, keep_last = texts.reuse(request.ids, min(request.max_tokens, ROOM), dense)
-        texts.day = request.day
-        texts.talk = page.go_on(texts.talk, request.turns) if cached else None
-        texts.recorder.restart()
-        first = engine.kv.tail_start if cached else len(request.ids) - keep_last
-        texts.running = Text(request.ids, first, request.day, texts.talk, dense)
-        turn = page.Turn(job, engine, texts, started, cached)
-        try:
-            tokens = write(job, engine, tok, cached, keep_last, scores, turn)
-        finally:
-            texts.running = None
-            texts.talk = turn.end()
-    used = usage(request, tokens.n, cached)
-    job.out.put((tokens.finish_reason(), used))
-    count(server.counts, used)
-    say(summary(used, started, tokens.first_at))
+        turn = go_on(job, engine, tok, texts, scores, started)
+    n_new = turn.tokens.n
+    job.out.put((turn.tokens.finish_reason(), usage(request, n_new, turn.cached)))
+    server.counts.update(
+        answers=1,
+        prompt_tokens=len(request.ids),
+        cached_tokens=turn.cached,
+        completion_tokens=n_new,
+    )
+    say(summary(turn.note()))
 
 
-def write_scored(job: Job, engine, tok, texts: Texts, scores: Scores) -> Tokens:
+def write_scored(job: Job, engine, tok, texts: Texts, scores: Scores, started: float) -> page.Turn:
     """Score a prompt and write what follows it, all by the full model; forget it then.
 
     The conversation at hand makes way for it.
     """
+    request = job.request
     texts.put_away()
     engine.forget()
     texts.talk = None
+    texts.recorder.restart()
+    turn = page.Turn(job, engine, texts, started, cached=0)
     engine.model.on_chunk = job.check
     try:
-        room = min(job.request.max_tokens, ROOM)
-        n_run = score_prompt(engine, job.request.ids, scores, room, job.check)
-        return write(job, engine, tok, n_run, 0, scores)
+        n_run = score_prompt(engine, request.ids, scores, room_for(request), job.check)
+        write(job, engine, tok, n_run, 0, scores, turn)
     finally:
         engine.model.on_chunk = nothing
         engine.forget()
+    return turn
 
 
-def write(job: Job, engine, tok, cached: int, keep_last: int, scores=None, turn=None) -> Tokens:
-    """Put an answer into a job's queue, piece by piece; return its tokens, which have run out.
+def go_on(job: Job, engine, tok, texts: Texts, scores: Scores | None, started: float) -> page.Turn:
+    """Write an answer in the conversation that the request begins with, or in a new one."""
+    request = job.request
+    dense = request.dense and bool(engine.ckpt.schedule)
+    cached, keep_last = texts.reuse(request.ids, room_for(request), dense)
+    texts.day = request.day
+    texts.talk = page.go_on(texts.talk, request.turns) if cached else None
+    texts.recorder.restart()
+    first = engine.kv.tail_start if cached else len(request.ids) - keep_last
+    texts.running = Text(request.ids, first, request.day, texts.talk, dense)
+    turn = page.Turn(job, engine, texts, started, cached)
+    try:
+        write(job, engine, tok, cached, keep_last, scores, turn)
+    finally:
+        engine.model.on_chunk = nothing
+        texts.running = None
+        texts.talk = turn.end()
+    return turn
+
+
+def room_for(request: Request) -> int:
+    return min(request.max_tokens, ROOM)
+
+
+def write(job: Job, engine, tok, cached: int, keep_last: int, scores, turn: page.Turn) -> None:
+    """Put an answer into a job's queue, piece by piece.
 
     cached: ids of the request that the engine has. keep_last: of a new reading, see `Texts.reuse`.
-    scores: gathers the log probabilities, if they are wanted. turn: tells the page.
+    scores: gathers the log probabilities, None if none are wanted. turn: tells the page.
     """
     request = job.request
     if request.echo:
@@ -204,30 +216,25 @@ def write(job: Job, engine, tok, cached: int, keep_last: int, scores=None, turn=
         if scores and not (request.chat and token in engine.ckpt.stop):
             scores.add(token, logits)
 
-    ids = read_ahead(job, engine, cached, min(request.max_tokens, ROOM))
+    ids = read_ahead(job, engine, cached)
     sampling = request.max_tokens, request.temperature, request.top_p, request.seed
     options = {"follow_up": cached > 0, "keep_last": keep_last, "reserve": ROOM, "on_token": note}
     if request.dense and not cached:
         options["schedule"] = {}
     source = engine.generate(ids, *sampling, **options) if request.max_tokens else ()
-    tokens = Tokens(source, job, engine)
     if not cached:  # until the first token: a new reading may be broken off anywhere
         engine.model.on_chunk = job.check
-    try:
-        put_pieces(job, tok, tokens, scores, turn)
-    finally:
-        engine.model.on_chunk = nothing
-    return tokens
+    put_pieces(job, tok, Tokens(source, job, engine), scores, turn)
 
 
-def put_pieces(job: Job, tok, tokens: Tokens, scores: Scores | None, turn) -> None:
+def put_pieces(job: Job, tok, tokens: Tokens, scores: Scores | None, turn: page.Turn) -> None:
     """Put the text of tokens into a job's queue, with their log probabilities."""
-    pieces = tok.stream(turn.watch(tokens) if turn else tokens, job.request.stop)
+    pieces = tok.stream(turn.watch(tokens), job.request.stop)
     if scores:
         pieces = scores.follow(pieces)
     for thought, text in thoughts_apart(pieces, job.request.in_thought):
         job.out.put(Piece(text, thought, scores.take() if scores else ()))
-        if turn and not thought:
+        if not thought:
             turn.pieces.append(text)
     if scores and tokens.ended:  # not those of a stop text
         scores.shown = float("inf")
@@ -238,32 +245,22 @@ def nothing(*_) -> None:
     """Watch a step and do nothing."""
 
 
-def read_ahead(job: Job, engine, cached: int, room: int) -> list[int]:
+def read_ahead(job: Job, engine, cached: int) -> list[int]:
     """Read a long follow-up in pieces, checking the client in between; return the ids left."""
     ids = job.request.ids[cached:]
     piece = PIECE[engine.kv.device.type]
     while cached and len(ids) > piece:
-        engine.extend(ids[:piece], room=len(ids) - piece + room)
+        engine.extend(ids[:piece], room=len(ids) - piece + room_for(job.request))
         ids = ids[piece:]
         job.check()
     return ids
 
 
-def count(counts: dict[str, int], used: dict) -> None:
-    counts["answers"] += 1
-    counts["prompt_tokens"] += used["prompt_tokens"]
-    counts["cached_tokens"] += used["prompt_tokens_details"]["cached_tokens"]
-    counts["completion_tokens"] += used["completion_tokens"]
-
-
-def summary(used: dict, started: float, first_at: float) -> str:
+def summary(note: dict) -> str:
     """Return the line of the log about an answer."""
-    now = time.perf_counter()
-    first_at = first_at or now
-    more = max(0, used["completion_tokens"] - 1)
-    rate = more / max(1e-9, now - first_at)
+    more = max(0, note["new_tokens"] - 1)
     return (
-        f"slim: {used['prompt_tokens']:,} tokens, "
-        f"{used['prompt_tokens_details']['cached_tokens']:,} of them read before; "
-        f"first token {first_at - started:.2f} s, then {more:,} more at {rate:.1f} tokens/s"
+        f"slim: {note['prompt_tokens']:,} tokens, {note['read_before']:,} of them read before; "
+        f"first token {note['first_token_s']:.2f} s, "
+        f"then {more:,} more at {note['tokens_per_s']:.1f} tokens/s"
     )
