@@ -214,7 +214,8 @@ def get(body, key: str, kind: type, default, least=None, most=float("inf")):
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise ApiError(400, f"{key} is {value!r:.60}; it must be {KINDS[kind]}", key)
     if least is not None and not least <= value <= most:
-        raise ApiError(400, f"{key} is {value!r:.60}; it must be within {least}..{most}", key)
+        limits = f"{least} or more" if most == float("inf") else f"within {least}..{most}"
+        raise ApiError(400, f"{key} is {value!r:.60}; it must be {limits}", key)
     return kind(value)
 
 

@@ -28,10 +28,6 @@ from serve.worker import Job
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_CLIENTS = 256  # requests at a time, those that wait included
-ONLY_HERE = (
-    "start the server with --api-key or $SLIM_API_KEY; without one, only programs of this "
-    "machine are served, at 127.0.0.1"
-)
 TIMEOUT = 30.0  # seconds for a request to arrive, and for a client to take a piece of its answer
 IDLE = 10.0  # seconds without news after which a stream sends a comment
 CHECK = 0.2  # seconds after which a client is checked again
@@ -143,8 +139,7 @@ class Server(socketserver.ThreadingTCPServer):
     def close(self) -> None:
         """Close, once the answers that are written have been sent, or after a few seconds."""
         while not self.jobs.empty():
-            if job := self.jobs.get():
-                job.out.put(ApiError(503, "the server is closing"))
+            self.jobs.get().out.put(ApiError(503, "the server is closing"))
         until = time.monotonic() + 5
         while time.monotonic() < until and self.clients - set(self.arriving):
             time.sleep(0.02)
@@ -210,13 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         self.guarded(self.post)
 
     def do_OPTIONS(self):
-        """Tell a browser whether a page of another site may send its request: if there is a key."""
-        self.guarded(self.allow)
-
-    def allow(self, path: str) -> None:
-        if not self.server.key:
-            raise self.no_such(path)
-        self.send_head(204, "text/plain", {})
+        """Tell a browser by the headers whether a page of another site may send its request."""
+        self.guarded(lambda path: self.send_head(204, "text/plain", {}))
 
     def guarded(self, method) -> None:
         """Run a method; what it raises is sent as an error object, if the client is still there."""
@@ -275,8 +265,8 @@ class Handler(BaseHTTPRequestHandler):
         foreign = origin and origin.lower() != f"http://{host}"
         if foreign or not is_loopback(name.strip("[]")):
             source = f" from {origin!r:.60}" if origin else ""
-            problem = f"requests to {host!r:.60}{source} need a key"
-            raise ApiError(403, f"{problem}: {ONLY_HERE}")
+            remedy = "start the server with --api-key or $SLIM_API_KEY, or ask it at 127.0.0.1"
+            raise ApiError(403, f"requests to {host!r:.60}{source} need a key: {remedy}")
 
     def get(self, path: str) -> None:
         server = self.server
@@ -286,7 +276,7 @@ class Handler(BaseHTTPRequestHandler):
             data, headers = page.html()
             self.send_data(200, "text/html; charset=utf-8", data, headers)
         elif path == MAP:
-            self.run_job(Job(work=page.draw), self.send_map)
+            self.run_job(Job(work=page.draw))
         elif path == TEXTS:
             self.send_json(200, page.settings(server))
         elif path in facts:
@@ -308,26 +298,25 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error!s:.100}") from None
         server.arriving.pop(self.connection, None)
+        model = server.tok, server.model
         if path == COUNT:
             self.send_json(200, page.count(body, server.tok, server.max_len))
         elif path == READ:
-            model = server.tok, server.model, server.max_len
-            request = page.parse_read(body, *model, server.texts)
-            self.run_job(Job(request, page.read), self.stream)
+            request = page.parse_read(body, *model, server.max_len, server.texts)
+            self.run_job(Job(request, page.read))
         else:
             chat, body, max_len = self.dialect.read(path, body, server.max_len)
-            model = server.tok, server.model, max_len
-            request = parse(chat, body, *model, server.args, server.texts)
+            request = parse(chat, body, *model, max_len, server.args, server.texts)
             request.path = path
-            self.run_job(Job(request), self.stream if request.stream else self.collect)
+            self.run_job(Job(request))
 
-    def run_job(self, job: Job, send) -> None:
+    def run_job(self, job: Job) -> None:
         """Queue a job, and send what comes of it."""
         if self.server.stopping.is_set():
             raise ApiError(503, "the server is closing")
         self.server.jobs.put(job)
         try:
-            send(job)
+            self.stream(job) if job.streams else self.collect(job)
         finally:
             job.disconnected.set()  # harmless once the answer is complete
 
@@ -366,28 +355,23 @@ class Handler(BaseHTTPRequestHandler):
             if event is not None:
                 news = now
                 yield event
-            elif now - news > IDLE and job.request and job.request.stream:
+            elif now - news > IDLE and job.streams:
                 news = now
                 self.send_line(self.dialect.IDLE)
 
     def check_there(self) -> None:
         """Raise ConnectionError if the client has closed the connection."""
         self.connection.settimeout(0)
-        try:
-            if self.connection.recv(1, socket.MSG_PEEK) == b"":
+        with contextlib.suppress(BlockingIOError):  # there, and silent
+            if not self.connection.recv(1, socket.MSG_PEEK):
                 raise ConnectionAbortedError
-        except BlockingIOError:
-            pass
-        finally:
-            self.connection.settimeout(TIMEOUT)
+        self.connection.settimeout(TIMEOUT)
 
     def collect(self, job: Job) -> None:
-        *pieces, (finish, used) = self.events(job)
-        self.send_json(200, self.dialect.whole(job.request, pieces, finish, used))
-
-    def send_map(self, job: Job) -> None:
-        described, _ = self.events(job)
-        self.send_json(200, described)
+        """Send a whole answer, or the map."""
+        *items, end = self.events(job)
+        value = items[0] if job.work else self.dialect.whole(job.request, items, *end)
+        self.send_json(200, value)
 
     def stream(self, job: Job) -> None:
         """Send events; the status line waits for the first, so that an error can have its own."""

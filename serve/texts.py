@@ -15,7 +15,7 @@ import datetime
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from blockmap import Recorder
 from kvcache import last_block_len
-from loading.files import format_bytes, one_line, try_folder
+from loading.files import format_bytes, one_line, stamp, try_folder
 from loading.saved import check_saved, read_saved
 from planning.memory import NoRoom
 
@@ -255,8 +255,8 @@ class Texts:
         engine = self.engine
         if self.folder is None or not engine.usable or engine.kv.tail_start < WORTH_A_FILE:
             return
-        if self.dense():
-            return  # a file is resumed with the server's own schedule
+        if self.dense():  # a file is resumed with the server's own schedule
+            return
         self.refresh()
         here = self.at_hand()
         if any(text.covers(here) for text in self.saved.values()):
@@ -344,13 +344,13 @@ class Texts:
             last = last_block_len(n_prunable, self.engine.ckpt.settings.block_len)
             ids = header["ids"] + header["pending"]
             extra = header["extra"]
-            text = Text(ids, n_prunable - last, talk=extra.get("talk"))
-            if text.talk:
-                in_list(text.talk, kept=True, open=False)
+            day = None
             if "date" in extra:
-                date = datetime.date.fromisoformat(extra["date"])
-                text = replace(text, day=Day(extra["opening"], date))
-            return text
+                day = Day(extra["opening"], datetime.date.fromisoformat(extra["date"]))
+            talk = extra.get("talk")
+            if talk:
+                in_list(talk, kept=True, open=False)  # complete?
+            return Text(ids, n_prunable - last, day, talk)
         except Exception:  # anything may lie in a folder
             return None
 
@@ -380,7 +380,6 @@ def in_list(talk: dict, kept: bool, open: bool) -> dict:
 def version(path: Path) -> tuple | None:
     """Return what tells whether a file is still the same; None if it is gone."""
     try:
-        stat = path.stat()
+        return stamp(path)
     except OSError:
         return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -35,6 +35,10 @@ class Job:
     out: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     disconnected: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def streams(self) -> bool:
+        return self.request is not None and self.request.stream
+
     def check(self, *_) -> None:
         """Raise Disconnected if the client has left."""
         if self.disconnected.is_set():
@@ -52,7 +56,6 @@ def run(server, engine, tok, args, say) -> int:
     while (job := server.jobs.get()) is not None:
         serve(job, server, engine, tok, texts, say)
     say("slim: closing")
-    server.stopping.set()
     server.shutdown()
     texts.put_away()
     server.close()
@@ -147,12 +150,8 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
         turn = go_on(job, engine, tok, texts, scores, started)
     n_new = turn.tokens.n
     job.out.put((turn.tokens.finish_reason(), usage(request, n_new, turn.cached)))
-    server.counts.update(
-        answers=1,
-        prompt_tokens=len(request.ids),
-        cached_tokens=turn.cached,
-        completion_tokens=n_new,
-    )
+    server.counts.update(answers=1, completion_tokens=n_new)
+    server.counts.update(prompt_tokens=len(request.ids), cached_tokens=turn.cached)
     say(summary(turn.note()))
 
 
