@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
 
@@ -119,7 +118,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.created = int(time.time())
 
     def facts(self) -> dict[str, dict]:
-        """Return what the small paths tell."""
+        """Return the answers of the paths that only tell something."""
         card = {
             "id": self.model,
             "object": "model",
@@ -156,11 +155,9 @@ class Server(socketserver.ThreadingTCPServer):
 
     def shutdown_request(self, request):
         """Close a connection, however it ended: also if no thread could be started for it."""
-        try:
-            super().shutdown_request(request)
-        finally:
-            self.arriving.pop(request, None)
-            self.clients.discard(request)
+        self.arriving.pop(request, None)
+        self.clients.discard(request)
+        super().shutdown_request(request)
 
     def service_actions(self):
         """Every half second: close connections whose request does not come."""
@@ -211,19 +208,18 @@ class Handler(BaseHTTPRequestHandler):
     def guarded(self, method) -> None:
         """Run a method; what it raises is sent as an error object, if the client is still there."""
         self.close_connection = True
-        with contextlib.suppress(OSError):  # the client has left
-            try:
-                self.check_caller()
-                method(unquote(self.path.partition("?")[0]).rstrip("/") or "/")
-            except OSError:
-                raise
-            except ApiError as error:
-                self.server.counts["errors"] += 1
-                self.refuse(error)
-            except Exception as error:  # a bug: the client and the log are told
-                self.server.log(error)
-                self.refuse(ApiError(500, f"the server failed: {type(error).__name__}"))
-            self.linger()
+        try:
+            self.check_caller()
+            method(unquote(self.path.partition("?")[0]).rstrip("/") or "/")
+        except OSError:  # the client has left; see Server.handle_error
+            raise
+        except ApiError as error:
+            self.server.counts["errors"] += 1
+            self.refuse(error)
+        except Exception as error:  # a bug: the client and the log are told
+            self.server.log(error)
+            self.refuse(ApiError(500, f"the server failed: {type(error).__name__}"))
+        self.linger()
 
     def refuse(self, error: ApiError) -> None:
         body = self.dialect.error_body(error)
@@ -428,8 +424,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.request_version = self.protocol_version  # a status line for nonsense too
         status = 405 if code == 501 else int(code)
-        with contextlib.suppress(OSError):
-            self.send_json(status, ApiError(status, message or HTTPStatus(status).phrase).body)
+        self.send_json(status, ApiError(status, message or self.responses[status][0]).body)
 
     def log_message(self, *args):
         """Print nothing: the engine's side logs the answers."""

@@ -29,7 +29,7 @@ from planning.memory import NoRoom
 
 TAIL = 512  # tokens at the end of a new prompt that stay in the tail, a quarter of it at most
 LONG_TAIL = 2048  # tokens of a question on a text known already that may all stay in the tail
-WORTH_A_FILE = 1024  # tokens of a text, or of a chat about it; less is sooner read again
+WORTH_A_FILE = 1024  # tokens of a text, or of a chat about it; less is read again as fast
 FEW = 256  # tokens; a file that lacks no more than these of its conversation is not written again
 MOST_DAYS = 3  # whose dates are tried for one request, as each has to be rendered
 TRIES = 3  # to open a file that others change meanwhile
@@ -123,7 +123,7 @@ class Texts:
         path, kept, shared = self.find(ids, dense)
         at_hand = self.at_hand().ids
         if path is not None or len(at_hand) - common(at_hand, ids) > WORTH_A_FILE:
-            self.put_away(wanted=path)  # else that much would be lost
+            self.put_away(wanted=path)  # the engine is about to lose it
         if path is not None and not self.open(path, len(ids) - kept + room):
             return self.reuse(ids, room, dense)
         if not kept:
@@ -349,7 +349,7 @@ class Texts:
                 day = Day(extra["opening"], datetime.date.fromisoformat(extra["date"]))
             talk = extra.get("talk")
             if talk:
-                in_list(talk, kept=True, open=False)  # complete?
+                in_list(talk, kept=True, open=False)  # raises KeyError
             return Text(ids, n_prunable - last, day, talk)
         except Exception:  # anything may lie in a folder
             return None

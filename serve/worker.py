@@ -13,8 +13,7 @@ from serve.answers import Piece, Scores, score_prompt, thoughts_apart
 from serve.api import ApiError, Request, usage
 from serve.texts import Text, Texts
 
-# tokens of a follow-up that are read at once, about half a second; in between, the client may be
-# found gone
+# tokens of a follow-up that are read at once, about half a second, between two looks at the client
 PIECE = {"cpu": 64, "cuda": 512}
 ROOM = 256  # new tokens to have memory for: most answers end long before max_tokens
 
