@@ -41,7 +41,7 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
         ours["chat_template_kwargs"] = {"enable_thinking": thinks}
     if "model" in ours:
         ours["model"] = get(ours, "model", str, "").removesuffix(":latest")
-    chat = path == CHAT or not ours.pop("raw", False)
+    chat = not ours.pop("raw", False) or path == CHAT
     if path == CHAT:
         ours["messages"] = [renamed(message) for message in get(ours, "messages", list, [])]
     elif chat:

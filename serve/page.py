@@ -192,7 +192,9 @@ def map_of(engine, texts) -> dict | None:
 
 def go_on(talk: dict | None, messages: list[dict]) -> dict | None:
     """Return the talk before a new answer; None if the request is not about its text."""
-    if talk is None or len(messages) % 2 == 0 or messages[0]["role"] != "user":
+    n = len(messages)
+    by_turns = [message["role"] for message in messages] == (["user", "assistant"] * n)[:n]
+    if talk is None or not by_turns or n % 2 == 0:
         return None
     said = [message["content"] for message in messages]
     beginning = talk["text"] + "\n\n"

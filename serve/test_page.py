@@ -168,6 +168,7 @@ def test_a_conversation_on_a_text_is_told_from_others():
     assert after("T\n\nq", "a", "r")["turns"] == talk["turns"]
     assert after("T\n\nq", "b", "r")["turns"] == [{"question": "q", "answer": "b"}]
     assert after("T\n\nq", "a") is after("q") is after() is after("Tq") is None
+    assert page.go_on(talk, [{"role": "user", "content": "T\n\nq"}] * 3) is None  # no answers
 
 
 def test_what_an_answer_looked_at_is_a_running_maximum(talking):

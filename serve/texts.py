@@ -109,7 +109,7 @@ class Texts:
         self.recorder = Recorder(engine)
         self.running: Text | None = None  # the request that is being read or answered
         self.saved: dict[Path, Text] = {}
-        self.versions: dict[Path, tuple] = {}  # of all files looked at, usable or not
+        self.looked: dict[tuple, Text | None] = {}  # files by version; None: of no use here
         self.refresh()
 
     # ---- to find and open -------------------------------------------------------------
@@ -322,17 +322,14 @@ class Texts:
 
     def refresh(self) -> None:
         """Learn what the folder holds now."""
-        versions = {path: version(path) for path in self.files()}
-        self.saved = {path: text for path, text in self.saved.items() if path in versions}
-        for path in versions:
-            if versions[path] != self.versions.get(path):
-                known = self.saved.pop(path, None)
-                text = self.look(path)
-                if text:
-                    self.saved[path] = text
-                elif known:
-                    self.say(f"slim: {path} is not used any more: it changed and cannot be read")
-        self.versions = versions
+        looked = {}
+        for path in self.files():
+            key = path, version(path)
+            looked[key] = self.looked[key] if key in self.looked else self.look(path)
+            if path in self.saved and not looked[key]:
+                self.say(f"slim: {path} is not used any more: it changed and cannot be read")
+        self.looked = looked
+        self.saved = {path: text for (path, _), text in looked.items() if text}
 
     def look(self, path: Path) -> Text | None:
         """Return what a file holds; None for another model or other settings, or if it is bad."""
@@ -358,12 +355,12 @@ class Texts:
         """Mark a file as used now."""
         with contextlib.suppress(OSError):
             os.utime(path)
-        self.versions[path] = version(path)
+        self.looked[path, version(path)] = self.saved[path]
 
     def forget(self, path: Path) -> None:
         """Use a file no more, until it changes."""
         self.saved.pop(path, None)
-        self.versions[path] = version(path)
+        self.looked[path, version(path)] = None
 
     def drop(self, path: Path) -> None:
         self.saved.pop(path, None)
