@@ -57,8 +57,8 @@ class Request:
 USED = "model max_tokens temperature top_p seed stop stream stream_options dense logprobs".split()
 USED_IN_CHAT = "messages max_completion_tokens top_logprobs chat_template_kwargs".split()
 USED_IN_COMPLETIONS = ["prompt", "echo"]
-# Parameters that Slim does not have, with a value that changes nothing. Other values are refused,
-# so that nobody waits for what never comes.
+# Parameters that Slim does not have, with a value that changes nothing. Other values are refused:
+# to ignore them would give another answer than was asked for.
 HARMLESS = [
     (1, "n best_of repetition_penalty repeat_penalty"),
     (0, "top_k min_p frequency_penalty presence_penalty top_logprobs"),
@@ -267,7 +267,7 @@ def read_turns(messages) -> list[dict]:
         raise ApiError(400, "messages must be a list with a user's message in it", "messages")
     last = turns[-1]
     if last["role"] == "assistant" and set(last) != {"role", "content"}:
-        problem = "a last message of the assistant is gone on with; it can have content alone"
+        problem = "a last message of the assistant is continued; it can have content only"
         raise ApiError(400, problem, "messages")
     return turns
 

@@ -358,7 +358,7 @@ class Handler(BaseHTTPRequestHandler):
     def check_there(self) -> None:
         """Raise ConnectionError if the client has closed the connection."""
         self.connection.settimeout(0)
-        with contextlib.suppress(BlockingIOError):  # there, and silent
+        with contextlib.suppress(BlockingIOError):  # nothing to read, but still there
             if not self.connection.recv(1, socket.MSG_PEEK):
                 raise ConnectionAbortedError
         self.connection.settimeout(TIMEOUT)

@@ -1,4 +1,4 @@
-"""Ollama's API, which many programs speak alone, in terms of OpenAI's: requests and answers."""
+"""Ollama's API, the only one that many programs speak, translated to OpenAI's and back."""
 
 import datetime
 
@@ -31,7 +31,7 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
         if (value or value == 0) and key not in [*IGNORED, "options"]:
             ours[key] = value
     if ours.get("logprobs"):
-        raise ApiError(400, "logprobs are told at /v1/chat/completions alone", "logprobs")
+        raise ApiError(400, "logprobs are given by /v1/chat/completions only", "logprobs")
     context = take(ours, "num_ctx", int, max_len, 1)
     n_new = take(ours, "num_predict", int, None, -2)
     if n_new is not None:
@@ -52,7 +52,7 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
 
 
 def take(body: dict, key: str, *limits):
-    """Return a value of a body as `get` does, and remove it."""
+    """Return a value as `get` does, and remove it from the body."""
     value = get(body, key, *limits)
     body.pop(key, None)
     return value

@@ -36,7 +36,7 @@ TRIES = 3  # to open a file that others change meanwhile
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """Return how many tokens two conversations begin with alike."""
+    """Return how many tokens two conversations share at their beginning."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
@@ -87,7 +87,7 @@ class Text:
     dense: bool = False  # read without pruning, by a server that prunes
 
     def covers(self, other: "Text") -> bool:
-        """Tell whether the other one is not needed beside this one."""
+        """Tell whether this conversation makes the other one's file unnecessary."""
         missing = len(other.ids) - common(self.ids, other.ids)
         shown = self.talk or not other.talk
         return missing <= FEW and self.first <= other.first and bool(shown)
@@ -150,7 +150,7 @@ class Texts:
         """Return the file to go on with, the tokens to keep, and the most that any file shares.
 
         The file is None for the conversation at hand. Tokens to keep are 0 if the prompt is to be
-        read afresh: where none shares enough, or where so much is new that it had better be pruned.
+        read afresh: where none shares enough, or where so much is new that pruning is better.
         At least one id is left to run.
         """
         found = None
@@ -282,7 +282,7 @@ class Texts:
         return n_bytes + 2 * len(json.dumps(self.extra()))  # a header in a header has more escapes
 
     def extra(self) -> dict:
-        """Return what a file says of the conversation at hand besides its rows."""
+        """Return the JSON that is saved with the conversation at hand."""
         here = self.at_hand()
         extra = {"map": self.recorder.record}
         if here.talk:
@@ -358,7 +358,7 @@ class Texts:
         self.looked[path, version(path)] = self.saved[path]
 
     def forget(self, path: Path) -> None:
-        """Use a file no more, until it changes."""
+        """Stop using a file until it changes."""
         self.saved.pop(path, None)
         self.looked[path, version(path)] = None
 

@@ -75,7 +75,7 @@ def stop_on_signals(server) -> None:
 
 
 def serve(job: Job, server, engine, tok, texts: Texts, say) -> None:
-    """Run one job to its end, whatever that is."""
+    """Run one job; whatever goes wrong is told to its client."""
     steps = engine.steps
     try:
         if server.stopping.is_set():
@@ -123,7 +123,7 @@ class Tokens:
                 self.n += 1
                 self.first_at = self.first_at or time.perf_counter()
                 yield token
-        except ValueError:  # no memory for a longer answer: what there is, is an answer too
+        except ValueError:  # no memory for a longer answer: what was written so far is sent
             self.cut = self.n > 0 and self.engine.usable
             if not self.cut:
                 raise
@@ -146,7 +146,7 @@ def answer(job: Job, server, engine, tok, texts: Texts, say) -> None:
     if scores and request.echo:
         turn = write_scored(job, engine, tok, texts, scores, started)
     else:
-        turn = go_on(job, engine, tok, texts, scores, started)
+        turn = write_next(job, engine, tok, texts, scores, started)
     n_new = turn.tokens.n
     job.out.put((turn.tokens.finish_reason(), usage(request, n_new, turn.cached)))
     server.counts.update(answers=1, completion_tokens=n_new)
@@ -175,7 +175,9 @@ def write_scored(job: Job, engine, tok, texts: Texts, scores: Scores, started: f
     return turn
 
 
-def go_on(job: Job, engine, tok, texts: Texts, scores: Scores | None, started: float) -> page.Turn:
+def write_next(
+    job: Job, engine, tok, texts: Texts, scores: Scores | None, started: float
+) -> page.Turn:
     """Write an answer in the conversation that the request begins with, or in a new one."""
     request = job.request
     dense = request.dense and bool(engine.ckpt.schedule)
