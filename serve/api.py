@@ -160,10 +160,8 @@ def check_names(body: dict, chat: bool) -> None:
 def check_room(room: int, max_len: int, param: str) -> None:
     """Refuse a prompt that leaves no room for an answer."""
     if room < 1:
-        message = (
-            f"the prompt has {max_len - room:,} tokens; this model's context is {max_len:,}, "
-            "the answer included"
-        )
+        message = f"the prompt has {max_len - room:,} tokens"
+        message += f"; this model's context is {max_len:,}, the answer included"
         raise ApiError(400, message, param, "context_length_exceeded")
 
 
@@ -318,10 +316,7 @@ def read_calls(turn: dict, name: str) -> list[dict]:
             if turn["role"] != "assistant" or not isinstance(function["name"], str):
                 raise ValueError
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
-        problem = (
-            f"{name} must be an assistant's calls of functions, each with id and function: "
-            "a name, and arguments that are an object in JSON"
-        )
+        problem = f"{name} must be an assistant's calls of functions, with arguments in JSON"
         raise ApiError(400, problem, "messages") from None
     return calls
 
@@ -375,11 +370,9 @@ def template_of(tok) -> str:
 
 def opening(turns: list[dict]) -> str:
     """Return a hash of how a conversation begins, up to its user's first thousand characters."""
-    first = []
-    for turn in turns:
-        first.append((turn["role"], turn["content"][:1000]))
-        if turn["role"] == "user":
-            break
+    roles = [turn["role"] for turn in turns]
+    first = turns[: roles.index("user") + 1]
+    first = [(turn["role"], turn["content"][:1000]) for turn in first]
     return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16]
 
 

@@ -145,11 +145,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def process_request(self, request, client_address):
-        """Start a thread for a connection; if too many are unchecked, the oldest of them goes."""
-        unchecked = [other for other in list(self.arriving) if other not in self.clients]
-        if len(unchecked) >= 2 * MOST_CLIENTS:
-            self.arriving.pop(unchecked[0], None)
-            shut(unchecked[0])
+        """Start a thread for a connection."""
         self.arriving[request] = time.monotonic() + TIMEOUT
         super().process_request(request, client_address)
 
@@ -160,10 +156,16 @@ class Server(socketserver.ThreadingTCPServer):
         super().shutdown_request(request)
 
     def service_actions(self):
-        """Every half second: close connections whose request does not come."""
-        for request, until in list(self.arriving.items()):
-            if time.monotonic() > until:
-                shut(request)
+        """End connections whose request does not come; if too many are unchecked, the oldest.
+
+        Called for every connection, and every half second.
+        """
+        now = time.monotonic()
+        late = [request for request, until in list(self.arriving.items()) if now > until]
+        unchecked = [request for request in list(self.arriving) if request not in self.clients]
+        for request in [*late, *unchecked[: -2 * MOST_CLIENTS]]:
+            with contextlib.suppress(OSError):  # it is closed already
+                request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address):
         """Log what ended a connection, unless it was the client."""
@@ -174,12 +176,6 @@ class Server(socketserver.ThreadingTCPServer):
     def log(self, error: BaseException) -> None:
         self.counts["errors"] += 1
         self.say(f"slim: error: {type(error).__name__}: {one_line(error)}")
-
-
-def shut(connection: socket.socket) -> None:
-    """End a connection; its thread then finds it closed."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 # ---- one request --------------------------------------------------------------------------

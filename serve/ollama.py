@@ -17,6 +17,7 @@ IGNORED = (
     "keep_alive num_keep num_batch num_gpu main_gpu num_thread low_vram f16_kv numa use_mmap "
     "use_mlock"
 ).split()
+TRANSLATED = "options num_ctx num_predict think raw".split()
 OF_A_MESSAGE = {"thinking": "reasoning_content", "tool_name": "name"}  # OpenAI's names
 
 
@@ -26,22 +27,23 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
     What has no other name there keeps its own; `parse` refuses what would change the answer.
     """
     options = get(body, "options", dict, {})
+    given = body | options
     ours = {"stream": True}
-    for key, value in (body | options).items():
-        if (value or value == 0) and key not in [*IGNORED, "options"]:
+    for key, value in given.items():
+        if (value or value == 0) and key not in IGNORED + TRANSLATED:
             ours[key] = value
     if ours.get("logprobs"):
         raise ApiError(400, "logprobs are given by /v1/chat/completions only", "logprobs")
-    context = take(ours, "num_ctx", int, max_len, 1)
-    n_new = take(ours, "num_predict", int, None, -2)
+    context = get(given, "num_ctx", int, max_len, 1)
+    n_new = get(given, "num_predict", int, None, -2)
     if n_new is not None:
         ours["max_tokens"] = max(-1, n_new)
-    thinks = take(ours, "think", bool, None)
+    thinks = get(given, "think", bool, None)
     if thinks is not None:
         ours["chat_template_kwargs"] = {"enable_thinking": thinks}
     if "model" in ours:
         ours["model"] = get(ours, "model", str, "").removesuffix(":latest")
-    chat = not ours.pop("raw", False) or path == CHAT
+    chat = path == CHAT or not given.get("raw")
     if path == CHAT:
         ours["messages"] = [renamed(message) for message in get(ours, "messages", list, [])]
     elif chat:
@@ -49,13 +51,6 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
         messages = [{"role": role, "content": text} for role, text in said.items()]
         ours["messages"] = [message for message in messages if message["content"] is not None]
     return chat, ours, min(context, max_len)
-
-
-def take(body: dict, key: str, *limits):
-    """Return a value as `get` does, and remove it from the body."""
-    value = get(body, key, *limits)
-    body.pop(key, None)
-    return value
 
 
 def renamed(message):

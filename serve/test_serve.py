@@ -1484,6 +1484,18 @@ def test_callers_without_the_key_take_no_place(monkeypatch):
         assert b" 200 " in answer
 
 
+def test_of_too_many_silent_connections_the_oldest_end(monkeypatch):
+    """Whoever opens connections and sends nothing must not take all threads."""
+    monkeypatch.setattr("serve.http.MOST_CLIENTS", 1)
+    with door() as server, contextlib.ExitStack() as opened:
+        silent = [opened.enter_context(knock(server, HALF)) for _ in range(5)]
+        assert [connection.recv(1) for connection in silent[:3]] == [b""] * 3
+        silent[-1].settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            silent[-1].recv(1)
+        assert b" 200 " in all_of(knock(server, HEALTH))
+
+
 def test_a_connection_that_gets_no_thread_leaves_no_trace(monkeypatch):
     """A container's limit of processes: after 256 of these every request got status 503."""
     said = []
