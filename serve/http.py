@@ -36,7 +36,7 @@ READ = "/v1/slim/read"
 MAP = "/v1/slim/map"
 TEXTS = "/v1/slim/texts"
 ANSWERS = (api.CHAT, api.COMPLETIONS, ollama.CHAT, ollama.GENERATE)
-FACTS = ("/v1/models", "/v1/stats", "/health", ollama.TAGS)
+FACTS = ("/v1/models", "/v1/stats", "/health", ollama.TAGS)  # see Server.facts
 PATHS = ("/", *ANSWERS, COUNT, READ, MAP, TEXTS, *FACTS)
 
 

@@ -253,15 +253,15 @@ class Texts:
         A failure is a line in the log. wanted: the file that is used next, which therefore stays.
         """
         engine = self.engine
-        if self.folder is None or not engine.usable or engine.kv.tail_start < WORTH_A_FILE:
+        worth_it = engine.usable and engine.kv.tail_start >= WORTH_A_FILE
+        if self.folder is None or not worth_it:
             return
         if self.dense():  # a file is resumed with the server's own schedule
             return
         self.refresh()
         here = self.at_hand()
-        if any(text.covers(here) for text in self.saved.values()):
-            return
-        if not self.make_room(self.size(), wanted):
+        covered = any(text.covers(here) for text in self.saved.values())
+        if covered or not self.make_room(self.size(), wanted):
             return
         name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
         path = self.folder / f"text-{name}.slim"
