@@ -130,7 +130,6 @@ class Engine:
 
     def forget(self) -> None:
         """Drop the conversation; the next prompt starts a new one."""
-        self.steps += 1
         self.running = self.ckpt  # how this conversation is run: its schedule may be its own
         self.ids: list[int] = []  # tokens run so far
         self.pending: list[int] = []  # generated, but not yet run through the model
@@ -313,7 +312,7 @@ class Engine:
         check_extra(extra)
         layout, tensors = self.kv.state()
         header = {
-            "ckpt": str(self.ckpt.folder.resolve()),
+            "ckpt": str(self.ckpt.folder.absolute()),
             "identity": self.running.identity,
             "kv": layout,
             "ids": self.ids,
@@ -467,7 +466,7 @@ class Engine:
                 self.pending = [token]
                 steps = self.steps
                 yield token
-                if self.steps != steps:
+                if self.steps != steps or self.pending != [token]:
                     raise ValueError(
                         "the engine was used while it generated, but holds one conversation; "
                         "load a second engine"
