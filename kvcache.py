@@ -20,6 +20,10 @@ The words of this engine:
     move      the copies between slots and homes that follow a choice
     rule      what blocks are worth to the newest tokens (prune.py)
     window    how many of the newest tokens rank the blocks
+    lookup head  one that looks back at an earlier place of a token (planning/probe.py)
+    local     attention of a prompt's row, below the first boundary, to the first tokens and those
+              just before its tile, 256 positions (`model.Local`)
+    draft     tokens that are guessed, and run in one step to see whether they are right
 
     slab of one layer     | slot 0 | slot 1 | slot 2 |  ...  | tail: last block, new tokens -> |
     holds, in any order   | block 0| block 9| block 4|       | positions from tail_start on    |

@@ -474,10 +474,7 @@ class WeightRanking(Ranking):
     def __init__(self, model: Model, n_newest: int, n_drafted: int):
         super().__init__(model, n_newest, n_drafted)
         n_blocks = model.kv.stages[0].n_slots
-        shape = (
-            n_newest,
-            n_blocks + 1,
-        )  # column N: what the last block finds for the next, never read
+        shape = n_newest, n_blocks + 1  # column N: what the last finds for the next, never read
         self.padded = torch.full(shape, -torch.inf, dtype=model.wide, device=model.kv.device)
         self.scores = self.padded[:, :n_blocks]  # (W, N)
 

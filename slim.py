@@ -28,7 +28,7 @@ from loading.weights import load_weights
 from model import Model
 from planning import probe
 from planning.checkpoint import Checkpoint
-from planning.lookup import Lookup, row_cost, usual_draft
+from planning.draft import Drafter, row_cost, usual_draft
 from planning.memory import KERNEL_BYTES, STEP_ROWS, check_memory, fits, step_bytes
 from planning.probe import PROBE_LEN
 from planning.settings import check_count, check_draft, check_sampling
@@ -217,7 +217,8 @@ class Engine:
     def extend(self, ids=(), all_logits: bool = False, room: int = 0, draft=()) -> Tensor:
         """Append ids, one (a decode step) or many (a follow-up); return the logits (V,) after them.
 
-        all_logits: those after each token that is run, (T, V). room: tokens after these to check
+        all_logits: those after each token that is run, (T, V); with a draft, those after ids and
+        after each drafted token, (1 + drafted, V). room: tokens after these to check
         memory for. draft: ids that may come next; they are run too, and `accept` appends them.
         Tokens that `generate` has yielded but not run are run first. Raises ValueError before any
         prefill, after an interrupted step, for wrong ids, or too little memory.
@@ -426,7 +427,7 @@ class Engine:
         temperature: 0 is greedy. top_p: keep the likeliest tokens of that total probability.
         schedule, keep_last, reserve: as in `prefill`. on_token(token, logits (V,)) sees every
         choice, also of a stop token. draft: tokens to guess at most and run in one step
-        (planning/lookup.py), by default what pays on this device, 0 for none. They change no answer
+        (planning/draft.py), by default what pays on this device, 0 for none. They change no answer
         but by rounding, and in a pruned run because blocks are chosen once a step. Ends at
         max_new_tokens or before a stop token, which is not yielded. Raises ValueError at once for
         wrong arguments, and later if the engine was used for something else in between.
@@ -448,43 +449,52 @@ class Engine:
         else:
             rng.manual_seed(seed)
 
-        def stream():
+        def begin() -> Tensor:
             if follow_up:
-                logits = self.extend(ids, room=at_most(max_new_tokens, reserve))
-            else:
-                logits = self.prefill(ids, max_new_tokens, schedule, keep_last, reserve)
-            lookup = Lookup(self.ids, row_cost(self.ckpt))
-            most = self.draft if draft is None else draft
-            drafted = []  # tokens that were run already, if they are what comes
-            after = logits[None]  # logits after the last token and after each drafted one
-            for n_left in reversed(range(max_new_tokens)):
-                token = sample(after[0], temperature, top_p, rng)
-                if on_token is not None:
-                    on_token(token, after[0])
-                if token in self.ckpt.stop:
-                    return
-                self.pending = [token]
-                steps = self.steps
-                yield token
-                if self.steps != steps or self.pending != [token]:
-                    raise ValueError(
-                        "the engine was used while it generated, but holds one conversation; "
-                        "load a second engine"
-                    )
-                if not n_left:
-                    return
-                accepted = drafted[:1] == [token]
-                lookup.add(token, accepted)
-                if accepted:
-                    self.accept()
-                    drafted = drafted[1:]
-                    after = after[1:]
-                else:
-                    drafted = lookup.draft(min(most, n_left - 1))
-                    room = at_most(n_left - 1 - len(drafted), reserve)
-                    after = self.extend(all_logits=True, room=room, draft=drafted)
+                return self.extend(ids, room=at_most(max_new_tokens, reserve))
+            return self.prefill(ids, max_new_tokens, schedule, keep_last, reserve)
 
-        return stream()
+        def choose(logits: Tensor) -> int:
+            return sample(logits, temperature, top_p, rng)
+
+        most = self.draft if draft is None else draft
+        return self.answer(begin, choose, max_new_tokens, most, reserve, on_token)
+
+    def answer(
+        self, begin, choose, max_new_tokens: int, most_drafted: int, reserve, on_token
+    ) -> Iterator[int]:
+        """Yield the tokens that choose(logits (V,)) picks, the first from begin()'s logits.
+
+        A token is run when the next one is asked for, with a draft of what may follow. The drafted
+        tokens that are then picked were run already, and are only accepted.
+        """
+        after = begin()[None]  # logits after the last token and after each drafted one
+        drafter = Drafter(self.ids, row_cost(self.ckpt))
+        for n_left in reversed(range(max_new_tokens)):
+            token = choose(after[0])
+            if on_token is not None:
+                on_token(token, after[0])
+            if token in self.ckpt.stop:
+                return
+            self.pending = [token]
+            steps = self.steps
+            yield token
+            if self.steps != steps or self.pending != [token]:
+                raise ValueError(
+                    "the engine was used while it generated, but holds one conversation; "
+                    "load a second engine"
+                )
+            if not n_left:
+                return
+            accepted = self.draft_left[:1] == [token]
+            drafter.add(token, accepted)
+            if accepted:
+                self.accept()
+                after = after[1:]
+            else:
+                draft = drafter.draft(min(most_drafted, n_left - 1))
+                room = at_most(n_left - 1 - len(draft), reserve)
+                after = self.extend(all_logits=True, room=room, draft=draft)
 
     @property
     def stats(self) -> dict:

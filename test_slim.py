@@ -929,7 +929,7 @@ def test_drafts_change_no_answer(tiny, monkeypatch, temperature):
     if temperature == 0:
         assert list(engine.generate(STORY, 40, draft=16)) == want
         assert engine.stats["accepted"] > 0
-    monkeypatch.setattr(slim, "Lookup", lambda *_: Guesses(want))
+    monkeypatch.setattr(slim, "Drafter", lambda *_: Guesses(want))
     for n, draft in ((40, 1), (40, 3), (40, 16), (40, None), (1, 16), (2, 16), (7, 16), (39, 16)):
         steps = engine.steps
         assert list(engine.generate(STORY, n, draft=draft, **sampling)) == want[:n]
@@ -953,7 +953,7 @@ def test_an_answer_that_stops_amid_a_draft_goes_on_from_what_was_said(tiny, tmp_
     """Tokens that were run ahead, and neither said nor kept, must not be in the conversation."""
     engine = slim.load(tiny, "cpu", "float64", "dense")
     want = list(engine.generate(STORY, 20, draft=0))
-    monkeypatch.setattr(slim, "Lookup", lambda *_: Guesses(want))
+    monkeypatch.setattr(slim, "Drafter", lambda *_: Guesses(want))
     for n in range(1, 12):
         answer = engine.generate(STORY, 20)
         assert [next(answer) for _ in range(n)] == want[:n]

@@ -43,9 +43,8 @@ class Checkpoint:
     settings: Settings
     asked_schedule: object  # as it was asked for, such as "auto"
     asked_rule: prune.Rule
-    strengths: Tensor | None = field(
-        compare=False
-    )  # of all heads (L, H), once the probe has measured them
+    # of all heads (L, H), once the probe has measured them
+    strengths: Tensor | None = field(compare=False)
     # {tensor: columns of a group} whose 4-bit numbers can stay; scales are rounded to bfloat16
     exact: dict[str, int] = field(default_factory=dict, kw_only=True)
 

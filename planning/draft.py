@@ -38,7 +38,7 @@ def row_cost(ckpt: Checkpoint) -> float:
     return 0.1 if ckpt.dtype.itemsize == 2 else 0.2
 
 
-class Lookup:
+class Drafter:
     """The text so far, and the account."""
 
     def __init__(self, ids: list[int], cost: float):
@@ -53,6 +53,8 @@ class Lookup:
 
     def draft(self, most: int) -> list[int]:
         """Return at most `most` tokens that followed the longest match, the newest of several."""
+        if most == 0:
+            return []
         ids = np.frombuffer(self.ids, dtype=np.int32)
         end, length = longest_match(ids)
         if length < LEAST_MATCH:
