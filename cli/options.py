@@ -213,9 +213,7 @@ def check_args(args) -> None:
         raise ValueError("--resume has nothing to do; give --ask TEXT or --chat")
     if args.chat and sys.stdin is None:
         raise ValueError("--chat reads standard input, and that is closed; give --ask TEXT instead")
-    for name in ("save", "map"):
-        if getattr(args, name) is not None:
-            check_output(args, name, getattr(args, name))
+    check_outputs(args)
 
 
 def check_excluded(given: dict) -> None:
@@ -255,6 +253,12 @@ def check_unicode(name: str, text: str) -> None:
             f"{name} cannot be decoded: byte {byte:#04x} at character {error.start + 1}; "
             "write it in UTF-8"
         ) from None
+
+
+def check_outputs(args) -> None:
+    for name in ("save", "map"):
+        if getattr(args, name) is not None:
+            check_output(args, name, getattr(args, name))
 
 
 def check_output(args, name: str, path: str) -> None:
@@ -397,6 +401,7 @@ def settings_of_saved(args) -> dict:
         )
     if args.raw != raw:
         raise ValueError(f"{path} was read {'with' if raw else 'without'} --raw; use the same")
+    check_outputs(args)  # again: only now it is known whose files must stay
     if args.map and "map" not in header["extra"]:
         raise ValueError(f"{path} holds no record for --map; read the text again with --save")
     return header

@@ -444,8 +444,11 @@ def test_a_plan_says_what_fits_and_loads_nothing(cli, monkeypatch):
 
 
 def test_a_saved_text_finds_the_file_that_read_it(cli):
-    """A checkpoint may be a GGUF file, not a folder."""
+    """A checkpoint may be a GGUF file, not a folder; and its files are not written over."""
     assert cli("--save", "text.slim", "--max-new-tokens", "2")[0] == 0
+    map_ = "--map", "ckpt/config.json"
+    err = cli("--resume", "text.slim", "--ask", "AB", *map_, prompt=None)[2]
+    is_one_line(err, "would overwrite a file of --ckpt")
     for file, words in (
         ("short.txt", "short.txt is a file, and not GGUF"),
         ("gone", "which is gone"),

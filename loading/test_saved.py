@@ -122,6 +122,10 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
         lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True),
         "gamma 0.1",
     ),
+    "sinks": (
+        lambda p: edit_saved(p, lambda h, t: h["identity"].update(sinks=7), sign=True),
+        "sinks 7",
+    ),
     "what may come back": (
         lambda p: edit_saved(p, lambda h, t: h["identity"].update(revive_at_most=9), sign=True),
         "revive_at_most 9",
