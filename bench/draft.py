@@ -110,6 +110,7 @@ def parser() -> Parser:
     p.add_argument("--draft", type=int, default=MOST_DRAFTED)
     p.add_argument("--schedules", default="dense,auto", help="with commas")
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--weights", default="auto", help="full, int8 or int4")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     return p
 
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--tasks has {unknown[0]!r:.40}; there are {', '.join(prose.TASKS)}")
     torch.set_num_threads(args.threads)
     for schedule in args.schedules.split(","):
-        engine = slim.load(args.ckpt, "cpu", args.dtype, schedule)
+        engine = slim.load(args.ckpt, "cpu", args.dtype, schedule, weights=args.weights)
         print(f"\n{args.ckpt}, {engine.kv.dtype}, {schedule}\n\n{table(HEAD, [])}")
         for task in tasks:
             print(row(measure(args, engine, task)), flush=True)

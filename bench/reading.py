@@ -47,7 +47,7 @@ def flops(ckpt: Checkpoint, n: int) -> float:
 def measure(args) -> None:
     """Print what each way takes, by the median of the rounds."""
     torch.set_num_threads(args.threads)
-    engine = slim.load(args.ckpt, "cpu", args.dtype, args.schedule)
+    engine = slim.load(args.ckpt, "cpu", args.dtype, args.schedule, weights=args.weights)
     every = ways(engine.ckpt, args.local_window)
     runs = {name: every[name] for name in args.ways}
     lengths = read_lengths(args.lengths, 1024, engine.config.max_len, "the model's context")
@@ -122,6 +122,7 @@ def parser() -> Parser:
     p.add_argument("--text", help="a long text, UTF-8")
     p.add_argument("--skip", type=int, default=100_000, help="characters of the text to leave out")
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--weights", default="auto", help="full, int8 or int4")
     p.add_argument("--lengths", default="4096,8000", help="prompts in tokens, with commas")
     p.add_argument("--schedule", default="auto")
     p.add_argument("--local-window", type=int, default=LOCAL_WINDOW, help="tokens")

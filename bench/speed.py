@@ -54,7 +54,7 @@ from bench.shapes import SHAPES, RandomTensors
 from loading.files import format_bytes, one_line
 from planning.checkpoint import Checkpoint, dtype_name
 from planning.schedule import resolve_schedule
-from planning.settings import env_number
+from planning.settings import MOST_DRAFTED, env_number
 
 KINDS = ("free", "quoting")
 BEGUN = 32  # tokens of a passage that a prompt ends with
@@ -107,11 +107,12 @@ def make_prompt(kind: str, ids: list[int], n: int, n_new: int, between: list[int
 
 
 class Slim:
-    def __init__(self, ckpt: Checkpoint, n_prompt: int, n_new: int):
+    def __init__(self, ckpt: Checkpoint, n_prompt: int, n_new: int, draft: int):
         self.engine = slim.start(replace(ckpt, stop=set()), n_prompt, n_new)
+        self.draft = draft
 
     def answer(self, ids: list[int], n_new: int) -> Iterator[int]:
-        return self.engine.generate(ids, n_new)
+        return self.engine.generate(ids, n_new, draft=self.draft)
 
     @property
     def steps(self) -> int:
@@ -205,11 +206,11 @@ def time_answer(contestant, ids: list[int], n_new: int) -> dict:
 def run_here(args, name: str, ids: list[int]) -> dict:
     """Run a contestant in this process; return its times, answer, peak memory and facts."""
     schedule = "dense" if name == "transformers" else name
-    ckpt = Checkpoint.open(args.ckpt, "cpu", args.dtype, schedule)
+    ckpt = Checkpoint.open(args.ckpt, "cpu", args.dtype, schedule, weights=args.weights)
     if name == "transformers":
         contestant = Transformers(ckpt)
     else:
-        contestant = Slim(ckpt, len(ids), args.new)
+        contestant = Slim(ckpt, len(ids), args.new, args.draft)
     for _ in contestant.answer(ids[:64], 4):
         pass  # what is made once is not the prompt's
     found = time_answer(contestant, ids, args.new)
@@ -244,7 +245,7 @@ def is_time(figure) -> bool:
     return 0 < figure < math.inf
 
 
-OPTIONS = ("ckpt", "dtype", "threads", "new")
+OPTIONS = ("ckpt", "dtype", "weights", "draft", "threads", "new")
 
 
 # ---- all runs -----------------------------------------------------------------------------------
@@ -252,7 +253,13 @@ OPTIONS = ("ckpt", "dtype", "threads", "new")
 
 def compare(args) -> int:
     """Make the runs that --out lacks and print the table; return 1 if a contestant failed."""
-    limits = {"rounds": (1, 100), "new": (2, 2**20), "skip": (0, 2**40), "threads": (1, 1024)}
+    limits = {
+        "draft": (0, MOST_DRAFTED),
+        "rounds": (1, 100),
+        "new": (2, 2**20),
+        "skip": (0, 2**40),
+        "threads": (1, 1024),
+    }
     check_numbers(args, limits)
     torch.set_num_threads(args.threads)
     names = read_contestants(args)
@@ -341,6 +348,8 @@ def setup_of(args, ckpt: Checkpoint) -> dict:
         "commit": commit(),
         "ckpt": Path(args.ckpt).name,
         "dtype": args.dtype,
+        "weights": args.weights,
+        "draft": args.draft,
         "new": args.new,
         "rounds": args.rounds,
         "skip": args.skip,
@@ -512,6 +521,8 @@ def parser() -> Parser:
     p.add_argument("--out", help="runs, a line each; a call goes on where it ends")
     p.add_argument("--table", action="store_true", help="run nothing, print what --out has")
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--weights", default="auto", help="of Slim: full, int8 or int4")
+    p.add_argument("--draft", type=int, default=16, help="tokens that Slim drafts at most")
     p.add_argument("--lengths", default="2048,4096,7900", help="prompts in tokens, with commas")
     p.add_argument("--new", type=int, default=200, help="tokens of an answer")
     p.add_argument("--kinds", default=",".join(KINDS), help="of answers, with commas")
