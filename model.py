@@ -24,7 +24,7 @@ from torch import Tensor
 
 import prune
 from kvcache import KVCache, Move, Stage
-from loading.packed import Packed, add_product, in_float32, linear, opened, rows_of
+from packed import Packed, add_product, in_float32, linear, opened, rows_of
 
 DTYPES = {
     "float32": torch.float32,

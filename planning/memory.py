@@ -11,9 +11,9 @@ import torch
 
 from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.files import format_bytes
-from loading.packed import CHUNK, FEW_ROWS, MANY_ROWS, PIECE, prefers_float32
 from loading.weights import LEAST_IN_BLOCKS, matrix_shapes
 from model import TILE, rows_at_once
+from packed import CHUNK, FEW_ROWS, MANY_ROWS, PIECE, prefers_float32
 from planning.checkpoint import Checkpoint
 from planning.schedule import format_schedule
 from planning.settings import MOST_DRAFTED, env_number

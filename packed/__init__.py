@@ -1,11 +1,11 @@
-"""Matrices that stay packed in memory, in 8 or 4 bits, and their product with few or many rows.
+"""The product of rows with a matrix, which may stay packed in memory, in 8 or 4 bits.
 
     8 bits: one scale a row                      value = q * scale
     4 bits: groups of 32 to 256 columns of a row   value = (q - 8) * scale + zero
 
 A token alone reads every weight once, so a matrix of half or a quarter of the bytes is that much
 faster: torch has kernels for it. Many rows, as in a prompt, are bound by arithmetic. There the
-matrix is widened once and multiplied as any other.
+matrix is widened once and multiplied as any other, by most CPUs in float32.
 
 torch keeps 4 bits in an order of its own, by device and processor. It is not documented, so it is
 measured (`find_layout`): numbers are packed, and their places read. The kernels are private. Where

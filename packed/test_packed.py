@@ -6,11 +6,11 @@ from dataclasses import fields
 import pytest
 import torch
 
+import packed
 import slim
 from conftest import ATOL, DEVICES, draw, make_checkpoint
-from loading import packed
-from loading.packed import Packed, linear, pair, prepare, quantise, rows_of, widen
 from loading.weights import in_blocks as can_be_in_blocks
+from packed import Packed, linear, pair, prepare, quantise, rows_of, widen
 from planning.checkpoint import Checkpoint
 
 SHAPES = [(128, 64), (64, 96), (80, 32), (13, 256), (192, 128)]
