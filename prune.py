@@ -231,14 +231,19 @@ def check_scores(scores, n_blocks: int) -> Tensor:
     Raises ValueError for scores of another shape or not a number.
     """
     right = isinstance(scores, Tensor) and scores.is_floating_point()
-    if right and scores.shape == (n_blocks,):
-        scores = scores.cpu()
-        if not scores.isnan().any():
-            return scores
-    raise ValueError(
-        f"the scoring function returned {scores!r:.60}; it must return {(n_blocks,)} float scores, "
-        "none of them NaN"
-    )
+    if not right or scores.shape != (n_blocks,):
+        raise ValueError(
+            f"the scoring function returned {scores!r:.60}; it must return {(n_blocks,)} float "
+            "scores"
+        )
+    scores = scores.cpu()
+    n_nan = int(scores.isnan().sum())
+    if n_nan:
+        raise ValueError(
+            f"the scores of {n_nan} of {n_blocks} blocks are NaN: the weights are bad, the scoring "
+            "function is, or --dtype is too narrow"
+        )
+    return scores
 
 
 def select(

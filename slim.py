@@ -8,8 +8,15 @@ refuses it with one line that says why. An `Engine` holds one conversation: `pre
 """
 
 if __name__ == "__main__":  # start the command line, which imports this file as the module `slim`
+    import os
     import runpy
+    import signal
 
+    def stop(*_):  # Ctrl-C while torch is imported
+        os.write(2, b"slim: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
     runpy.run_module("cli", run_name="__main__", alter_sys=True)
 
 import operator

@@ -3,8 +3,9 @@
     python bench/gpu.py --out results-gpu
     python bench/gpu.py --out dry-run --device cpu --tiny     # the same code on a tiny shape
 
-It needs no network and no checkpoint: random weights in bfloat16 are drawn on the device. The
-parts, the most valuable first:
+It needs no network and no checkpoint: random weights in bfloat16 are drawn on the device; beside
+requirements.txt, pip install pytest pytest-xdist hypothesis transformers selenium gguf. The parts,
+the most valuable first:
 
     tests          the tests that need CUDA
     ceilings       the rates of a matrix product and of a copy, which the floors below go by

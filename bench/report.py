@@ -122,20 +122,20 @@ class Point(NamedTuple):
     label: str
 
 
-SHOWN = {  # entries at equal FLOPs, and what the plot calls them
-    "oracle, frozen": "oracle",
+SHOWN = {  # entries of the set `heads` with the default's cut, and what the plot calls them
+    "oracle": "oracle",
     "Slim": "Slim",
-    "Slim, peak": "peak",
-    "LazyLLM": "LazyLLM",
-    "FastKV, frozen": "FastKV",
-    "SnapKV, frozen": "SnapKV",
-    "random, frozen": "random blocks",
-    "paper's rule": "SlimInfer",
+    "full attention": "full attention",
+    "all heads, peak": "peak, all heads",
+    "SnapKV": "SnapKV",
+    "recent": "newest blocks",
 }
-CURVE = {  # by peak: schedules that cut deeper or sooner
-    "9:1/8 19:1/16": "9:1/8 19:1/16",
-    "5:1/2 9:1/4 19:1/8 28:1/16": "first cut at 5",
-    "3:1/2 9:1/4 19:1/8 28:1/16": "first cut at 3",
+CUTS = {  # with other cuts
+    "keep 1/2": "keep 1/2",
+    "keep 3/8": "3/8",
+    "keep 1/8": "1/8",
+    "two cuts": "two cuts",
+    "earlier cut": "earlier",
 }
 RED = "#B03A2E"
 BLUE = "#2471A3"
@@ -197,7 +197,7 @@ def plot(path: str, results: Results, n: int) -> None:
 
 def draw_panel(axes, results: Results, ckpt: str, n: int) -> None:
     methods = sorted(points(results, ckpt, n, SHOWN), key=lambda point: -point.gap)
-    curve = points(results, ckpt, n, CURVE)
+    cuts = points(results, ckpt, n, CUTS)
     axes.axhline(0, color="black", lw=1.5)
     axes.text(4.87, 0.8, "dense", color="black", ha="right")
     heights = spread([point.gap for point in methods], least=4.2)
@@ -213,13 +213,10 @@ def draw_panel(axes, results: Results, ckpt: str, n: int) -> None:
             va="center",
             arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8},
         )
-    axes.plot([p.saving for p in curve], [p.gap for p in curve], color=ORANGE, lw=1.5)
-    for point in curve:
+    for point in cuts:
         draw_point(axes, point, ORANGE)
-        above = point.gap > 0  # the curve falls, so below it there is room further on
-        height = point.gap + (point.error + 0.8 if above else -point.error - 0.8)
-        align = {"ha": "center", "va": "bottom" if above else "top"}
-        axes.text(point.saving, height, point.label, color=ORANGE, **align)
+        align = {"ha": "left", "va": "center"}
+        axes.text(point.saving + 0.05, point.gap, point.label, color=ORANGE, **align)
     axes.set_title(f"{ckpt}, {n:,} tokens")
     axes.set_xlabel("FLOPs of the first token, times fewer")
     axes.set_xlim(1.45, 4.9)

@@ -200,9 +200,11 @@ def answer(talk: Talk, ids: list[int]) -> int:
         talk.compare(ids)
     else:
         talk.begin(ids)
-    for question in args.ask:
-        if not talk.interrupted:
-            talk.ask(question)
+    for number, question in enumerate(args.ask):
+        if talk.interrupted:
+            talk.say(f"slim: interrupted; not asked: {len(args.ask) - number}")
+            break
+        talk.ask(question)
     if args.chat:
         chat(talk)
     if args.map and talk.engine.usable:

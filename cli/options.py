@@ -42,7 +42,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_reading(add) -> None:
-    add("--ckpt", help="folder, name under checkpoints/, Hugging Face id, or alias: llama3.1-8b")
+    add(
+        "--ckpt",
+        help="folder, .gguf, name under checkpoints/, Hugging Face id, or alias: llama3.1-8b",
+    )
     add("--prompt", metavar="FILE", help="text to read, UTF-8; - is standard input")
     add("--ask", metavar="TEXT", action="append", help="a question about the text; may be repeated")
     add("--chat", **FLAG, help="type questions at a prompt")
@@ -70,7 +73,8 @@ def add_answering(add) -> None:
     add("--stop", metavar="TEXT", action="append", help=end)
     add("--seed", **COUNT, help="makes sampling repeatable")
     guesses = (
-        "tokens to guess at most from the text, and check in one step; 0: none; else what pays"
+        "tokens to guess at most from the text, and check in one step, up to 16; 0: none "
+        "(16 where a further row is cheap)"
     )
     add("--draft", **COUNT, help=guesses)
 

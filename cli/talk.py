@@ -146,7 +146,8 @@ class Talk:
     def report(self, result: dict) -> None:
         if self.args.json:
             print(json.dumps(public(result)), flush=True)
-        kept = "" if result["follow_up"] else "\n" + self.summary(result)
+        was_read = result["ids"] or not result["interrupted"]
+        kept = "\n" + self.summary(result) if was_read and not result["follow_up"] else ""
         self.say(timing(result) + kept)
 
     def summary(self, stats: dict | None = None) -> str:
@@ -167,7 +168,8 @@ class Talk:
         if end > engine.config.max_len:
             self.say(
                 f"slim: warning: {coming} are beyond the {engine.config.max_len:,} this model was "
-                "trained for; expect a poor answer"
+                "trained for; expect a poor answer, or read the beginning alone with "
+                "--max-prompt-tokens"
             )
         # with llama_4_scaling_beta, a model was trained so
         stretched = kind == "yarn" and "llama_4_scaling_beta" not in rope

@@ -679,6 +679,19 @@ def test_ctrl_c_prints_the_summary_and_exits_130(cli):
     assert process.returncode == 130 and "kept per stage" in err and "Traceback" not in err
 
 
+def test_ctrl_c_during_the_start_is_one_line(cli, tmp_path):
+    """Importing torch takes seconds, in which people notice a wrong path."""
+    (tmp_path / "torch.py").write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, HERE / "slim.py", "--ckpt", cli.folder, "--ask", "AB"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "slim: interrupted\n")
+
+
 def test_further_questions_are_follow_ups(cli):
     """Two questions at once, to a saved text, typed: the same answers; the text is read once."""
     ask = [

@@ -27,14 +27,20 @@ from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import datasets
-import nltk
-import numpy as np
+try:
+    import datasets
+    import nltk
+    import numpy as np
 
-nltk.download = lambda *_, **__: False  # RULER asks for it on import, and needs it for essays alone
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import apply_template
+    nltk.download = lambda *_, **__: False  # RULER asks on import, and needs it for essays alone
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import apply_template
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"harness.py: error: {error}; pip install 'lm-eval[ruler]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 from evals.lm import SlimLM
 from loading.files import one_line

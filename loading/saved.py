@@ -21,6 +21,9 @@ PARTS = {
     "extra": dict,
     "prefill_s": (int, float),
 }
+OF_SCORE = (  # what follows from the rule, if nothing else is asked for
+    "sees heads every_layer recent revive_margin revive_at_most window gamma local_window"
+).split()
 NUMBERS = ("n_prompt", "n_prunable", "length", "planned", *COUNTERS)  # of the KV
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -111,14 +114,20 @@ def is_complete(header: dict) -> bool:
 def check_saved(path, header: dict, identity: dict) -> None:
     """Raise ValueError that lists how a saved conversation differs from this engine."""
     theirs = header["identity"]
+    if theirs.get("weights") != identity["weights"]:
+        raise ValueError(
+            f"{path} was saved with other weights, of {header.get('ckpt')!s:.200}; give them with "
+            "--ckpt, or read the document again"
+        )
     wrong = []
     for key, ours in identity.items():
         if theirs.get(key) == ours:
             continue
-        if key == "weights":
-            wrong.append("other weights")
-        elif key == "kept_as":
-            wrong.append(f"--weights {theirs[key]!s:.60} where this run has {ours}")
+        if key in OF_SCORE and theirs.get("score") != identity["score"]:
+            continue  # they follow from the rule
+        if key == "kept_as":
+            kinds = [str(kind).replace("file", "auto") for kind in (theirs.get(key), ours)]
+            wrong.append(f"--weights {kinds[0]:.60} where this run has {kinds[1]}")
         else:
             wrong.append(f"{key} {theirs.get(key)!r:.60} where this run has {ours!r}")
     if wrong:

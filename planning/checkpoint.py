@@ -1,5 +1,6 @@
 """What is decided before anything is allocated: device, dtype, schedule, rule."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -208,7 +209,10 @@ class Checkpoint:
         matrices = list(stored(self.config, self.kept_as, self.exact))
         groups = sorted({group for _, bits, group in matrices if bits == 4})
         if groups:
-            return f"int4, groups of {' and '.join(map(str, groups))}"
+            words = f"int4, groups of {' and '.join(map(str, groups))}"
+            total = sum(math.prod(shape) for shape, _, _ in matrices)
+            plain = sum(math.prod(shape) for shape, bits, _ in matrices if bits == 0)
+            return f"{words}, {1 - plain / total:.0%} of the numbers" if plain else words
         return "int8" if any(bits == 8 for _, bits, _ in matrices) else ""
 
     @property
