@@ -299,7 +299,8 @@ class Model:
         """
         self.kv.wait(layer)
         w = self.weights.layers[layer]
-        w = replace(w, wqkv=opened(w.wqkv, len(x)), wo=opened(w.wo, len(x)))  # for all chunks
+        wqkv = opened(w.wqkv, len(x), self.chunk)  # once for all chunks
+        w = replace(w, wqkv=wqkv, wo=opened(w.wo, len(x), self.chunk))
         n_newest = len(rows.newest)
         newest = x.new_empty(0, self.config.n_heads, self.config.head_dim)
         for start, stop, revived in chunks(rows.n_revived, len(x), self.chunk):
@@ -355,7 +356,9 @@ class Model:
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
         w = self.weights.layers[layer]
-        w = replace(w, w_gate_up=opened(w.w_gate_up, len(x)), w_down=opened(w.w_down, len(x)))
+        w_gate_up = opened(w.w_gate_up, len(x), self.chunk)
+        w_down = opened(w.w_down, len(x), self.chunk)
+        w = replace(w, w_gate_up=w_gate_up, w_down=w_down)
         for part in x.split(self.chunk):
             self.add(part, self.ffn_inner(w, part), w.w_down)
 

@@ -224,9 +224,9 @@ class Engine:
     def extend(self, ids=(), all_logits: bool = False, room: int = 0, draft=()) -> Tensor:
         """Append ids, one (a decode step) or many (a follow-up); return the logits (V,) after them.
 
-        all_logits: those after each token that is run, (T, V); with a draft, those after ids and
-        after each drafted token, (1 + drafted, V). room: tokens after these to check
-        memory for. draft: ids that may come next; they are run too, and `accept` appends them.
+        draft: ids that may come next; they are run too, and `accept` appends them. The logits are
+        then (1 + drafted, V): after ids, and after each drafted token. all_logits: after every
+        token that is run, (T, V). room: tokens after these to check memory for.
         Tokens that `generate` has yielded but not run are run first. Raises ValueError before any
         prefill, after an interrupted step, for wrong ids, or too little memory.
         """

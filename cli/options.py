@@ -287,12 +287,14 @@ def check_output(args, name: str, path: str) -> None:
 
 
 def is_of_checkpoint(target: Path, ckpt: str) -> bool:
+    """Return whether a path is a file of a checkpoint, a link's target included."""
     try:
-        found = find_checkpoint(ckpt).resolve()
+        found = find_checkpoint(ckpt)
+        files = found.iterdir() if found.is_dir() else found.parent.glob("*.gguf")
+        is_one = target in {file.resolve() for file in files}
     except (OSError, ValueError):
         return False  # it is refused when it is opened
-    is_ours = target.suffix in (".slim", ".html")  # written there by an earlier run
-    return target == found or target.parent == found and not is_ours
+    return is_one and target.suffix not in (".slim", ".html")  # written there by an earlier run
 
 
 # ---- the text -----------------------------------------------------------------------------

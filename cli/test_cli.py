@@ -23,7 +23,7 @@ import slim
 import tokenizer
 from cli import fit
 from cli import main as cli_main
-from cli.options import DEMO, first_tokens, parse_args
+from cli.options import DEMO, first_tokens, is_of_checkpoint, parse_args
 from cli.show import Progress, visible
 from cli.talk import Talk, stop_between_tokens
 from conftest import (
@@ -455,6 +455,19 @@ def test_a_saved_text_finds_the_file_that_read_it(cli):
     ):
         edit_saved("text.slim", lambda header, _: header.update(ckpt=file), sign=True)
         is_one_line(cli("--resume", "text.slim", "--ask", "AB", prompt=None)[2], words)
+
+
+def test_what_a_link_of_a_checkpoint_leads_to_is_not_written_over(cli, tmp_path):
+    """The local cache keeps links to files of other names; a GGUF file may have several parts."""
+    blob = tmp_path / "blob"
+    (cli.folder / "config.json").rename(blob)
+    (cli.folder / "config.json").symlink_to(blob)
+    assert is_of_checkpoint(blob, str(cli.folder))
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"GGUF")
+    assert is_of_checkpoint(parts[1], str(parts[0]))
+    assert not is_of_checkpoint(tmp_path / "short.txt", str(parts[0]))
 
 
 @pytest.mark.parametrize("context, last", [(4096, 4096), (131072, 131072), (262144, 131072)])

@@ -379,6 +379,8 @@ def make_config(path: Path, facts: dict, stored: dict[str, Stored]) -> dict:
     check_heads(path, config, own)
     if not config.get("num_local_experts"):
         config.pop("num_local_experts", None)
+    if "rope_type" not in rope and rope.get("factor") in (0, 1):
+        del rope["factor"]  # it stretches nothing
     if "factor" in rope:
         rope.setdefault("rope_type", "linear")  # as llama.cpp takes it
     if rope.get("rope_type", "none") != "none":

@@ -16,6 +16,7 @@ Shapes: t rows of x, N rows and K columns of a matrix, g columns of a group.
 """
 
 import functools
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,10 @@ GROUP = 32  # columns that share a scale where we quantise; larger groups are ha
 GROUPS = (32, 64, 128, 256)  # what the kernels take
 # Rows up to which a packed product takes less time than widening and a plain product, by bits:
 # measured on two cores with AVX-512 and bfloat16, matrices of SmolLM2 and Qwen2.5-0.5B.
-FEW_ROWS = {8: 64, 4: 256}
+FEW_ROWS = {8: 64, 4: 128}
 CHUNK = 2**19  # numbers quantised or widened at a time
-# Rows from which a CPU without matrix units multiplies half precision faster in float32. On two
-# cores with AVX512-BF16: 173 GFLOP/s in bfloat16 and 300 in float32; one row is bound by reading.
+# Rows from which an x86 CPU without matrix units multiplies half precision faster in float32: on
+# two cores with AVX512-BF16 300 GFLOP/s, in bfloat16 173. One row is bound by reading.
 MANY_ROWS = 128
 PIECE = 2**21  # numbers of a matrix in float32 at a time
 TILES = {"cpu": ((64, 1), (32, 1), (16, 1)), "cuda": ((8, 128), (8, 64), (8, 32))}  # of int4
@@ -326,10 +327,14 @@ def linear(x: Tensor, w: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def opened(w: Tensor | Packed, n_rows: int) -> Tensor | Packed:
-    """Return a matrix as it is best for the product with n_rows rows: as it is, or plain."""
+def opened(w: Tensor | Packed, n_rows: int, chunk: int | None = None) -> Tensor | Packed:
+    """Return a matrix as it is best for the product with n_rows rows: as it is, or plain.
+
+    chunk: rows at a time, if the product is made in several.
+    """
     if isinstance(w, Tensor):
-        return w.to_dense() if w.is_mkldnn and in_float32(w, n_rows) else w
+        at_once = n_rows if chunk is None else min(n_rows, chunk)
+        return w.to_dense() if w.is_mkldnn and in_float32(w, at_once) else w
     if w.has_kernel and n_rows <= FEW_ROWS[w.bits]:
         return w
     return widen(w)
@@ -343,7 +348,7 @@ def in_float32(x: Tensor, n_rows: int) -> bool:
 @functools.cache
 def prefers_float32(device: str, dtype: torch.dtype) -> bool:
     """Return whether a device multiplies many rows faster in float32 than in a dtype."""
-    if device != "cpu" or dtype.itemsize != 2:
+    if device != "cpu" or dtype.itemsize != 2 or platform.machine() not in ("x86_64", "AMD64"):
         return False
     has_units = {
         torch.bfloat16: torch.cpu._is_amx_tile_supported,

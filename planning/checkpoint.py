@@ -118,7 +118,7 @@ class Checkpoint:
         return replace(self, schedule=budgets, rule=rule, asked_schedule=schedule)
 
     def without_heads(self, boundary: int) -> prune.Rule:
-        """Return what ranks blocks in place of the default; no other rule is replaced."""
+        """Return what ranks blocks in place of the rule named lookup; no other is replaced."""
         name = self.asked_rule.name
         if name != "lookup":
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 
 from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.files import format_bytes
-from loading.weights import LEAST_IN_BLOCKS, matrix_shapes
+from loading.weights import LEAST_IN_BLOCKS, in_blocks, matrix_shapes
 from model import TILE, rows_at_once
 from packed import CHUNK, FEW_ROWS, MANY_ROWS, PIECE, prefers_float32
 from planning.checkpoint import Checkpoint
@@ -123,14 +123,27 @@ def temporaries(
 
 
 def logits_bytes(ckpt: Checkpoint, n_rows: int, n_logits: int) -> int:
-    """Return the bytes of the logits: of the head, in float32, and a copy; and of the last x."""
+    """Return the bytes of the logits: of the head, in float32, and a copy; and of the last x.
+
+    For many logits the head is made plain, and multiplied a piece at a time.
+    """
     item = ckpt.dtype.itemsize
     wide = max(4, item)
     a_logit = 2 * wide if item == wide else item + 2 * wide
     head = 0
-    if ckpt.kept_as != "full" and n_logits > FEW_ROWS[8]:
+    in_float32 = n_logits >= MANY_ROWS and prefers_float32(ckpt.device.type, ckpt.dtype)
+    is_packed = ckpt.kept_as != "full" and n_logits > FEW_ROWS[8]
+    if is_packed or in_float32 and not ckpt.config.tied:
         head = ckpt.config.vocab_size * ckpt.config.dim * item
+    if in_float32:
+        head += wide_product(n_logits, ckpt.config.vocab_size, ckpt.config.dim)
     return head + n_logits * ckpt.config.vocab_size * a_logit + n_rows * ckpt.config.dim * item
+
+
+def wide_product(n_rows: int, n_out: int, n_columns: int) -> int:
+    """Return the bytes of rows in float32, a piece of a matrix (n_out, n_columns), and products."""
+    piece = min(n_out, max(1, PIECE // n_columns))
+    return 4 * (n_rows * (n_columns + piece) + piece * n_columns)
 
 
 class StageWork:
@@ -191,8 +204,9 @@ class StageWork:
         return 2 * seen * c.n_kv_heads * c.head_dim * self.item
 
     def in_float32(self, n_rows: int) -> bool:
-        """Return whether that many rows of half precision are multiplied in float32."""
-        return n_rows >= MANY_ROWS and prefers_float32(self.ckpt.device.type, self.ckpt.dtype)
+        """Return whether that many rows, a chunk at a time, are multiplied in float32."""
+        many = min(n_rows, self.chunk) >= MANY_ROWS
+        return many and prefers_float32(self.ckpt.device.type, self.ckpt.dtype)
 
     def wide_head_bytes(self) -> int:
         """A KV head's keys and values in float32; its queries, and what they attend to in parts."""
@@ -210,7 +224,7 @@ class StageWork:
             if self.rows <= min(FEW_ROWS.values()):
                 return 0
             return sum(sizes) * self.item + 8 * CHUNK  # and numbers on their way
-        if self.in_float32(self.rows):
+        if self.in_float32(self.rows) and in_blocks(self.ckpt.device, self.ckpt.dtype):
             return sum(size for size in sizes if size >= LEAST_IN_BLOCKS) * self.item
         return 0
 
@@ -219,12 +233,7 @@ class StageWork:
         if not self.in_float32(self.rows):
             return 0
         shapes = matrix_shapes(self.config)
-        return max(self.wide_product(*shapes[name]) for name in names)
-
-    def wide_product(self, n_rows: int, n_columns: int) -> int:
-        piece_rows = min(n_rows, max(1, PIECE // n_columns))
-        numbers = self.chunk * (n_columns + piece_rows) + piece_rows * n_columns
-        return numbers * self.wide
+        return max(wide_product(self.chunk, *shapes[name]) for name in names)
 
     def weight_bytes(self, ranked: bool) -> int:
         """Products, softmax and a copy, of the rows that rank blocks; keys widened."""

@@ -235,10 +235,11 @@ class Handler(BaseHTTPRequestHandler):
             self.check_key()
         else:
             self.check_origin()
-        if len(self.server.clients) >= MOST_CLIENTS:
+        self.server.clients.add(self.connection)  # first: others may come at the same time
+        if len(self.server.clients) > MOST_CLIENTS:
+            self.server.clients.discard(self.connection)
             problem = f"{MOST_CLIENTS} clients are being served, the most there may be"
             raise ApiError(503, f"{problem}; try again later")
-        self.server.clients.add(self.connection)
 
     def check_key(self) -> None:
         given = self.headers.get("Authorization", "")

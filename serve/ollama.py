@@ -43,7 +43,10 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
         ours["chat_template_kwargs"] = {"enable_thinking": thinks}
     if "model" in ours:
         ours["model"] = get(ours, "model", str, "").removesuffix(":latest")
-    chat = path == CHAT or not given.get("raw")
+    raw = get(given, "raw", bool, False)
+    if raw and path == CHAT:
+        raise ApiError(400, "raw: true is for /api/generate; leave it out", "raw")
+    chat = not raw
     if path == CHAT:
         ours["messages"] = [renamed(message) for message in get(ours, "messages", list, [])]
     elif chat:
