@@ -122,6 +122,10 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
         lambda p: edit_saved(p, lambda h, t: h["identity"].update(gamma=0.1), sign=True),
         "gamma 0.1",
     ),
+    "heads": (
+        lambda p: edit_saved(p, lambda h, t: h["identity"].update(heads="0.1"), sign=True),
+        "heads '0.1'",
+    ),
     "sinks": (
         lambda p: edit_saved(p, lambda h, t: h["identity"].update(sinks=7), sign=True),
         "sinks 7",
