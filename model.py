@@ -24,7 +24,7 @@ from torch import Tensor
 
 import prune
 from kvcache import KVCache, Move, Stage
-from packed import Packed, add_product, in_float32, linear, opened, rows_of
+from packed import PIECE, Packed, add_product, in_float32, linear, opened, rows_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -66,6 +66,10 @@ class Local:
         """Return the first position in a row's window; 0 if its sinks reach it, so it sees all."""
         start = position // TILE * TILE - self.window
         return start if start > self.sinks else 0
+
+    def first_windowed(self) -> int:
+        """Return the first position whose window does not reach the sinks, a multiple of TILE."""
+        return (self.window + self.sinks) // TILE * TILE + TILE
 
 
 FULL = Local(window=0, sinks=0)
@@ -614,19 +618,16 @@ def local_attention(
     """Attend q (t, H, D), the newest t of S positions, to k and v (S, G, D) as `local` says.
 
     Rows from position n_local on, a multiple of TILE, see everything, and so do far_heads. Returns
-    (t, H*D). What a tile sees is put together, as causal attention to the end of it is the same as
-    to a run of keys; the copy is as long as a window, not as the prompt.
+    (t, H*D).
     """
     n_older = len(k) - len(q)
     out = q.new_empty(q.shape)
-    for start, stop in tiles(n_older, len(k), n_local):
-        window_start = local.window_start(start) if start < n_local else 0
-        seen_k, seen_v = k[:stop], v[:stop]
-        if window_start:
-            seen_k = without(seen_k, local.sinks, window_start)
-            seen_v = without(seen_v, local.sinks, window_start)
+    for start, stop, n_tiles in runs(n_older, len(k), n_local, local):
         rows = slice(start - n_older, stop - n_older)
-        out[rows] = causal_attention(q[rows], seen_k, seen_v).view_as(q[rows])
+        if n_tiles:
+            out[rows] = tile_attention(q[rows], k, v, start, n_tiles, local)
+        else:
+            out[rows] = causal_attention(q[rows], k[:stop], v[:stop]).view_as(q[rows])
     group = q.shape[1] // k.shape[1]
     for head in far_heads:
         one = slice(head, head + 1)
@@ -635,29 +636,74 @@ def local_attention(
     return out.flatten(1)
 
 
-def tiles(start: int, stop: int, n_local: int):
-    """Yield (start, stop) of each tile's part of these positions, and of those from n_local on."""
+def runs(start: int, stop: int, n_local: int, local: Local):
+    """Cut positions into runs (start, stop, n_tiles) that are one call each.
+
+    n_tiles: equal tiles, or the part of one, whose rows see a window; 0: rows that see everything,
+    at the prompt's beginning and from n_local on.
+    """
+    windowed = min(local.first_windowed(), n_local)
+    if start < windowed:
+        yield start, min(stop, windowed), 0
+        start = windowed
     while start < min(stop, n_local):
-        end = min(stop, (start // TILE + 1) * TILE)
-        yield start, end
+        end = min(stop, n_local) // TILE * TILE  # of whole tiles
+        if start % TILE or end <= start:
+            end = min(stop, (start // TILE + 1) * TILE)
+        yield start, end, max(1, (end - start) // TILE)
         start = end
     if start < stop:
-        yield start, stop
+        yield start, stop, 0
 
 
-def without(x: Tensor, start: int, stop: int) -> Tensor:
-    """Return a copy of x (S, G, D) without rows start..stop-1; a head's rows lie together."""
-    heads_first = x.transpose(0, 1)  # (G, S, D)
-    return torch.cat([heads_first[:, :start], heads_first[:, stop:]], dim=1).transpose(0, 1)
+def tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int, n_tiles: int, local: Local
+) -> Tensor:
+    """Attend q (t, H, D), the rows of n_tiles equal tiles from position `start` on: (t, H, D).
+
+    What a tile sees is put together, as causal attention to the end of it is the same as to a run
+    of keys. The tiles of a KV head are one call's batch.
+    """
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q)
+    for kv_head in range(k.shape[1]):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        own = q[:, heads].unflatten(0, (n_tiles, -1)).transpose(1, 2)  # (n_tiles, H/G, t, D)
+        n_rows = own.shape[2]
+        seen_k = seen_by_tiles(k[:, kv_head], start, n_tiles, n_rows, local)
+        seen_v = seen_by_tiles(v[:, kv_head], start, n_tiles, n_rows, local)
+        attended = attend_causally(own, seen_k, seen_v)
+        out[:, heads].unflatten(0, (n_tiles, -1)).copy_(attended.transpose(1, 2))
+    return out
+
+
+def seen_by_tiles(x: Tensor, start: int, n_tiles: int, n_rows: int, local: Local) -> Tensor:
+    """Copy what each tile sees of a KV head's keys or values x (S, D): (n_tiles, 1, seen, D)."""
+    first = local.window_start(start)
+    n_near = start + n_rows - first
+    near = x[first : first + (n_tiles - 1) * TILE + n_near].unfold(0, n_near, TILE)
+    sinks = x[: local.sinks].expand(n_tiles, -1, -1)
+    return torch.cat([sinks, near.transpose(1, 2)], dim=1)[:, None]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend q (t, H, D), the newest t of S positions, causally to k and v (S, G, D): (t, H*D)."""
-    attend = causal_attention_cuda if q.is_cuda else causal_attention_cpu
-    return attend(q, k, v)
+    return by_row(attend_causally(*by_group(q, k, v)))
 
 
-def causal_attention_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend q (n, m, t, D), the newest t of S positions, causally to k and v (n, 1, S, D).
+
+    Returns (n, m, t, D), of m query heads that share a KV head.
+    """
+    if q.is_cuda:
+        return attend_on_cuda(q, k, v)
+    if in_float32(q, q.shape[2]):
+        return attend_in_float32(q, k, v)
+    return attend_on_cpu(q, k, v)
+
+
+def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let the flash or memory-efficient kernel apply its own lower-right mask: no mask tensor.
 
     KV heads are the batch and their query heads share the keys as a view, because the
@@ -666,45 +712,41 @@ def causal_attention_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # imported here, because a CPU run would wait 1.7 s for it
     from torch.nn.attention.bias import causal_lower_right
 
-    return masked_attention(q, k, v, causal_lower_right(len(q), len(k)))
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, *shared(q, k, v), attn_mask=mask)
 
 
-def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend to older keys without a mask and to the rows' own keys causally; join the two.
 
     One call would need a mask tensor and keys repeated for every head: 1.2 to 3 times slower. The
     private operator is called because the public function does not return the log-sum-exp that the
     join needs.
     """
-    if in_float32(q, len(q)):
-        return attention_in_float32(q, k, v)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    n_rows = len(q)
-    n_older = len(k) - n_rows
-    q, k, v = by_group(q, k, v)
-    own_k, own_v = k[:, :, n_older:], v[:, :, n_older:]
+    n_older = k.shape[2] - q.shape[2]
+    own_k, own_v = shared(q, k[:, :, n_older:], v[:, :, n_older:])
     out, own_lse = flash(q, own_k, own_v, 0.0, is_causal=True)
     if n_older:
         # without a mask, the heads of a KV head are rows of one call: few rows read keys once
-        older, older_lse = flash(q.flatten(1, 2)[:, None], k[:, :1, :n_older], v[:, :1, :n_older])
+        rows = q.flatten(1, 2)[:, None]  # (n, 1, m*t, D)
+        older, older_lse = flash(rows, k[:, :, :n_older], v[:, :, :n_older])
         older = older.view_as(out)
         older_lse = older_lse.view_as(own_lse)
         share = torch.sigmoid(older_lse - own_lse)[..., None]  # of the weight that older keys get
         wide = share.dtype  # joined in half precision, the error would be five times as large
         out = out.to(wide).lerp(older.to(wide), share).to(q.dtype)
-    return out.permute(2, 0, 1, 3).reshape(n_rows, -1)
+    return out
 
 
-def attention_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend as `causal_attention_cpu`, each KV head widened in turn: 1.5 times as fast."""
-    group = q.shape[1] // k.shape[1]
+def attend_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend as `attend_on_cpu`, some KV heads widened at a time: 1.5 times as fast."""
     out = torch.empty_like(q)
-    for kv_head in range(k.shape[1]):
-        one = slice(kv_head, kv_head + 1)
-        heads = slice(kv_head * group, (kv_head + 1) * group)
-        attended = causal_attention_cpu(q[:, heads].float(), k[:, one].float(), v[:, one].float())
-        out[:, heads] = attended.view(len(q), group, -1)
-    return out.flatten(1)
+    few = max(1, PIECE // k[0].numel())
+    parts = (tensor.split(few) for tensor in (out, q, k, v))
+    for part, *qkv in zip(*parts):
+        part.copy_(attend_on_cpu(*(tensor.float() for tensor in qkv)))
+    return out
 
 
 def row_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -745,8 +787,8 @@ def row_attention_in_parts(q: Tensor, k: Tensor, v: Tensor, n_parts: int) -> Ten
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attend q (t, H, D) to k and v (S, G, D) where mask (t, S) allows it: (t, H*D)."""
-    out = F.scaled_dot_product_attention(*by_group(q, k, v), attn_mask=mask)
-    return out.permute(2, 0, 1, 3).reshape(len(q), -1)
+    q, k, v = by_group(q, k, v)
+    return by_row(F.scaled_dot_product_attention(q, *shared(q, k, v), attn_mask=mask))
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -795,11 +837,16 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay out q (t, H, D) as (G, H/G, t, D), k and v (S, G, D) as (G, H/G, S, D), as views."""
-    n_rows, n_heads, head_dim = q.shape
-    n_kv_heads = k.shape[1]
-    group = n_heads // n_kv_heads
-    q = q.view(n_rows, n_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    k = k.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-    v = v.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-    return q, k, v
+    """Lay out q (t, H, D) as (G, H/G, t, D), k and v (S, G, D) as (G, 1, S, D), as views."""
+    q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
+    return q, k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]
+
+
+def by_row(out: Tensor) -> Tensor:
+    """Lay out (G, H/G, t, D) as (t, H*D)."""
+    return out.permute(2, 0, 1, 3).reshape(out.shape[2], -1)
+
+
+def shared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Let query heads (n, m, t, D) share keys and values (n, 1, S, D): (n, m, S, D), as views."""
+    return k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)

@@ -131,8 +131,10 @@ def test_attention_of_newest_rows_is_the_plain_softmax(dtype, n_rows):
     weights = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     want = torch.einsum("tgrs,sgd->tgrd", weights, v.double()).flatten(1)
     atol = 1e-5 if dtype == torch.float32 else 9e-3  # near 1 two roundings to bfloat16 are 0.008
-    for attend in (model.causal_attention_cpu, model.causal_attention_cuda):
-        torch.testing.assert_close(attend(q, k, v).double(), want, atol=atol, rtol=0)
+    grouped = model.by_group(q, k, v)
+    for attend in (model.attend_causally, model.attend_on_cpu, model.attend_on_cuda):
+        out = model.by_row(attend(*grouped))
+        torch.testing.assert_close(out.double(), want, atol=atol, rtol=0)
     row = model.row_attention(q[-1:], k, v)
     torch.testing.assert_close(row.double(), want[-1:], atol=atol, rtol=0)
     for n_parts in (2, 3):  # 4,096 keys are not three equal parts
@@ -172,7 +174,7 @@ def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeyp
 
     monkeypatch.setattr(model.F, "scaled_dot_product_attention", kernel)
     k = torch.randn(50, 2, 16)
-    model.causal_attention_cuda(torch.randn(20, 8, 16), k, k)
+    model.attend_on_cuda(*model.by_group(torch.randn(20, 8, 16), k, k))
     assert set(seen) == {"attn_mask", "k"}
     assert isinstance(seen["attn_mask"], CausalBias)  # a plain tensor would be a written-out mask
     assert seen["k"].shape == (2, 4, 50, 16)
@@ -584,7 +586,7 @@ def test_local_attention_is_that_of_the_oracle_in_any_chunks(
 def test_local_attention_is_a_softmax_over_what_a_row_sees(device, dtype, window, sinks):
     """Tiles that a chunk cuts, sinks that meet the window, rows that see everything at its end."""
     torch.manual_seed(0)
-    n, n_local = 1500, 1024
+    n, n_local = 2300, 1792
     q = torch.randn(n, 6, 64).to(device, dtype)
     k, v = torch.randn(2, 2, n, 64).to(device, dtype).transpose(1, 2)
     row = torch.arange(n)[:, None]
@@ -597,8 +599,7 @@ def test_local_attention_is_a_softmax_over_what_a_row_sees(device, dtype, window
     want = F.scaled_dot_product_attention(qq, kk, vv, attn_mask=mask).transpose(0, 1).flatten(1)
     local = model.Local(window, sinks)
     parts = []
-    for start in range(0, n, 400):
-        stop = min(n, start + 400)
+    for start, stop in itertools.pairwise((0, 100, 700, 2000, n)):
         part = model.local_attention(q[start:stop], k[:stop], v[:stop], n_local, local, (1, 5))
         parts.append(part)
     atol = 1e-5 if dtype == torch.float32 else 2e-2

@@ -411,8 +411,9 @@ def check(args) -> None:
     args.lengths = read_lengths(args.lengths, SHORTEST, 2**20, "which questions and a text take")
     args.tasks = args.tasks.split(",")
     for task in args.tasks:
-        if task not in prose.TASKS:
-            raise ValueError(f"--tasks {task!r} is unknown; there are {', '.join(prose.TASKS)}")
+        if task not in prose.TASKS + prose.MORE_TASKS:
+            known = ", ".join(prose.TASKS + prose.MORE_TASKS)
+            raise ValueError(f"--tasks {task!r} is unknown; there are {known}")
     if not args.table and not args.text:
         raise ValueError("--text is missing: a long book, such as War and Peace")
     for path in args.out.split(",") if args.table else ():

@@ -14,6 +14,7 @@ import random
 from typing import NamedTuple
 
 TASKS = "fact", "lookalike", "values", "chain", "reworded", "passage", "continuation"
+MORE_TASKS = ("quote",)  # run where --tasks names them
 CITIES = (
     "Paris London Tokyo Cairo Lima Oslo Rome Delhi Boston Berlin Madrid Vienna Dublin Lisbon "
     "Prague Warsaw Athens Havana Quito Seoul"
@@ -169,7 +170,8 @@ def reworded(rng: random.Random):
 def document(book: Book, n: int, seed: int) -> Document:
     """Return the seed-th document whose prompts have about n tokens, always the same one.
 
-    passage asks for the text's own words again: 24 tokens are quoted, the next 32 wanted.
+    passage asks for the text's own words again: 24 tokens are quoted, the next 32 wanted; quote
+    wants the next 200, which lie in four or five blocks.
     continuation asks for the book's next 64 tokens, for perplexity.
     """
     rng = random.Random(f"{n} {seed}")
@@ -202,9 +204,12 @@ def document(book: Book, n: int, seed: int) -> Document:
         prompt += tok.encode(begin, after=prompt)
         questions[task] = (prompt, tok.encode(answer, after=prompt))
     shared = common_start(questions)
-    quote = rng.randrange(len(ids) // 20, len(ids) - 200)
-    quoted = shared + tok.encode("\n\n* * *\n\n", after=shared) + ids[quote : quote + 24]
-    questions["passage"] = (quoted, ids[quote + 24 : quote + 56])
+    pause = tok.encode("\n\n* * *\n\n", after=shared)
+    for task, n_wanted in {"passage": 32, "quote": 200}.items():
+        start = rng.randrange(len(ids) // 20, len(ids) - 200)
+        end = start + 24
+        wanted = ids[end : end + n_wanted]
+        questions[task] = (shared + pause + ids[start:end], wanted)
     questions["continuation"] = (shared, running[-64:])
     return Document(common_start(questions), questions)
 

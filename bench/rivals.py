@@ -80,7 +80,7 @@ def at_least(n_blocks: int) -> Schedule:
     """Return the default with another floor than prune.LEAST_BLOCKS."""
 
     def schedule(ckpt: Checkpoint, n_prompt: int) -> dict:
-        shares = auto(ckpt, n_prompt)
+        shares = by_heads(ckpt, n_prompt)
         return {p: max(64 * n_blocks, int(share * n_prompt)) for p, share in shares.items()}
 
     return schedule
@@ -235,6 +235,7 @@ HEADS = {
     "all revivals": Entry(
         lookup_by(prune.lookup, revive_margin=0.0, revive_at_most=None), by_heads, local=NEAR
     ),
+    "any margin": Entry(lookup_by(prune.lookup, revive_margin=0.0), by_heads, local=NEAR),
     "weight": Entry(lookup_by(by_weight), by_heads, local=NEAR),
     "contrast": Entry(lookup_by(by_contrast), by_heads, local=NEAR),
     "not the next block": Entry(lookup_by(without_next), by_heads, local=NEAR),
@@ -281,7 +282,7 @@ LOCAL = {
     "window 512, last 256": Entry(LOOKUP, by_heads, local=Local(512, 64, last=256)),
 }
 
-FLOORS = {f"at least {n} blocks": Entry(schedule=at_least(n)) for n in (4, 6, 8, 12)}
+FLOORS = {f"at least {n} blocks": Entry(LOOKUP, at_least(n), local=NEAR) for n in (6, 8, 12, 16)}
 
 SCHEDULES = {
     text: Entry(schedule=of_30_layers(text))

@@ -191,30 +191,43 @@ class StageWork:
         c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
         mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
-        states = self.row + heads * c.head_dim * (self.item + 3 * self.wide)
+        states = self.row + heads * c.head_dim * self.item
         held = self.plain_bytes("wqkv", "wo") + self.chunk * states
-        unmasked = self.local_bytes() + self.wide_head_bytes()
-        return held + max(self.product_bytes("wqkv", "wo"), mask, unmasked)
+        turned = self.chunk * heads * c.head_dim * 3 * self.wide
+        turning = turned + max(self.product_bytes("wqkv", "wo"), mask)
+        return held + max(turning, self.unmasked_bytes())
 
-    def local_bytes(self) -> int:
-        """Keys and values that a tile of the prompt sees, put together."""
-        c = self.config
+    def tile_keys(self) -> int:
+        """Return how many keys of a KV head a chunk's tiles see, put together."""
         local = self.ckpt.local
-        seen = min(self.keys, local.sinks + local.window + TILE) if local.window else 0
-        return 2 * seen * c.n_kv_heads * c.head_dim * self.item
+        if not local.window:
+            return 0
+        n_tiles = math.ceil(self.chunk / TILE)
+        return n_tiles * min(self.keys, local.sinks + local.window + TILE)
 
     def in_float32(self, n_rows: int) -> bool:
         """Return whether that many rows, a chunk at a time, are multiplied in float32."""
         many = min(n_rows, self.chunk) >= MANY_ROWS
         return many and prefers_float32(self.ckpt.device.type, self.ckpt.dtype)
 
-    def wide_head_bytes(self) -> int:
-        """A KV head's keys and values in float32; its queries, and what they attend to in parts."""
-        if not self.in_float32(self.rows - self.revived):
-            return 0
+    def unmasked_bytes(self) -> int:
+        """What a chunk attends to in parts, for some KV heads at a time, and the results.
+
+        Its tiles' keys and values are put together, and all of them are widened for float32.
+        """
         c = self.config
         group = c.n_heads // c.n_kv_heads
-        return (2 * self.keys + 5 * self.chunk * group) * c.head_dim * self.wide
+        at_once = c.n_kv_heads
+        item = self.item
+        tile_keys = self.tile_keys()
+        widened = 0
+        if self.in_float32(self.rows - self.revived):
+            at_once = min(at_once, max(1, PIECE // (self.keys * c.head_dim)))
+            item = self.wide
+            widened = 2 * max(at_once * self.keys, tile_keys) * c.head_dim * item
+        parts = 5 * at_once * group * self.chunk * c.head_dim * item
+        results = 2 * c.n_heads * self.chunk * c.head_dim * self.item
+        return parts + results + 2 * tile_keys * c.head_dim * self.item + widened
 
     def plain_bytes(self, *names: str) -> int:
         """Matrices of a layer, made plain for many rows."""
