@@ -336,7 +336,6 @@ class KVCache:
         self.home_memory.reset(sum(len(stage.layers) * stage.n_slots for stage in self.stages[1:]))
 
     def new_slab(self, stage: Stage, n_tail: int) -> Tensor:
-        # zeros, not empty: a masked key is still multiplied by its zero weight, and 0 * NaN is NaN
         shape = 2, self.n_kv_heads, stage.n_slots * self.block_len + n_tail, self.head_dim
         slab = allocate("keys and values", shape, self.dtype, self.device)
         return slab.zero_()  # writing takes the memory now
@@ -400,6 +399,13 @@ class KVCache:
     def read(self, layer: int, n: int) -> Tensor:
         """Return the first n slab rows of a layer as a view (2, n, G, D): keys, values."""
         return self.slabs[layer][:, :, :n].transpose(1, 2)
+
+    def gather(self, layer: int, slots: Tensor) -> Tensor:
+        """Copy some slots (n,) of a layer, in their order: (2, n*B, G, D): keys, values."""
+        slab = self.slabs[layer]
+        n_whole = slab.shape[2] // self.block_len * self.block_len  # slots come before the tail
+        in_blocks = slab[:, :, :n_whole].unflatten(2, (-1, self.block_len))
+        return in_blocks[:, :, slots].flatten(2, 3).transpose(1, 2)
 
     def slot_rows(self, stage: Stage, layer: int) -> Tensor:
         """Return the slots of a layer as a view (2, G, N, B, D)."""

@@ -24,7 +24,16 @@ from torch import Tensor
 
 import prune
 from kvcache import KVCache, Move, Stage
-from packed import PIECE, Packed, add_product, in_float32, linear, opened, rows_of
+from packed import (
+    PIECE,
+    Packed,
+    add_product,
+    in_float32,
+    linear,
+    opened,
+    prefers_float32,
+    rows_of,
+)
 
 DTYPES = {
     "float32": torch.float32,
@@ -139,7 +148,8 @@ class Rows:
     slab_rows: Tensor  # (T,) where their keys go
     keys_before: int  # row i, unless revived, sees the first keys_before + i + 1 keys of the slab
     n_revived: int  # leading rows that are revived: the slab holds later keys than theirs
-    key_pos: Tensor | None  # (S,) positions in the slab, for the mask of revived rows, if any
+    in_order: Tensor | None  # slots up to the last revived block's, in the order of their blocks
+    places: list[int]  # where the revived blocks are among these
     newest: Tensor  # which of the W newest tokens have a row here; pruning may have removed some
     n_local: int  # leading rows whose attention is local; only below the first boundary
 
@@ -243,10 +253,12 @@ class Model:
 
         n_block_rows = len(blocks) * kv.block_len
         n_revived = 0 if kv.reading_prompt else n_block_rows
-        key_pos = None
+        in_order = None
+        places = []
         if n_revived:
-            all_tail = torch.arange(kv.tail_start, end, device=kv.device)
-            key_pos = torch.cat([kv.block_rows(stage.slots), all_tail])
+            up_to_last = sorted(block for block in stage.slots if block <= blocks[-1])
+            in_order = kv.upload([slot_of[block] for block in up_to_last])
+            places = [up_to_last.index(block) for block in blocks]
 
         def has_row(position: int) -> bool:
             return position >= kv.tail_start or position // kv.block_len in slot_of
@@ -263,7 +275,8 @@ class Model:
             slab_rows=torch.cat([in_slots, tail - kv.tail_start + tail_row]),
             keys_before=keys_before,
             n_revived=n_revived,
-            key_pos=key_pos,
+            in_order=in_order,
+            places=places,
             newest=kv.upload(newest),
             n_local=self.local_rows(stage),
         )
@@ -320,12 +333,11 @@ class Model:
         part = x[start:stop]  # (t, C)
         q, kv = self.project(layer, w, part, rows, start, stop)
         self.kv.append(layer, rows.slab_rows[start:stop], kv)
-        n_keys = len(rows.key_pos) if revived else rows.keys_before + stop
+        n_keys = len(rows.in_order) * self.kv.block_len if revived else rows.keys_before + stop
         self.on_chunk(layer, stop - start, n_keys)
         keys, values = self.kv.read(layer, n_keys)  # (S, G, D)
         if revived:
-            mask = rows.key_pos <= rows.pos[start:stop, None]  # (t, S)
-            out = masked_attention(q, keys, values, mask)  # (t, H*D)
+            out = self.attend_revived(layer, q, rows, start)  # (t, H*D)
         elif start < rows.n_local:  # here a row's place in x and in the slab is its position
             heads = self.local.far_heads(layer)
             out = local_attention(q, keys, values, rows.n_local, self.local, heads)
@@ -337,6 +349,27 @@ class Model:
         if w.bo is not None:
             part.add_(w.bo)
         return q
+
+    def attend_revived(self, layer: int, q: Tensor, rows: Rows, start: int) -> Tensor:
+        """Attend q (t, H, D) of revived rows, from row `start` on, to all up to themselves.
+
+        Slots hold blocks in any order. In the order of their blocks, what a block's rows see is a
+        run of keys that ends with their own. Returns (t, H*D).
+        """
+        block_len = self.kv.block_len
+        keys, values = self.kv.gather(layer, rows.in_order)
+        narrow = q.dtype
+        if prefers_float32(q.device.type, narrow):
+            q, keys, values = q.float(), keys.float(), values.float()
+        out = []
+        for i, place in enumerate(rows.places):
+            first = max(start, i * block_len)
+            last = min(start + len(q), (i + 1) * block_len)
+            if first < last:
+                n_keys = place * block_len + last - i * block_len
+                own = q[first - start : last - start]
+                out.append(causal_attention(own, keys[:n_keys], values[:n_keys]))
+        return torch.cat(out).to(narrow)
 
     def project(
         self, layer: int, w: Layer, x: Tensor, rows: Rows, start: int, stop: int
@@ -783,12 +816,6 @@ def row_attention_in_parts(q: Tensor, k: Tensor, v: Tensor, n_parts: int) -> Ten
         lse = torch.cat([lse, rest_lse])
     share = lse.softmax(0)[..., None]  # of the weight that a part's keys get
     return (out * share).sum(0).to(q.dtype)
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attend q (t, H, D) to k and v (S, G, D) where mask (t, S) allows it: (t, H*D)."""
-    q, k, v = by_group(q, k, v)
-    return by_row(F.scaled_dot_product_attention(q, *shared(q, k, v), attn_mask=mask))
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:

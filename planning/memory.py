@@ -187,15 +187,25 @@ class StageWork:
         return self.rows * self.config.rotary_dim // 2 * 7 * self.wide
 
     def attention_bytes(self) -> int:
-        """q, k, v; turned; output in two parts; a mask of revived rows, as bool and as numbers."""
+        """q, k, v; turned; what they attend to, and the output, in parts."""
         c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
-        mask = min(self.chunk, self.revived) * self.keys * (1 + self.item)
         states = self.row + heads * c.head_dim * self.item
         held = self.plain_bytes("wqkv", "wo") + self.chunk * states
         turned = self.chunk * heads * c.head_dim * 3 * self.wide
-        turning = turned + max(self.product_bytes("wqkv", "wo"), mask)
-        return held + max(turning, self.unmasked_bytes())
+        turning = turned + self.product_bytes("wqkv", "wo")
+        return held + max(turning, self.attended_bytes(), self.revived_bytes())
+
+    def revived_bytes(self) -> int:
+        """Keys and values up to the last revived block, in order; queries, parts and the result."""
+        if not self.revived:
+            return 0
+        c = self.config
+        item = self.item
+        if prefers_float32(self.ckpt.device.type, self.ckpt.dtype):
+            item += self.wide
+        keys = 2 * self.slot_rows * c.n_kv_heads * c.head_dim
+        return (keys + 3 * self.chunk * c.n_heads * c.head_dim) * item
 
     def tile_keys(self) -> int:
         """Return how many keys of a KV head a chunk's tiles see, put together."""
@@ -210,13 +220,14 @@ class StageWork:
         many = min(n_rows, self.chunk) >= MANY_ROWS
         return many and prefers_float32(self.ckpt.device.type, self.ckpt.dtype)
 
-    def unmasked_bytes(self) -> int:
+    def attended_bytes(self) -> int:
         """What a chunk attends to in parts, for some KV heads at a time, and the results.
 
         Its tiles' keys and values are put together, and all of them are widened for float32.
         """
         c = self.config
         group = c.n_heads // c.n_kv_heads
+        n_rows = min(self.chunk, self.rows - self.revived)
         at_once = c.n_kv_heads
         item = self.item
         tile_keys = self.tile_keys()
@@ -225,8 +236,8 @@ class StageWork:
             at_once = min(at_once, max(1, PIECE // (self.keys * c.head_dim)))
             item = self.wide
             widened = 2 * max(at_once * self.keys, tile_keys) * c.head_dim * item
-        parts = 5 * at_once * group * self.chunk * c.head_dim * item
-        results = 2 * c.n_heads * self.chunk * c.head_dim * self.item
+        parts = 5 * at_once * group * n_rows * c.head_dim * item
+        results = 2 * c.n_heads * n_rows * c.head_dim * self.item
         return parts + results + 2 * tile_keys * c.head_dim * self.item + widened
 
     def plain_bytes(self, *names: str) -> int:

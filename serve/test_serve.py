@@ -1314,7 +1314,7 @@ def test_the_small_paths_and_errors_in_their_shape(server):
 
 def test_clients_that_are_slow_or_leave_hold_up_nobody(server):
     """Half a request, an answer not read, one left in the middle, one left while it waits."""
-    long = server.post({"messages": USER, "max_tokens": 3000, "stream": True})
+    long = server.post({"messages": USER, "max_tokens": 1200, "stream": True})
     half = [server.raw(long[:n]) for n in (0, 10, 60, len(long) - 5) for _ in range(5)]
     gone = server.ask("/v1/stats")[1]["disconnected"]
     slow = server.raw(long)  # never reads
@@ -1614,7 +1614,7 @@ def test_ctrl_c_finishes_the_answer_and_a_text_is_there_the_next_day(talking, tm
     server = Running(talking, "--cache-dir", str(tmp_path / "new" / "cache"))
     running = server.raw(
         server.post(
-            {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 300, "stream": True}
+            {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 1200, "stream": True}
         )
     )
     data = running.recv(4096)
