@@ -68,21 +68,23 @@ LEGEND = (
 def tables(results: Results, entries: list[str], part: int) -> list[str]:
     """Return the lines of a Markdown table a length, with a row for each model and entry."""
     lines = []
+    found = {key.task for key in results}
+    tasks = [*prose.TASKS, *(task for task in prose.MORE_TASKS if task in found)]
     for n in sorted({key.n for key in results if key.part == part}):
         rows = []
         for ckpt, dtype in sorted({(key.ckpt, key.dtype) for key in results}, reverse=True):
             for entry in entries:
                 wanted = {"ckpt": ckpt, "dtype": dtype, "n": n, "part": part, "entry": entry}
-                rows += table_row(results, **wanted)
+                rows += table_row(results, tasks, **wanted)
         if rows:
-            head = ["model", "", "FLOPs, times fewer", "texts", *prose.TASKS]
+            head = ["model", "", "FLOPs, times fewer", "texts", *tasks]
             lines += ["", LEGEND.format(n), table(head, rows)]
     return lines
 
 
-def table_row(results: Results, **wanted) -> list[list[str]]:
+def table_row(results: Results, tasks: list[str], **wanted) -> list[list[str]]:
     """Return the row of an entry, or nothing if it has no results."""
-    by_task = {task: pairs(results, task=task, **wanted) for task in prose.TASKS}
+    by_task = {task: pairs(results, task=task, **wanted) for task in tasks}
     every = [pair for found in by_task.values() for pair in found]
     if not every:
         return []

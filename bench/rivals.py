@@ -235,7 +235,7 @@ HEADS = {
     "all revivals": Entry(
         lookup_by(prune.lookup, revive_margin=0.0, revive_at_most=None), by_heads, local=NEAR
     ),
-    "any margin": Entry(lookup_by(prune.lookup, revive_margin=0.0), by_heads, local=NEAR),
+    "no margin": Entry(lookup_by(prune.lookup, revive_margin=0.0), by_heads, local=NEAR),
     "weight": Entry(lookup_by(by_weight), by_heads, local=NEAR),
     "contrast": Entry(lookup_by(by_contrast), by_heads, local=NEAR),
     "not the next block": Entry(lookup_by(without_next), by_heads, local=NEAR),

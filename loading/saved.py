@@ -12,7 +12,7 @@ from loading.files import replace_file
 from loading.weights import MappedFile
 from model import Config
 
-SAVED = "slim 8"  # the format; 7 did not know which blocks may come back
+SAVED = "slim 9"  # the format; 8 did not know what shares of `auto` keep of short prompts
 PARTS = {
     "identity": dict,
     "ids": list,

@@ -14,7 +14,7 @@ AUTO = {9: Fraction(1, 4), 19: Fraction(1, 8), 28: Fraction(1, 16)}
 # By the lookup heads: one cut, right after the layer by which ENOUGH of their total strength lies
 # below, that keeps this share of the prompt. That is 9 of 30 layers in SmolLM2, 4 of 24 in
 # Qwen2.5-Coder-0.5B, chosen on both. A second cut costs Qwen's answers more than it saves.
-KEPT = Fraction(1, 4)
+KEPT = prune.AutoShare(1, 4)
 # The paper's tokens at boundaries 10, 20 and 30 of 32 layers.
 PAPER = {"llama": (8192, 4096, 2048), "qwen2": (12288, 6144, 4096)}
 
@@ -107,7 +107,7 @@ def check_schedule(schedule: dict[int, prune.Budget], n_layers: int, block_len: 
     """Raise ValueError unless boundaries rise within 1..n_layers-1 and budgets of a kind fall."""
     layers = list(schedule)
     types = {type(budget) for budget in schedule.values()}
-    if not all(map(is_tokens, layers)) or not types <= {int, float, Fraction}:
+    if not all(map(is_tokens, layers)) or not types <= {int, float, Fraction, prune.AutoShare}:
         raise ValueError(
             f"schedule {schedule} must map whole layer numbers to token budgets "
             "or shares of the prompt"

@@ -37,6 +37,8 @@ def test_shares_are_of_the_prompt_with_a_floor(tiny):
     assert blocks(4096, {9: 1 / 4, 19: Fraction(1, 8), 28: 128}) == [64, 16, 8, 2]
     assert blocks(2048, {9: 1 / 16}) == [32, 8]  # never below eight blocks
     assert blocks(1000, {9: 1 / 16}) == [16, 16]  # nothing to gain
+    assert blocks(2048, {9: prune.AutoShare(1, 4)}) == [32, 16]  # the default, never below 1,024
+    assert blocks(8192, {9: prune.AutoShare(1, 4)}) == [128, 32]
     assert blocks(4096, {9: 2**-0.5}) == [64, 45]
     parsed = schedules.parse_schedule("9:1/4,19:0.125,28:256")
     assert parsed == {9: Fraction(1, 4), 19: Fraction(1, 8), 28: 256}
