@@ -40,10 +40,11 @@ riding exist only inside one:
     below     -          -     -      lower stage    pruned at a lower boundary
 
 A single new token needs no mask, whatever the order of the slots, as RoPE is already inside the
-keys. Prompt keys never change, so a block is copied home once and from then on only copied back.
-Copies run on a CUDA stream of their own in layer order, and a layer waits for its own copies only
-(paper, section on asynchronous KV management). Blocks that leave or return together are one copy a
-layer. On a CPU the same code runs without streams.
+keys. Revived rows see a copy of the slots in the order of their blocks, and need none either.
+Prompt keys never change, so a block is copied home once and from then on only copied back. Copies
+run on a CUDA stream of their own in layer order, and a layer waits for its own copies only (paper,
+section on asynchronous KV management). Blocks that leave or return together are one copy a layer.
+On a CPU the same code runs without streams.
 
 Invariants: a stage's slots are always full; a block with keys in a stage is in a slot, at home, or
 both; a block without keys is in aux, at that stage's boundary or at a lower one.
@@ -400,12 +401,9 @@ class KVCache:
         """Return the first n slab rows of a layer as a view (2, n, G, D): keys, values."""
         return self.slabs[layer][:, :, :n].transpose(1, 2)
 
-    def gather(self, layer: int, slots: Tensor) -> Tensor:
+    def gather(self, layer: int, stage: Stage, slots: Tensor) -> Tensor:
         """Copy some slots (n,) of a layer, in their order: (2, n*B, G, D): keys, values."""
-        slab = self.slabs[layer]
-        n_whole = slab.shape[2] // self.block_len * self.block_len  # slots come before the tail
-        in_blocks = slab[:, :, :n_whole].unflatten(2, (-1, self.block_len))
-        return in_blocks[:, :, slots].flatten(2, 3).transpose(1, 2)
+        return self.slot_rows(stage, layer)[:, :, slots].flatten(2, 3).transpose(1, 2)
 
     def slot_rows(self, stage: Stage, layer: int) -> Tensor:
         """Return the slots of a layer as a view (2, G, N, B, D)."""

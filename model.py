@@ -17,6 +17,7 @@ have a row in a stage.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,7 @@ class Weights:
 class Rows:
     """Where the rows of x stand in the text, and their keys in the slabs of one stage."""
 
+    stage: Stage
     pos: Tensor  # (T,)
     cos: Tensor  # (T, 1, R), R dims that RoPE turns
     sin: Tensor
@@ -158,7 +160,7 @@ class Model:
     """Weights, KV and the step; `rule` ranks the blocks.
 
     Hooks watch a step:
-    - on_chunk(layer, rows, keys): its progress
+    - on_chunk(layer, n_rows): its progress, before each chunk of a layer
     - on_queries(layer, queries): the newest queries (w, H, D) of each layer
     - on_scores(layer, scores): what the newest tokens give the prompt's blocks so far, (W, N)
     - on_select(i, candidates, scores, active): each choice of stage i's blocks, before it takes
@@ -188,7 +190,7 @@ class Model:
         self.chunk = chunk
         self.local = local
         self.wide = torch.promote_types(kv.dtype, torch.float32)  # of scores, RoPE and logits
-        self.on_chunk = lambda layer, rows, keys: None
+        self.on_chunk = lambda layer, n_rows: None
         self.on_queries = lambda layer, queries: None
         self.on_scores = lambda layer, scores: None
         self.on_select = lambda stage, candidates, scores, active: None
@@ -268,6 +270,7 @@ class Model:
         keys_before = tail_row + first_tail - kv.tail_start - n_block_rows
         newest = [i for i in range(n_newest) if has_row(end - n_newest + i)]
         return Rows(
+            stage=stage,
             pos=pos,
             cos=cos,
             sin=sin,
@@ -333,11 +336,10 @@ class Model:
         part = x[start:stop]  # (t, C)
         q, kv = self.project(layer, w, part, rows, start, stop)
         self.kv.append(layer, rows.slab_rows[start:stop], kv)
-        n_keys = len(rows.in_order) * self.kv.block_len if revived else rows.keys_before + stop
-        self.on_chunk(layer, stop - start, n_keys)
-        keys, values = self.kv.read(layer, n_keys)  # (S, G, D)
+        self.on_chunk(layer, stop - start)
+        keys, values = self.kv.read(layer, rows.keys_before + stop)  # (S, G, D)
         if revived:
-            out = self.attend_revived(layer, q, rows, start)  # (t, H*D)
+            out = self.attend_revived(layer, q, rows, start)
         elif start < rows.n_local:  # here a row's place in x and in the slab is its position
             heads = self.local.far_heads(layer)
             out = local_attention(q, keys, values, rows.n_local, self.local, heads)
@@ -356,20 +358,24 @@ class Model:
         Slots hold blocks in any order. In the order of their blocks, what a block's rows see is a
         run of keys that ends with their own. Returns (t, H*D).
         """
+        dtype = q.dtype
         block_len = self.kv.block_len
-        keys, values = self.kv.gather(layer, rows.in_order)
-        narrow = q.dtype
-        if prefers_float32(q.device.type, narrow):
+        stop = start + len(q)
+        last = rows.places[(stop - 1) // block_len]
+        keys, values = self.kv.gather(layer, rows.stage, rows.in_order[: last + 1])  # (S, G, D)
+        if prefers_float32(
+            q.device.type, dtype
+        ):  # a block's rows are few, but widened once for all
             q, keys, values = q.float(), keys.float(), values.float()
         out = []
         for i, place in enumerate(rows.places):
-            first = max(start, i * block_len)
-            last = min(start + len(q), (i + 1) * block_len)
-            if first < last:
-                n_keys = place * block_len + last - i * block_len
-                own = q[first - start : last - start]
+            first_row = max(start, i * block_len)
+            end_row = min(stop, (i + 1) * block_len)
+            if first_row < end_row:
+                n_keys = place * block_len + end_row - i * block_len
+                own = q[first_row - start : end_row - start]
                 out.append(causal_attention(own, keys[:n_keys], values[:n_keys]))
-        return torch.cat(out).to(narrow)
+        return torch.cat(out).to(dtype)
 
     def project(
         self, layer: int, w: Layer, x: Tensor, rows: Rows, start: int, stop: int
@@ -642,7 +648,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     part.copy_(before.mul(cos).addcmul_(swapped, sin))
 
 
-# ---- attention: of the newest rows, near or far, of one row, of revived rows -------------
+# ---- attention: of rows near or far, of a run of newest rows, of one row ------------------
+#
+# Functions named *_attention take q (t, H, D) and keys (S, G, D); those named attend_* take them as
+# the kernels do, (n, m, t, D) and (n, 1, S, D): n KV heads or tiles, m query heads of a KV head.
 
 
 def local_attention(
@@ -658,7 +667,7 @@ def local_attention(
     for start, stop, n_tiles in runs(n_older, len(k), n_local, local):
         rows = slice(start - n_older, stop - n_older)
         if n_tiles:
-            out[rows] = tile_attention(q[rows], k, v, start, n_tiles, local)
+            tile_attention(out[rows], q[rows], k, v, start, n_tiles, local)
         else:
             out[rows] = causal_attention(q[rows], k[:stop], v[:stop]).view_as(q[rows])
     group = q.shape[1] // k.shape[1]
@@ -670,35 +679,30 @@ def local_attention(
 
 
 def runs(start: int, stop: int, n_local: int, local: Local):
-    """Cut positions into runs (start, stop, n_tiles) that are one call each.
+    """Cut positions start..stop-1 into runs (begin, end, n_tiles), each of them one call.
 
     n_tiles: equal tiles, or the part of one, whose rows see a window; 0: rows that see everything,
     at the prompt's beginning and from n_local on.
     """
     windowed = min(local.first_windowed(), n_local)
-    if start < windowed:
-        yield start, min(stop, windowed), 0
-        start = windowed
-    while start < min(stop, n_local):
-        end = min(stop, n_local) // TILE * TILE  # of whole tiles
-        if start % TILE or end <= start:
-            end = min(stop, (start // TILE + 1) * TILE)
-        yield start, end, max(1, (end - start) // TILE)
-        start = end
-    if start < stop:
-        yield start, stop, 0
+    # whole tiles: from position first to last
+    first = min(math.ceil(max(start, windowed) / TILE) * TILE, n_local)
+    last = max(first, min(stop, n_local) // TILE * TILE)
+    cuts = (start, windowed, first, last, n_local, stop)
+    for begin, end in pairwise(sorted({min(max(cut, start), stop) for cut in cuts})):
+        is_local = windowed <= begin < n_local
+        yield begin, end, math.ceil((end - begin) / TILE) if is_local else 0
 
 
 def tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: int, n_tiles: int, local: Local
-) -> Tensor:
-    """Attend q (t, H, D), the rows of n_tiles equal tiles from position `start` on: (t, H, D).
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, start: int, n_tiles: int, local: Local
+) -> None:
+    """Attend q (t, H, D), the rows of n_tiles equal tiles from position `start` on, into out.
 
     What a tile sees is put together, as causal attention to the end of it is the same as to a run
-    of keys. The tiles of a KV head are one call's batch.
+    of keys. The tiles of a KV head are one call's batch. Their window must not reach the sinks.
     """
     group = q.shape[1] // k.shape[1]
-    out = torch.empty_like(q)
     for kv_head in range(k.shape[1]):
         heads = slice(kv_head * group, (kv_head + 1) * group)
         own = q[:, heads].unflatten(0, (n_tiles, -1)).transpose(1, 2)  # (n_tiles, H/G, t, D)
@@ -707,7 +711,6 @@ def tile_attention(
         seen_v = seen_by_tiles(v[:, kv_head], start, n_tiles, n_rows, local)
         attended = attend_causally(own, seen_k, seen_v)
         out[:, heads].unflatten(0, (n_tiles, -1)).copy_(attended.transpose(1, 2))
-    return out
 
 
 def seen_by_tiles(x: Tensor, start: int, n_tiles: int, n_rows: int, local: Local) -> Tensor:
@@ -715,8 +718,9 @@ def seen_by_tiles(x: Tensor, start: int, n_tiles: int, n_rows: int, local: Local
     first = local.window_start(start)
     n_near = start + n_rows - first
     near = x[first : first + (n_tiles - 1) * TILE + n_near].unfold(0, n_near, TILE)
+    near = near.transpose(1, 2)  # (n_tiles, n_near, D)
     sinks = x[: local.sinks].expand(n_tiles, -1, -1)
-    return torch.cat([sinks, near.transpose(1, 2)], dim=1)[:, None]
+    return torch.cat([sinks, near], dim=1)[:, None]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -22,31 +22,38 @@ from torch import Tensor
 
 # ---- schedules: {boundary: budget} ------------------------------------------------------
 
-Budget = int | float | Fraction  # tokens, or a share of the prompt within 0..1
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the prompt, but at least so many tokens."""
+
+    part: Fraction  # within 0..1
+    least: int  # tokens
+
+
+Budget = int | float | Fraction | Share  # tokens, or a share of the prompt within 0..1
 
 SHARED_FROM = 1024  # tokens: a share prunes no shorter prompt, as there is nothing to gain
 LEAST_BLOCKS = 8  # that a share keeps: with 4, prompts of 2,048 tokens lost chains of facts
-AUTO_LEAST = 1024  # tokens that a share of `auto` keeps: with 8 blocks, some were still lost
 
 
-class AutoShare(Fraction):
-    """A share that the default schedule chose: on the safe side for short prompts."""
-
-
-def share(budget: float | Fraction) -> Fraction:
-    return Fraction(budget).limit_denominator(10**6)
+def share(budget: float | Fraction | Share) -> Fraction:
+    part = budget.part if isinstance(budget, Share) else budget
+    return Fraction(part).limit_denominator(10**6)
 
 
 def tokens(budget: Budget, n_prompt: int, block_len: int) -> int:
     """Return a budget in tokens.
 
-    A share keeps at least LEAST_BLOCKS or AUTO_LEAST, and all of a prompt below SHARED_FROM tokens.
+    A share keeps at least LEAST_BLOCKS blocks, and all of a prompt below SHARED_FROM tokens.
     """
     if type(budget) is int:
         return budget
     if n_prompt < SHARED_FROM:
         return n_prompt
-    least = AUTO_LEAST if isinstance(budget, AutoShare) else LEAST_BLOCKS * block_len
+    least = LEAST_BLOCKS * block_len
+    if isinstance(budget, Share):
+        least = max(least, budget.least)
     return max(least, int(share(budget) * n_prompt))
 
 

@@ -1015,7 +1015,7 @@ def test_a_broken_off_step_is_not_extended(tiny):
         engine.extend([1])
     engine.prefill([1, 2, 3])
 
-    def interrupt(layer, rows, keys):
+    def interrupt(layer, n_rows):
         raise KeyboardInterrupt
 
     engine.model.on_chunk = interrupt

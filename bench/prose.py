@@ -206,7 +206,7 @@ def document(book: Book, n: int, seed: int) -> Document:
     shared = common_start(questions)
     pause = tok.encode("\n\n* * *\n\n", after=shared)
     for task, n_wanted in {"passage": 32, "quote": 200}.items():
-        start = rng.randrange(len(ids) // 20, len(ids) - 200)
+        start = rng.randrange(len(ids) // 20, len(ids) - max(200, 24 + n_wanted))
         end = start + 24
         wanted = ids[end : end + n_wanted]
         questions[task] = (shared + pause + ids[start:end], wanted)

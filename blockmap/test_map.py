@@ -217,7 +217,7 @@ def test_a_map_of_a_broken_off_step_ends_before_it(talking, tmp_path):
     engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
     whole = len(recorder.record["steps"])
 
-    def interrupt(layer, rows, keys):
+    def interrupt(layer, n_rows):
         if layer == 3:
             raise KeyboardInterrupt
 

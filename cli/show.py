@@ -7,7 +7,7 @@ import unicodedata
 
 import slim
 from loading.files import format_bytes, one_line
-from planning.flops import layer_flops, local_keys
+from planning.flops import WorkDone
 
 
 class Progress:
@@ -35,31 +35,16 @@ class Progress:
 
     def follow(self, engine: slim.Engine) -> None:
         """Watch a prefill: layer, tokens alive, and the time left by the work that is left."""
-        config = engine.config
-        kv = engine.kv
-        started = time.perf_counter()
-        done = 0
+        progress = WorkDone(engine)
 
-        def on_chunk(layer: int, rows: int, keys: int) -> None:
-            nonlocal done
-            in_tail = kv.n_prompt - kv.tail_start
-            alive = []
-            for stage in kv.stages:
-                alive += [stage.n_slots * kv.block_len + in_tail] * len(stage.layers)
-            seen = [n / 2 for n in alive]  # keys a row, on average
-            if len(kv.stages) > 1:
-                first = kv.stages[0].layers
-                seen[: len(first)] = [local_keys(kv.n_prompt, engine.model.local)] * len(first)
-            total = sum(layer_flops(config, n, n_keys) for n, n_keys in zip(alive, seen))
-            time_left = ""
-            if done:
-                spent = time.perf_counter() - started
-                time_left = f"{spent * (total - done) / done:.0f} s left"
+        def on_chunk(layer: int, n_rows: int) -> None:
+            share = progress.share(layer, n_rows)
+            time_left = f"{progress.seconds_left(share):.0f} s left" if share else ""
+            alive = progress.work[layer][0]
             self.show(
-                f"reading the prompt: layer {layer + 1}/{config.n_layers}, {alive[layer]:,} of "
-                f"{kv.n_prompt:,} tokens alive  {time_left}"
+                f"reading the prompt: layer {layer + 1}/{engine.config.n_layers}, {alive:,} of "
+                f"{engine.kv.n_prompt:,} tokens alive  {time_left}"
             )
-            done += layer_flops(config, rows, seen[layer])
 
         if self.on:
             engine.model.on_chunk = on_chunk

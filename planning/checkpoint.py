@@ -170,7 +170,6 @@ class Checkpoint:
             "local_window": self.local.window,
             "sinks": self.local.sinks,
             "schedule": format_schedule(self.schedule),
-            "auto": any(isinstance(n, prune.AutoShare) for n in self.schedule.values()),
             "dtype": dtype_name(self.dtype),
             "kept_as": self.kept_as,
             "score": self.rule.name,

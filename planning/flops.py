@@ -1,5 +1,6 @@
 """Floating-point operations of a prefill, by the formula of the layers it runs."""
 
+import time
 from collections.abc import Iterator
 
 import prune
@@ -63,3 +64,28 @@ def prefill_flops(
     for rows, keys, ffn_rows in layer_work(config, n_prompt, schedule, block_len, local):
         total += layer_flops(config, rows, keys, ffn_rows)
     return total
+
+
+class WorkDone:
+    """How far a prefill is, by the work of its layers; `share` is asked before each chunk."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.started = time.perf_counter()
+        self.done = 0.0  # operations
+        self.work: list[tuple[int, float, int]] = []  # see `layer_work`
+
+    def share(self, layer: int, n_rows: int) -> float:
+        """Return the share of the work that is done before these rows of a layer."""
+        config = self.engine.config
+        if not self.work:  # only now the engine knows how this prompt is run
+            kv = self.engine.kv
+            local = self.engine.running.local
+            self.work = [*layer_work(config, kv.n_prompt, kv.schedule, kv.block_len, local)]
+        total = sum(layer_flops(config, rows, keys) for rows, keys, _ in self.work)
+        share = min(1.0, self.done / total)
+        self.done += layer_flops(config, n_rows, self.work[layer][1])
+        return share
+
+    def seconds_left(self, share: float) -> float:
+        return (time.perf_counter() - self.started) * (1 - share) / share

@@ -180,7 +180,7 @@ class StageWork:
         """cos, sin and positions of every row; newest queries, joined with those before."""
         c = self.config
         queries = 2 * self.ckpt.window * c.n_heads * c.head_dim * self.wide
-        return self.rows * (2 * c.rotary_dim * self.wide + 40) + queries
+        return self.rows * (2 * c.rotary_dim * self.wide + 56) + queries
 
     def rope_bytes(self) -> int:
         """Angles, and cos and sin on their way to the dtype of a run."""
@@ -197,7 +197,7 @@ class StageWork:
         return held + max(turning, self.attended_bytes(), self.revived_bytes())
 
     def revived_bytes(self) -> int:
-        """Keys and values up to the last revived block, in order; queries, parts and the result."""
+        """Of revived rows: keys and values in order; queries, parts of a block, the result."""
         if not self.revived:
             return 0
         c = self.config
@@ -205,10 +205,10 @@ class StageWork:
         if prefers_float32(self.ckpt.device.type, self.ckpt.dtype):
             item += self.wide
         keys = 2 * self.slot_rows * c.n_kv_heads * c.head_dim
-        return (keys + 3 * self.chunk * c.n_heads * c.head_dim) * item
+        return (keys + 5 * self.chunk * c.n_heads * c.head_dim) * item
 
     def tile_keys(self) -> int:
-        """Return how many keys of a KV head a chunk's tiles see, put together."""
+        """Return how many keys of a KV head a chunk's tiles see; planned everywhere, being few."""
         local = self.ckpt.local
         if not local.window:
             return 0
@@ -221,23 +221,25 @@ class StageWork:
         return many and prefers_float32(self.ckpt.device.type, self.ckpt.dtype)
 
     def attended_bytes(self) -> int:
-        """What a chunk attends to in parts, for some KV heads at a time, and the results.
+        """Of newest rows: what `attend_on_cpu` makes, of some KV heads at a time, and results.
 
-        Its tiles' keys and values are put together, and all of them are widened for float32.
+        That is the queries, row by row; what they take from their own keys, from older ones, and
+        from both; and all but the queries in float32, where half precision is not widened before.
+        Tiles' keys and values are put together, and all keys are widened for float32.
         """
         c = self.config
         group = c.n_heads // c.n_kv_heads
         n_rows = min(self.chunk, self.rows - self.revived)
         at_once = c.n_kv_heads
-        item = self.item
         tile_keys = self.tile_keys()
+        item = 3 * self.item + 3 * self.wide if self.item < self.wide else 5 * self.item
         widened = 0
         if self.in_float32(self.rows - self.revived):
             at_once = min(at_once, max(1, PIECE // (self.keys * c.head_dim)))
-            item = self.wide
-            widened = 2 * max(at_once * self.keys, tile_keys) * c.head_dim * item
-        parts = 5 * at_once * group * n_rows * c.head_dim * item
-        results = 2 * c.n_heads * n_rows * c.head_dim * self.item
+            item = 5 * self.wide
+            widened = 2 * max(at_once * self.keys, tile_keys) * c.head_dim * self.wide
+        parts = at_once * group * n_rows * c.head_dim * item
+        results = 3 * c.n_heads * n_rows * c.head_dim * self.item
         return parts + results + 2 * tile_keys * c.head_dim * self.item + widened
 
     def plain_bytes(self, *names: str) -> int:

@@ -210,7 +210,9 @@ before = memory("VmRSS") - held  # what the next prompt gives up
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
 engine.prefill(ids)
 need = plan(engine.ckpt, len(ids))
-print((memory("VmHWM") - before) / (need.kv + need.temporary - KERNEL_BYTES + need.host))
+peak = memory("VmHWM") - before
+most = need.total - need.weights + need.host
+print(peak / most, peak / (most - KERNEL_BYTES))
 """
 
 
@@ -222,14 +224,15 @@ print((memory("VmHWM") - before) / (need.kv + need.temporary - KERNEL_BYTES + ne
 def test_the_plan_is_what_a_prompt_takes(schedule):
     """As the kernel counts it: nothing that a process really takes is missing in the plan.
 
-    Without what is reserved for the allocator, whose few MiB weigh at 16,384 tokens: measured 1.1
-    to 1.16 dense, 0.77 to 0.95 pruned, where homes are planned that a prefill does not touch.
+    Without what is reserved for kernels, measured 1.1 to 1.16 dense, 0.77 to 0.95 pruned, where
+    homes are planned that a prefill does not touch.
     """
     run = subprocess.run(
         [sys.executable, "-c", PEAK, schedule], cwd=HERE, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert 0.7 < float(run.stdout) < 1.25
+    share, share_without_kernels = map(float, run.stdout.split())
+    assert share <= 1 and share_without_kernels > 0.7
 
 
 class CountedMap(mmap.mmap):
@@ -274,7 +277,7 @@ def peak(work) -> int:
 @pytest.mark.parametrize(
     "schedule, score, dtype, prompt, later",
     [
-        ("dense", "peak", "float32", 0.97, 0.97),
+        ("dense", "peak", "float32", 0.92, 0.92),
         (
             "auto",
             "peak",
@@ -282,7 +285,7 @@ def peak(work) -> int:
             0.86,
             0.6,
         ),  # of a later step it is planned that all blocks come back
-        ({3: 1 / 4, 6: 1 / 8}, "paper", "float32", 0.97, 0.65),
+        ({3: 1 / 4, 6: 1 / 8}, "paper", "float32", 0.92, 0.65),
         ({3: 1 / 4, 6: 1 / 8}, "peak", "bfloat16", 0.85, 0.7),
     ],
 )

@@ -37,11 +37,13 @@ def test_shares_are_of_the_prompt_with_a_floor(tiny):
     assert blocks(4096, {9: 1 / 4, 19: Fraction(1, 8), 28: 128}) == [64, 16, 8, 2]
     assert blocks(2048, {9: 1 / 16}) == [32, 8]  # never below eight blocks
     assert blocks(1000, {9: 1 / 16}) == [16, 16]  # nothing to gain
-    assert blocks(2048, {9: prune.AutoShare(1, 4)}) == [32, 16]  # the default, never below 1,024
-    assert blocks(8192, {9: prune.AutoShare(1, 4)}) == [128, 32]
+    quarter = prune.Share(Fraction(1, 4), least=1024)  # as the default keeps
+    assert blocks(2048, {9: quarter}) == [32, 16]
+    assert blocks(8192, {9: quarter}) == [128, 32]
+    assert prune.stage_blocks(4096, {9: quarter}, 512) == [8, 8]
     assert blocks(4096, {9: 2**-0.5}) == [64, 45]
-    parsed = schedules.parse_schedule("9:1/4,19:0.125,28:256")
-    assert parsed == {9: Fraction(1, 4), 19: Fraction(1, 8), 28: 256}
+    parsed = schedules.parse_schedule("5:1/4:1024,9:1/4,19:0.125,28:256")
+    assert parsed == {5: quarter, 9: Fraction(1, 4), 19: Fraction(1, 8), 28: 256}
     assert schedules.parse_schedule(schedules.format_schedule(parsed)) == parsed
     for budget in (
         0.9999999,

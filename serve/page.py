@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import blockmap
-from planning.flops import layer_flops, layer_work
+from planning.flops import WorkDone
 from serve.api import ApiError, Request, check_room, get, read_chat
 
 CLOSING = 32  # tokens at most by which a template closes a user's message; read again by a question
@@ -127,7 +127,7 @@ def read(job, server, engine, tok, texts, say) -> None:
 def read_anew(job, engine, dense: bool) -> None:
     request = job.request
     room = min(ROOM_TO_READ, engine.config.max_len - len(request.ids))
-    engine.model.on_chunk = progress(job, engine)
+    engine.model.on_chunk = report_progress(job, engine)
     try:
         engine.prefill(
             request.ids,
@@ -140,31 +140,24 @@ def read_anew(job, engine, dense: bool) -> None:
         engine.model.on_chunk = lambda *_: None
 
 
-def progress(job, engine):
+def report_progress(job, engine):
     """Return a function that follows a prefill and reports tokens, as shares of the work.
 
     It raises Disconnected if the client has left.
     """
-    started = time.perf_counter()
-    reported = started
+    progress = WorkDone(engine)
+    reported = time.perf_counter()
     n = len(job.request.ids)
-    config = engine.config
-    done = 0.0
 
-    def on_chunk(layer: int, rows: int, keys: int) -> None:
-        nonlocal done, reported
+    def on_chunk(layer: int, n_rows: int) -> None:
+        nonlocal reported
         job.check()
-        kv = engine.kv
-        local = engine.running.local
-        work = [*layer_work(config, n, kv.schedule, kv.block_len, local)]
-        total = sum(layer_flops(config, n_rows, n_keys) for n_rows, n_keys, _ in work)
-        share = min(1.0, done / total)
+        share = progress.share(layer, n_rows)
         now = time.perf_counter()
         if share and now - reported > PAUSE:
             reported = now
-            left = (now - started) * (1 - share) / share
-            job.out.put({"tokens": int(n * share), "of": n, "seconds_left": round(left, 1)})
-        done += layer_flops(config, rows, work[layer][1])
+            left = round(progress.seconds_left(share), 1)
+            job.out.put({"tokens": int(n * share), "of": n, "seconds_left": left})
 
     return on_chunk
 

@@ -127,7 +127,7 @@ def test_a_reading_that_is_stopped_leaves_nothing(talking):
     request = page.parse_read({"text": text_of(700)}, engine.tokenizer, "m", 4096, texts)
     job = Job(request)
     chunks = []
-    follow = page.progress(job, engine)
+    follow = page.report_progress(job, engine)
 
     def stop_later(*chunk):
         chunks.append(chunk)
