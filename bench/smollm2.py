@@ -1,6 +1,6 @@
 """Find or fetch SmolLM2-135M-Instruct (30 layers, context 8,192): python bench/smollm2.py
 
-Prints where it is. The first time this takes 90 MB and some seconds. Needs `pip install gguf`.
+Prints where it is. The first time this takes 98 MB and some seconds. Needs `pip install gguf`.
 """
 
 import sys

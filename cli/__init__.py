@@ -178,6 +178,8 @@ def describe(ckpt: Checkpoint, n_prompt: int) -> str:
             pruning += f" ({len(ckpt.heads)} head{'s' * (len(ckpt.heads) > 1)})"
         elif ckpt.asked_rule.sees == "lookup":
             pruning += " (no heads that look things up were found below the first boundary)"
+        if ckpt.local.window:
+            pruning += f", local window {ckpt.local.window:,}"
     return (
         f"slim: {ckpt.folder.name}, {ckpt.config.n_layers} layers, schedule {pruning}, "
         f"{n_prompt:,} prompt tokens"

@@ -90,7 +90,8 @@ def add_showing(add) -> None:
 def add_pruning(add) -> None:
     schedule = (
         "layers and how much is kept from there on, as shares of the prompt or tokens: "
-        "9:1/4,19:1/8 or 10:8192; or auto, paper, dense (%(default)s)"
+        "9:1/4,19:1/8 or 10:8192, or 9:1/4:1024, a share of at least so many tokens; "
+        "or auto, paper, dense (%(default)s)"
     )
     add("--schedule", default="auto", help=schedule)
     rules = f"how blocks are ranked: {', '.join(prune.RULES)} (%(default)s)"

@@ -80,7 +80,7 @@ def parse_schedule(text: str) -> dict[int, prune.Budget] | str:
         raise ValueError(
             f"--schedule {text!r} is not of the form LAYER:BUDGET,LAYER:BUDGET; a budget is a "
             "number of tokens or a share of the prompt, as in 10:8192,20:4096 or 9:1/4,19:1/8, or "
-            "a share and the tokens it keeps at least, as in 9:1/4:1024"
+            "a share and the tokens it keeps at least, as in 9:1/4:1024; or auto, paper or dense"
         ) from None
     check_increasing(layers)  # a dict would hide a boundary given twice
     return dict(zip(layers, budgets))
@@ -127,7 +127,7 @@ def check_schedule(schedule: dict[int, prune.Budget], n_layers: int, block_len: 
         if not 1 <= layer < n_layers:
             raise ValueError(
                 f"schedule boundary {layer} is outside 1..{n_layers - 1}, "
-                f"the boundaries of a {n_layers}-layer model"
+                f"the boundaries of a model of {n_layers} layers"
             )
         check_budget(layer, budget, block_len)
     check_decreasing([budget for budget in schedule.values() if is_tokens(budget)])
@@ -148,14 +148,14 @@ def check_budget(layer: int, budget: prune.Budget, block_len: int) -> None:
         part = budget.part
         if not is_tokens(budget.least) or not 0 <= budget.least < 2**40:
             raise ValueError(
-                f"schedule budget at layer {layer} keeps at least {budget.least!r:.60} tokens; "
-                "it must be a whole number of them"
+                f"the schedule keeps at least {budget.least!r:.60} tokens at layer {layer}; "
+                f"it must be a whole number of them within 0..{2**40 - 1}"
             )
     is_number = isinstance(part, (int, float, Fraction)) and part == part  # else NaN
     if not is_number or not 1e-6 <= prune.share(min(max(part, 0), 2)) < 1:
         raise ValueError(
-            f"schedule budget {part!s:.20} at layer {layer} is not a share within 0..1; "
-            "give one such as 1/4"
+            f"schedule budget {part!s:.20} at layer {layer} is not a share within 0..1 "
+            "(0 and 1 excluded); give one such as 1/4"
         )
 
 

@@ -48,6 +48,8 @@ def open_server(args, say=print) -> "Server":
 
     Raises ValueError for a place, key or folder that cannot be used.
     """
+    if args.api_key == "":
+        raise ValueError("--api-key is empty; give a key, or leave the flag out")
     key = args.api_key or os.environ.get("SLIM_API_KEY") or None
     if key and (not key.isascii() or not key.isprintable() or key != key.strip()):
         problem = "the key must be printable ASCII without spaces around it"
