@@ -18,7 +18,7 @@ from planning.checkpoint import Checkpoint
 from planning.schedule import format_schedule
 from planning.settings import MOST_DRAFTED, env_number
 
-KERNEL_BYTES = 2**26  # reserved for kernel code, scratch buffers and malloc fragmentation
+KERNEL_BYTES = 3 * 2**25  # reserved for kernel code, scratch buffers and malloc fragmentation
 STEP_ROWS = 1 + MOST_DRAFTED  # of a decode step
 
 
