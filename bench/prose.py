@@ -171,7 +171,7 @@ def document(book: Book, n: int, seed: int) -> Document:
     """Return the seed-th document whose prompts have about n tokens, always the same one.
 
     passage asks for the text's own words again: 24 tokens are quoted, the next 32 wanted; quote
-    wants the next 200, which lie in four or five blocks.
+    wants the next 200 (176 at the end of a text), which lie in four or five blocks.
     continuation asks for the book's next 64 tokens, for perplexity.
     """
     rng = random.Random(f"{n} {seed}")
@@ -206,7 +206,7 @@ def document(book: Book, n: int, seed: int) -> Document:
     shared = common_start(questions)
     pause = tok.encode("\n\n* * *\n\n", after=shared)
     for task, n_wanted in {"passage": 32, "quote": 200}.items():
-        start = rng.randrange(len(ids) // 20, len(ids) - max(200, 24 + n_wanted))
+        start = rng.randrange(len(ids) // 20, len(ids) - 200)
         end = start + 24
         wanted = ids[end : end + n_wanted]
         questions[task] = (shared + pause + ids[start:end], wanted)

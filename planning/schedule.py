@@ -132,6 +132,12 @@ def check_schedule(schedule: dict[int, prune.Budget], n_layers: int, block_len: 
         check_budget(layer, budget, block_len)
     check_decreasing([budget for budget in schedule.values() if is_tokens(budget)])
     check_decreasing([prune.share(n) for n in schedule.values() if not is_tokens(n)])
+    floors = [n.least for n in schedule.values() if isinstance(n, prune.Share)]
+    if sorted(floors, reverse=True) != floors:
+        shown = ", ".join(map(str, floors))
+        raise ValueError(
+            f"schedule shares keep at least {shown} tokens; a later boundary must not keep more"
+        )
 
 
 def check_budget(layer: int, budget: prune.Budget, block_len: int) -> None:
