@@ -339,7 +339,8 @@ def read_bytes(name: str, chat: bool) -> bytes:
         if sys.stdin is None:
             raise ValueError("--prompt - is standard input, and that is closed; give a text file")
     elif not name or Path(name).is_dir():
-        raise ValueError(f"--prompt {name!r} is a directory; give a text file")
+        what = "is a directory" if name else "is empty"
+        raise ValueError(f"--prompt {name!r} {what}; give a text file, or - for standard input")
     try:
         return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:

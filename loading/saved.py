@@ -84,7 +84,7 @@ def read_saved(path) -> tuple[dict, MappedFile]:
     """Return a saved conversation's header and open file; raise ValueError for anything else."""
     try:
         if not Path(path).is_file():
-            raise OSError("no such file")
+            raise OSError("it is a folder" if Path(path).is_dir() else "no such file")
         file = MappedFile(path)
         header = json.loads((file.metadata() or {})["slim"])
         if header["format"] != SAVED:

@@ -99,7 +99,7 @@ SPOILED_SAVES = {  # what happened to the file: (how, what the line must name)
     "cut short": (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated"),
     "empty": (lambda p: p.write_bytes(b""), "truncated"),
     "absent": (lambda p: p.unlink(), "no such file"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "no such file"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "it is a folder"),
     "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "no such file"),
     "weights": (lambda p: save_file({"x": torch.ones(1)}, p), "not a conversation"),
     "another format": (lambda p: edit_saved(p, lambda h, t: h.update(format="slim 0")), "slim 0"),
