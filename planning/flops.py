@@ -71,21 +71,27 @@ class WorkDone:
 
     def __init__(self, engine):
         self.engine = engine
-        self.started = time.perf_counter()
-        self.done = 0.0  # operations
-        self.work: list[tuple[int, float, int]] = []  # see `layer_work`
+        self.prompt = None  # which is being read: a probe may come before the one that is asked for
 
     def share(self, layer: int, n_rows: int) -> float:
         """Return the share of the work that is done before these rows of a layer."""
-        config = self.engine.config
-        if not self.work:  # only now the engine knows how this prompt is run
-            kv = self.engine.kv
-            local = self.engine.running.local
-            self.work = [*layer_work(config, kv.n_prompt, kv.schedule, kv.block_len, local)]
-        total = sum(layer_flops(config, rows, keys) for rows, keys, _ in self.work)
-        share = min(1.0, self.done / total)
-        self.done += layer_flops(config, n_rows, self.work[layer][1])
+        kv = self.engine.kv
+        prompt = kv.n_prompt, kv.schedule
+        if prompt != self.prompt:
+            self.prompt = prompt
+            self.begin()
+        share = min(1.0, self.done / self.total)
+        self.done += layer_flops(self.engine.config, n_rows, self.work[layer][1])
         return share
+
+    def begin(self) -> None:
+        config = self.engine.config
+        kv = self.engine.kv
+        local = self.engine.running.local
+        self.started = time.perf_counter()
+        self.done = 0.0  # operations
+        self.work = [*layer_work(config, kv.n_prompt, kv.schedule, kv.block_len, local)]
+        self.total = sum(layer_flops(config, rows, keys) for rows, keys, _ in self.work)
 
     def seconds_left(self, share: float) -> float:
         return (time.perf_counter() - self.started) * (1 - share) / share
