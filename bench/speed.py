@@ -9,8 +9,8 @@ with --new tokens, always the likeliest, and does not stop at the end of a seque
 kinds of answers. `free`: the prompt is prose, and the answer goes on with it. `quoting`: a passage
 of the prose, which its end repeats, begins once more, and the answer goes on with the passage. Each
 round takes another part of the text. Small models repeat themselves in long answers, which helps
-drafts, so the table says how much of a free answer was there before, and how much of a quote is
-right.
+drafts, so the table says how much of a free answer was there before, and how much of a passage is
+quoted.
 
 Contestants take turns. Each run is a line of --out; a call goes on where the file ends, and the
 table has medians of all rounds of this machine, commit and set of options. What fails is named, the
@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import mean, median
 
@@ -314,9 +315,17 @@ def attempt(args, key: tuple, prompt: list[int], passage: list[int]) -> dict | N
     record["bytes_per_s"] = rate
     record["repeated"] = repeated(found["answer"])
     if passage:
-        pairs = list(zip(found["answer"], passage))
-        record["right"] = mean(said == wanted for said, wanted in pairs)
+        record["quoted"] = quoted(found["answer"], passage)
     return record
+
+
+def quoted(answer: list[int], passage: list[int], n: int = 4) -> float:
+    """Return the share of a passage that an answer has in its order, in runs of n tokens or more.
+
+    A word left out or put in costs no more than itself.
+    """
+    runs = SequenceMatcher(None, answer, passage, autojunk=False).get_matching_blocks()
+    return sum(run.size for run in runs if run.size >= n) / len(passage)
 
 
 def repeated(answer: list[int], n: int = 4) -> float:
@@ -427,7 +436,7 @@ def cells(key: tuple, runs: list[dict]) -> list[str]:
             shares.append(run["floor_bytes"] / run["bytes_per_s"] / seconds)
     tokens_a_step = median(tokens_of(run["steps"]) / len(run["steps"]) for run in runs)
     if kind == "quoting":
-        of_answer = f"{100 * median(run['right'] for run in runs):.0f}% right"
+        of_answer = f"{100 * median(run['quoted'] for run in runs):.0f}% quoted"
     else:
         of_answer = f"{100 * median(run['repeated'] for run in runs):.0f}% repeated"
     return [

@@ -156,6 +156,14 @@ def test_a_quoting_prompt_ends_with_a_passage_of_itself():
     assert places == [400, 1200 - 33 - 2 * 133 + 1, 1200 - 33 - 133 + 1]
 
 
+def test_a_quote_that_leaves_words_out_is_still_one():
+    """Token by token, all that follows a left out word would be wrong."""
+    passage = [*range(20)]
+    assert speed.quoted(passage, passage) == 1
+    assert speed.quoted(passage[:8] + passage[9:], passage) == 19 / 20
+    assert speed.quoted([99, *passage[:10], 99, *passage[10:13]], passage) == 10 / 20
+
+
 def test_tokens_that_one_step_yields_share_its_time(monkeypatch):
     """Drafted tokens come at once; counted alone they would take no time, and the median lie."""
 
