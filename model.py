@@ -318,9 +318,7 @@ class Model:
         Returns the queries (w, H, D) of the newest tokens that have a row here.
         """
         self.kv.wait(layer)
-        w = self.weights.layers[layer]
-        wqkv = opened(w.wqkv, len(x), self.chunk)  # once for all chunks
-        w = replace(w, wqkv=wqkv, wo=opened(w.wo, len(x), self.chunk))
+        w = self.opened(self.weights.layers[layer], len(x), "wqkv", "wo")
         n_newest = len(rows.newest)
         newest = x.new_empty(0, self.config.n_heads, self.config.head_dim)
         for start, stop, revived in chunks(rows.n_revived, len(x), self.chunk):
@@ -396,12 +394,19 @@ class Model:
             q = (q * rows.query_scale[start:stop]).to(q.dtype)
         return q, kv
 
+    def opened(self, w: Layer, n_rows: int, *matrices: str) -> Layer:
+        """Return a layer whose matrices of these names are opened once for all chunks of n_rows.
+
+        If all rows are one chunk, the product opens its matrix itself.
+        """
+        if n_rows <= self.chunk:
+            return w
+        once = {name: opened(getattr(w, name), n_rows, self.chunk) for name in matrices}
+        return replace(w, **once)
+
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
-        w = self.weights.layers[layer]
-        w_gate_up = opened(w.w_gate_up, len(x), self.chunk)
-        w_down = opened(w.w_down, len(x), self.chunk)
-        w = replace(w, w_gate_up=w_gate_up, w_down=w_down)
+        w = self.opened(self.weights.layers[layer], len(x), "w_gate_up", "w_down")
         for part in x.split(self.chunk):
             self.add(part, self.ffn_inner(w, part), w.w_down)
 
@@ -735,7 +740,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.is_cuda:
         return attend_on_cuda(q, k, v)
-    if in_float32(q, q.shape[2]):
+    if in_float32(q, q.shape[1] * q.shape[2]):  # rows that share keys
         return attend_in_float32(q, k, v)
     return attend_on_cpu(q, k, v)
 

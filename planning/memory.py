@@ -234,7 +234,8 @@ class StageWork:
         tile_keys = self.tile_keys()
         item = 3 * self.item + 3 * self.wide if self.item < self.wide else 5 * self.item
         widened = 0
-        if self.in_float32(self.rows - self.revived):
+        share_keys = group * n_rows
+        if share_keys >= MANY_ROWS and prefers_float32(self.ckpt.device.type, self.ckpt.dtype):
             at_once = min(at_once, max(1, PIECE // (self.keys * c.head_dim)))
             item = 5 * self.wide
             widened = 2 * max(at_once * self.keys, tile_keys) * c.head_dim * self.wide
