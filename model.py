@@ -335,20 +335,25 @@ class Model:
         q, kv = self.project(layer, w, part, rows, start, stop)
         self.kv.append(layer, rows.slab_rows[start:stop], kv)
         self.on_chunk(layer, stop - start)
-        keys, values = self.kv.read(layer, rows.keys_before + stop)  # (S, G, D)
         if revived:
             out = self.attend_revived(layer, q, rows, start)
-        elif start < rows.n_local:  # here a row's place in x and in the slab is its position
-            heads = self.local.far_heads(layer)
-            out = local_attention(q, keys, values, rows.n_local, self.local, heads)
-        elif stop - start == 1:
-            out = row_attention(q, keys, values)
         else:
-            out = causal_attention(q, keys, values)
+            out = self.attend_in_slab(layer, q, rows, start)
         self.add(part, out, w.wo)
         if w.bo is not None:
             part.add_(w.bo)
         return q
+
+    def attend_in_slab(self, layer: int, q: Tensor, rows: Rows, start: int) -> Tensor:
+        """Attend q (t, H, D), from row `start` on, to the slab up to themselves: (t, H*D)."""
+        stop = start + len(q)
+        keys, values = self.kv.read(layer, rows.keys_before + stop)  # (S, G, D)
+        if start < rows.n_local:  # here a row's place in x and in the slab is its position
+            heads = self.local.far_heads(layer)
+            return local_attention(q, keys, values, rows.n_local, self.local, heads)
+        if len(q) == 1:
+            return row_attention(q, keys, values)
+        return causal_attention(q, keys, values)
 
     def attend_revived(self, layer: int, q: Tensor, rows: Rows, start: int) -> Tensor:
         """Attend q (t, H, D) of revived rows, from row `start` on, to all up to themselves.
@@ -361,9 +366,8 @@ class Model:
         stop = start + len(q)
         last = rows.places[(stop - 1) // block_len]
         keys, values = self.kv.gather(layer, rows.stage, rows.in_order[: last + 1])  # (S, G, D)
-        if prefers_float32(
-            q.device.type, dtype
-        ):  # a block's rows are few, but widened once for all
+        # a block's rows are few, but keys are widened once for all blocks
+        if prefers_float32(q.device.type, dtype):
             q, keys, values = q.float(), keys.float(), values.float()
         out = []
         for i, place in enumerate(rows.places):

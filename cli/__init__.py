@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from dataclasses import fields
 
 import serve
@@ -14,7 +15,7 @@ from cli import fit
 from cli.options import build_ids, check_args, parse_args, read_prompt, settings_of_saved
 from cli.show import Progress, status
 from cli.talk import Talk, chat
-from loading.files import format_bytes
+from loading.files import format_bytes, one_line
 from loading.saved import check_saved
 from planning.checkpoint import Checkpoint, dtype_name
 from planning.memory import free_bytes, plan
@@ -92,6 +93,7 @@ def drop_output() -> None:
 def run(args, progress: Progress) -> int:
     """Check everything, then load, then read, then answer."""
     say = status(args, progress)
+    warnings.showwarning = lambda message, *_: say(f"slim: warning: {one_line(message)}")
     check_args(args)
     if args.plan:
         print(fit.describe(open_checkpoint(args), args.max_new_tokens))
@@ -102,7 +104,12 @@ def run(args, progress: Progress) -> int:
             raise ValueError("--serve works on one GPU only; start it without torchrun")
         server = serve.open_server(args, say)  # before the weights: the port may be taken
     header = settings_of_saved(args) if args.resume is not None else None
-    ckpt = open_checkpoint(args)
+    try:
+        ckpt = open_checkpoint(args)
+    except ValueError as error:
+        if header is None:
+            raise
+        raise ValueError(f"{error}; {args.resume} was saved with {header['ckpt']}") from None
     tok = load_tokenizer(ckpt, args)
     ids = []
     n_prompt = 1

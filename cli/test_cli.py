@@ -955,6 +955,19 @@ def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, 
     is_one_line(err, "gamma 1.0 where this run has 0.5")
 
 
+def test_a_save_that_this_model_cannot_go_on_with_names_its_own(cli, monkeypatch):
+    """Its schedule may ask for layers that another model lacks."""
+    cli("--save", "text.slim")
+
+    def refuse(args):
+        raise ValueError("boundary 9 is outside 1..3")
+
+    monkeypatch.setattr("cli.open_checkpoint", refuse)
+    code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", prompt=None)
+    assert code == 2
+    is_one_line(err, "boundary 9 is outside 1..3; text.slim was saved with ")
+
+
 def test_a_chat_whose_output_is_full_ends_in_one_line(cli):
     """A full disk or a closed input is no traceback."""
     if not os.path.exists("/dev/full"):

@@ -8,8 +8,8 @@ near, or at the first token. What is found is kept in a cache folder, by the wei
 
 import json
 import os
+import warnings
 import random
-from contextlib import suppress
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -115,9 +115,15 @@ def read_cache(key: str, n_layers: int, n_heads: int) -> Tensor | None:
 
 
 def write_cache(key: str, strengths: Tensor) -> None:
-    """Keep strengths for the next start; where that cannot be, they are measured again."""
-    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
+    """Keep strengths for the next start; where that cannot be, warn."""
+    try:
         path = cache_file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as file:
             file.write(json.dumps(strengths.tolist()).encode())
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        warnings.warn(
+            f"the model's lookup heads cannot be kept ({error}), so they are looked for at every "
+            "start; let XDG_CACHE_HOME name a folder that can be written",
+            stacklevel=2,
+        )

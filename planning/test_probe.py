@@ -103,6 +103,14 @@ def test_a_rule_of_ones_own_is_not_replaced(tiny, looking):
     assert engine.stats["score"] == "mine"
 
 
+def test_a_cache_that_cannot_be_written_is_no_secret(tiny, looking, tmp_path, monkeypatch):
+    """Every start takes longer then."""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="lookup heads cannot be kept .*/file.*XDG_CACHE_HOME"):
+        slim.load(tiny, "cpu", schedule={2: 192})
+
+
 def test_a_saved_conversation_belongs_to_its_heads(tiny, looking, tmp_path, monkeypatch):
     """Other heads would choose other blocks for the next token."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
