@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 

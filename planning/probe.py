@@ -8,8 +8,8 @@ near, or at the first token. What is found is kept in a cache folder, by the wei
 
 import json
 import os
-import warnings
 import random
+import warnings
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
