@@ -36,8 +36,8 @@ READ = "/v1/slim/read"
 MAP = "/v1/slim/map"
 TEXTS = "/v1/slim/texts"
 ANSWERS = (api.CHAT, api.COMPLETIONS, ollama.CHAT, ollama.GENERATE)
-FACTS = ("/v1/models", "/v1/stats", "/health", ollama.TAGS)  # see Server.facts
-PATHS = ("/", *ANSWERS, COUNT, READ, MAP, TEXTS, *FACTS)
+FACTS = ("/v1/models", "/v1/stats", "/health", ollama.TAGS, ollama.VERSION)  # see Server.facts
+PATHS = ("/", *ANSWERS, COUNT, READ, MAP, TEXTS, ollama.SHOW, *FACTS)
 
 
 # ---- the place ----------------------------------------------------------------------------
@@ -135,6 +135,7 @@ class Server(socketserver.ThreadingTCPServer):
             f"/v1/models/{self.model}": card,
             "/v1/stats": {**self.counts, **state},
             ollama.TAGS: ollama.tags(self.model, self.created),
+            ollama.VERSION: ollama.SPOKEN,
         }
 
     def close(self) -> None:
@@ -286,7 +287,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def post(self, path: str) -> None:
         server = self.server
-        if path not in (*ANSWERS, COUNT, READ):
+        if path not in (*ANSWERS, COUNT, READ, ollama.SHOW):
             raise self.no_such(path)
         try:
             body = json.loads(self.body())
@@ -296,6 +297,8 @@ class Handler(BaseHTTPRequestHandler):
         model = server.tok, server.model
         if path == COUNT:
             self.send_json(200, page.count(body, server.tok, server.max_len))
+        elif path == ollama.SHOW:
+            self.send_json(200, ollama.show(body, server.model, server.texts.engine.config))
         elif path == READ:
             request = page.parse_read(body, *model, server.max_len, server.texts)
             self.run_job(Job(request, page.read))

@@ -3,7 +3,7 @@
 import datetime
 
 from serve.answers import Piece, parts
-from serve.api import ApiError, Request, get
+from serve.api import ApiError, Request, check_model, get
 
 KIND = "application/x-ndjson"
 EVENT = b"%s\n"
@@ -12,6 +12,9 @@ END = b""
 TAGS = "/api/tags"
 CHAT = "/api/chat"
 GENERATE = "/api/generate"
+SHOW = "/api/show"
+VERSION = "/api/version"
+SPOKEN = {"version": "0.9.0"}  # of Ollama: the first that knows `thinking`, the newest part here
 # About the machine, and what is forgotten where a context overflows, which it never does here.
 IGNORED = (
     "keep_alive num_keep num_batch num_gpu main_gpu num_thread low_vram f16_kv numa use_mmap "
@@ -42,7 +45,7 @@ def read(path: str, body, max_len: int) -> tuple[bool, dict, int]:
     if thinks is not None:
         ours["chat_template_kwargs"] = {"enable_thinking": thinks}
     if "model" in ours:
-        ours["model"] = get(ours, "model", str, "").removesuffix(":latest")
+        ours["model"] = model_name(ours)
     raw = get(given, "raw", bool, False)
     if raw and path == CHAT:
         raise ApiError(400, "raw: true is for /api/generate; leave it out", "raw")
@@ -67,6 +70,20 @@ def tags(model: str, created: int) -> dict:
     """Return the list of the one model."""
     card = {"name": model, "model": model, "modified_at": as_text(created), "details": {}}
     return {"models": [card]}
+
+
+def show(body: dict, model: str, config) -> dict:
+    """Return what programs ask about a model before they use it."""
+    check_model(model_name(body), model)
+    family = config.model_type
+    info = {"general.architecture": family, f"{family}.context_length": config.max_len}
+    details = {"family": family, "families": [family], "format": "", "parameter_size": ""}
+    return {"details": details, "model_info": info, "capabilities": ["completion"]}
+
+
+def model_name(body: dict) -> str | None:
+    name = get(body, "model", str, None)
+    return name and name.removesuffix(":latest")
 
 
 def as_text(seconds: float) -> str:

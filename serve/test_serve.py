@@ -893,6 +893,11 @@ def test_ollamas_api_answers_as_openais(server):
             status, answer = server.ask(path, body | wrong)
             assert status == 400 and isinstance(answer["error"], str)
     assert server.ask("/api/tags")[1]["models"][0]["model"] == server.model
+    assert server.ask("/api/version")[1]["version"]
+    shown = server.ask("/api/show", {"model": server.model})[1]
+    assert shown["model_info"]["llama.context_length"] > 0
+    assert server.ask("/api/show", {"model": "another"})[0] == 404
+    assert server.ask("/api/show", {"model": 1})[0] == 400
     assert server.ask("/api/chat")[0] == 405 and server.ask("/api/pull", {})[0] == 404
 
 
