@@ -24,6 +24,8 @@ The words of this engine:
     local     attention of a prompt's row, below the first boundary, to the first tokens and those
               just before its tile, 256 positions (`model.Local`)
     draft     tokens that are guessed, and run in one step to see whether they are right
+    held      of a text that waits for its question: its rows stand at the first boundary, stages
+              above have no blocks yet, and all of it still counts as the prompt being read
 
     slab of one layer     | slot 0 | slot 1 | slot 2 |  ...  | tail: last block, new tokens -> |
     holds, in any order   | block 0| block 9| block 4|       | positions from tail_start on    |
@@ -46,7 +48,7 @@ run on a CUDA stream of their own in layer order, and a layer waits for its own 
 section on asynchronous KV management). Blocks that leave or return together are one copy a layer.
 On a CPU the same code runs without streams.
 
-Invariants: a stage's slots are always full; a block with keys in a stage is in a slot, at home, or
+Invariants: a stage's slots are always full, unless rows are held; a block with keys in a stage is in a slot, at home, or
 both; a block without keys is in aux, at that stage's boundary or at a lower one.
 
 Shapes: S slab rows, B block_len, G KV heads, D head_dim, C dim, W newest tokens, H heads,
@@ -291,13 +293,27 @@ class KVCache:
         self.planned = 0  # tokens of prompt and answer: decides between LongRoPE's factors, once
         self.tail_start = 0  # first position of the tail
         self.tail_rows = 0  # rows that slabs have for it
+        self.held: Tensor | None = None  # (N*B, C), rows of all blocks at the first boundary
+        self.held_tail: Tensor | None = None  # (T, C), and those of the tail
         for counter in COUNTERS:
             setattr(self, counter, 0)
 
     @property
     def reading_prompt(self) -> bool:
-        """Whether the next step, or the one under way, is the prompt's own."""
+        """Whether the next step, or the one under way, is the prompt's own, or a part of it."""
         return self.length == 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the conversation, held ones included."""
+        if self.held is None:
+            return self.length
+        return self.tail_start + len(self.held_tail)
+
+    @property
+    def shortest(self) -> int:
+        """The fewest tokens that `rewind` can keep; of those held, one has to choose blocks."""
+        return max(1, self.tail_start + (self.held is not None))
 
     # ---- a new conversation ---------------------------------------------------------
 
@@ -313,6 +329,8 @@ class KVCache:
         # The old conversation's memory goes first: there may not be enough for both.
         self.stages = []
         self.slabs = []
+        self.held = None
+        self.held_tail = None
         self.aux_memory.forget()
         self.home_memory.forget()
 
@@ -355,6 +373,8 @@ class KVCache:
         for stage in self.stages[1:]:
             homes += len(stage.layers) * len(set(stage.slots) - stage.home.keys())
         aux = sum(stage.n_slots for stage in self.stages[1:-1])
+        if self.held is not None:  # the first choice is still to come
+            aux += self.stages[0].n_slots - self.stages[-1].n_slots
         return [(self.home_memory, homes), (self.aux_memory, aux)]
 
     def exchange_allocates(self) -> bool:
@@ -481,7 +501,18 @@ class KVCache:
             returning = self.copies.to_device(entries, sent)  # (n, 2, G, B, D)
             slots[:, :, in_slots] = returning.permute(1, 2, 0, 3, 4)
 
-    # ---- rows that leave and return --------------------------------------------------
+    # ---- rows that wait, leave and return ---------------------------------------------
+
+    def hold(self, x: Tensor) -> None:
+        """Keep rows x (T, C) at the first boundary until a step chooses blocks."""
+        if self.held is None:
+            self.held = x[: self.tail_start]
+            self.held_tail = x[self.tail_start :].clone()  # a view would keep all of x
+        else:
+            self.held_tail = torch.cat([self.held_tail, x])
+
+    def held_bytes(self) -> int:
+        return 0 if self.held is None else self.held.nbytes + self.held_tail.nbytes
 
     def offload(self, stage: Stage, x: Tensor, place: dict[int, int]) -> None:
         """Copy the blocks pruned at this stage's boundary to aux.
@@ -522,7 +553,10 @@ class KVCache:
 
     def rewind(self, n: int) -> None:
         """Forget all but the first n tokens; the active blocks stay, and the next tokens choose."""
-        self.length = n
+        if self.held is None:
+            self.length = n
+        else:
+            self.held_tail = self.held_tail[: n - self.tail_start]
         self.n_prompt = min(self.n_prompt, n)
         for stage in self.stages:
             stage.newest = None
@@ -589,13 +623,14 @@ class KVCache:
         bytes: in use.
         """
         row_bytes = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
+        chosen = self.stages if self.held is None else self.stages[:1]
         in_tail = self.n_prompt - self.tail_start
         homes = sum(len(stage.home) * len(stage.layers) for stage in self.stages)
         aux = sum(len(stage.aux) for stage in self.stages)
         return {
             "prompt_tokens": self.n_prompt,
-            "tokens": self.length,
-            "kept": [stage.n_slots * self.block_len + in_tail for stage in self.stages],
+            "tokens": self.n_tokens,
+            "kept": [stage.n_slots * self.block_len + in_tail for stage in chosen],
             "kv_gpu_bytes": sum(slab.nbytes for slab in self.slabs),
             "kv_cpu_bytes": homes * self.home_memory.entry_bytes,
             "aux_cpu_bytes": aux * self.aux_memory.entry_bytes,

@@ -10,6 +10,9 @@ A boundary p stands inside layer p-1, after its attention and before its FFN (Sl
 position: first those of prompt blocks, then those of the tail. The first step has rows for every
 block; a decoded token has one tail row.
 
+A text may be read before its question is there: a held step ends at the first boundary, and the
+first step that is not held goes on from there, with the rows of all tokens (`KVCache.hold`).
+
 Shapes: T rows, S keys, H heads, G KV heads, D head_dim, C dim, F hidden_dim, V vocab, N prompt
 blocks, B block_len, W newest tokens that rank the blocks; t rows of a chunk, w newest tokens that
 have a row in a stage.
@@ -197,18 +200,26 @@ class Model:
         self.on_accept = lambda: None
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, n_logits: int = 1, n_drafted: int = 0) -> Tensor:
-        """Run new token ids (T,) after what the KV holds; return the last logits (n_logits, V).
+    def step(
+        self,
+        ids: Tensor,
+        n_logits: int = 1,
+        n_drafted: int = 0,
+        n_again: int = 0,
+        hold: bool = False,
+    ) -> Tensor | None:
+        """Run new token ids (T,) after what the KV has; return the last logits (n_logits, V).
 
         Prefill when the KV is empty, else decode or follow-up. Mutates the KV; `KVCache.make_room`
         comes before. The last n_drafted ids are guesses: they choose no blocks, and are no part of
-        the conversation until `accept` takes them, one by one.
+        the conversation until `accept` takes them, one by one. hold: end at the first boundary,
+        choose no blocks, return None. The first n_again ids are held already: they rank the blocks.
         """
         kv = self.kv
-        first = kv.reading_prompt  # the prompt's own step: a row for every block
-        end = kv.length + len(ids)
-        first_tail = max(kv.length, kv.tail_start)
-        blocks = list(kv.stages[0].slots) if first else []  # with rows in x, ascending
+        start = kv.n_tokens - n_again
+        end = start + len(ids)
+        first_tail = start or kv.tail_start
+        blocks = [] if start else list(kv.stages[0].slots)  # with rows in x, ascending
         x = self.embed(ids.to(kv.device))  # (T, C)
         n_newest = min(self.window + n_drafted, len(ids))
         ranking = RANKINGS[self.rule.sees](self, n_newest, n_drafted)
@@ -219,11 +230,18 @@ class Model:
             for layer in stage.layers:
                 queries = self.attention(layer, x, rows)
                 self.on_queries(layer, queries)
-                if below_top:
+                if below_top and not hold:
                     ranking.see(layer, stage, rows, queries)
                 move = None
                 if below_top and layer == stage.layers[-1]:
-                    x, blocks, move = self.boundary(i + 1, x, blocks, ranking)
+                    if hold:
+                        kv.hold(x)
+                        return None
+                    if kv.held is not None:
+                        x, blocks, move = self.first_boundary(x[n_again:], ranking)
+                        first_tail = kv.tail_start
+                    else:
+                        x, blocks, move = self.boundary(i + 1, x, blocks, ranking)
                 self.ffn(layer, x)
                 if move is not None:
                     kv.copy(move)  # after the FFN, which hides the copies
@@ -288,7 +306,7 @@ class Model:
         """Return how many leading rows have local attention: of a prompt that is being pruned."""
         kv = self.kv
         is_first_of_several = stage is kv.stages[0] and len(kv.stages) > 1
-        if kv.reading_prompt and is_first_of_several:
+        if kv.n_tokens == 0 and is_first_of_several:
             return self.local.n_rows(kv.n_prompt)
         return 0
 
@@ -436,6 +454,18 @@ class Model:
         """Make scores (W, N+1) the maximum over all ranks' heads; one rank has it already."""
 
     # ---- a boundary ---------------------------------------------------------------------
+
+    def first_boundary(
+        self, x: Tensor, ranking: "Ranking"
+    ) -> tuple[Tensor, list[int], Move | None]:
+        """Let held rows pass the first boundary, and new rows x (T, C) follow them; as `boundary`.
+
+        Held rows of blocks are pruned before the others are added: they are in memory once.
+        """
+        kv = self.kv
+        kept, blocks, move = self.boundary(1, kv.held, list(kv.stages[0].slots), ranking)
+        kv.held = None
+        return torch.cat([kept, kv.held_tail, x]), blocks, move
 
     def boundary(
         self, upper: int, x: Tensor, blocks: list[int], ranking: "Ranking"

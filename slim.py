@@ -5,6 +5,7 @@
 `load` checks everything it can before it allocates memory: it loads the whole checkpoint, or
 refuses it with one line that says why. An `Engine` holds one conversation: `prefill` starts it,
 `extend` continues it with a decoded token or a follow-up, and `generate` calls both in a loop.
+`read` starts it with a text whose first question comes later.
 """
 
 if __name__ == "__main__":  # start the command line, which imports this file as the module `slim`
@@ -161,6 +162,22 @@ class Engine:
         among them. reserve: of `room`, the tokens to check memory for now, by default all. Raises
         ValueError for ids outside the vocabulary, or too little memory.
         """
+        return self.start_afresh(ids, room, schedule, keep_last, reserve)[0]
+
+    def read(
+        self, ids, room: int = 0, schedule=None, keep_last: int = 0, reserve: int | None = None
+    ) -> None:
+        """Start afresh with a text that is asked about later; arguments and errors of `prefill`.
+
+        Only the layers below the first boundary run. The first `extend` or `generate` chooses the
+        blocks as if text and question had been one prompt, and runs the layers above. The one
+        difference: rows before the question's are read locally as far as the text alone allows.
+        """
+        self.start_afresh(ids, room, schedule, keep_last, reserve, hold=True)
+
+    def start_afresh(
+        self, ids, room, schedule, keep_last: int, reserve: int | None, hold: bool = False
+    ) -> Tensor | None:
         ids = self.check_ids(ids)
         check_count(keep_last, "keep_last")
         keep_last = min(keep_last, len(ids) - 1)
@@ -175,7 +192,7 @@ class Engine:
         self.rank_by(ckpt)
         started = time.perf_counter()
         self.kv.reset(len(ids), ckpt.schedule, room, keep_last)
-        logits = self.run(ids)[0]
+        logits = self.run(ids, hold=hold)
         self.prefill_s = time.perf_counter() - started
         return logits
 
@@ -221,12 +238,15 @@ class Engine:
             self.model.window = ckpt.window
             self.model.gamma = ckpt.gamma
 
-    def extend(self, ids=(), all_logits: bool = False, room: int = 0, draft=()) -> Tensor:
+    def extend(
+        self, ids=(), all_logits: bool = False, room: int = 0, draft=(), hold: bool = False
+    ) -> Tensor | None:
         """Append ids, one (a decode step) or many (a follow-up); return the logits (V,) after them.
 
         draft: ids that may come next; they are run too, and `accept` appends them. The logits are
         then (1 + drafted, V): after ids, and after each drafted token. all_logits: after every
-        token that is run, (T, V). room: tokens after these to check memory for.
+        token that is run, (T, V). room: tokens after these to check memory for. hold: of a text
+        that waits for its question, read on only (returns None); else it changes nothing.
         Tokens that `generate` has yielded but not run are run first. Raises ValueError before any
         prefill, after an interrupted step, for wrong ids, or too little memory.
         """
@@ -238,9 +258,12 @@ class Engine:
         n_rows = len(ids) + len(draft)
         n_logits = n_rows if all_logits else 1 + len(draft)
         self.check_growth(n_rows, room, n_logits)
-        self.kv.make_room(self.kv.length + n_rows, room)
-        logits = self.run(ids, n_logits, draft)
+        self.kv.make_room(self.kv.n_tokens + n_rows, room)
+        hold = hold and self.kv.held is not None
+        logits = self.run(ids, n_logits, draft, hold)
         self.pending = []
+        if hold:
+            return None
         return logits if all_logits or draft else logits[0]
 
     def accept(self) -> None:
@@ -262,11 +285,29 @@ class Engine:
         self.accepted += 1
         self.usable = True
 
-    def run(self, ids: list[int], n_logits: int = 1, draft=()) -> Tensor:
+    def finish(self) -> None:
+        """Let a text that waits for its question (`read`) choose blocks by its own end.
+
+        Raises ValueError for too little memory.
+        """
+        if self.usable and self.kv.held is not None:
+            self.check_growth(0, 0, 1)
+            self.run([])
+
+    def run(
+        self, ids: list[int], n_logits: int = 1, draft=(), hold: bool = False
+    ) -> Tensor | None:
         self.usable = False
         self.steps += 1
         self.draft_left = list(draft)
-        logits = self.model.step(torch.tensor([*ids, *draft]), n_logits, len(draft))
+        chooses_first = self.kv.held is not None and not hold
+        again = self.ids[-self.model.window :] if chooses_first else []  # they rank blocks too
+        new = torch.tensor([*again, *ids, *draft])
+        logits = self.model.step(new, n_logits, len(draft), len(again), hold)
+        if logits is None:
+            self.usable = True
+            self.ids += ids
+            return None
         logits = logits.clone()  # a normal tensor, which callers may write to
         # this waits for the device too, so the seconds in stats are of finished work
         if not logits.sum().isfinite():
@@ -290,12 +331,11 @@ class Engine:
             raise ValueError("there is no complete conversation to rewind; call prefill first")
         if n is None:
             n = self.kv.n_prompt
-        least = max(1, self.kv.tail_start)
+        least = self.kv.shortest
+        most = self.kv.n_tokens
         is_number = hasattr(n, "__index__") and not isinstance(n, bool)
-        if not is_number or not least <= n <= self.kv.length:
-            raise ValueError(
-                f"cannot rewind to {n!r} tokens; it can be to {least}..{self.kv.length} of them"
-            )
+        if not is_number or not least <= n <= most:
+            raise ValueError(f"cannot rewind to {n!r} tokens; it can be to {least}..{most} of them")
         n = operator.index(n)
         self.kv.rewind(n)
         self.ids = self.ids[:n]
@@ -308,7 +348,8 @@ class Engine:
     def save(self, path, extra: dict | None = None) -> None:
         """Write the conversation to a safetensors file, completely or not at all.
 
-        extra: a dict of JSON that is kept with it. Raises ValueError if there is no conversation,
+        extra: a dict of JSON that is kept with it. A text that waits for its question is finished
+        first (`finish`). Raises ValueError if there is no conversation,
         its rule has no name, extra is not JSON, or the file cannot be written.
         """
         if not self.usable:
@@ -318,6 +359,7 @@ class Engine:
                 "the scoring function has no name; give it one: score=prune.Rule('name', function)"
             )
         check_extra(extra)
+        self.finish()
         layout, tensors = self.kv.state()
         header = {
             "ckpt": str(self.ckpt.folder.absolute()),
@@ -365,7 +407,7 @@ class Engine:
         """Raise ValueError unless n tokens fit in place of those here; see `check_memory`."""
         check_count(room, "room")
         held = self.kv.stats()
-        loaded = ckpt.weight_bytes + KERNEL_BYTES + held["kv_gpu_bytes"]
+        loaded = ckpt.weight_bytes + KERNEL_BYTES + held["kv_gpu_bytes"] + self.kv.held_bytes()
         pruned = held["kv_cpu_bytes"] + held["aux_cpu_bytes"]
         check_memory(ckpt, n, room, keep_last=keep_last, homes=homes, loaded=loaded, held=pruned)
 
@@ -373,17 +415,20 @@ class Engine:
         """Raise ValueError unless n_rows more tokens, and room after them, fit beside what is here.
 
         A decode step was planned, mostly grows nothing and is then not checked: asking what is free
-        takes 1 ms.
+        takes 1 ms. Where rows are held, the step has the rows of all tokens, as the prompt's own.
         """
         kv = self.kv
-        end = kv.length + n_rows
-        planned = n_rows <= STEP_ROWS and n_logits <= STEP_ROWS
+        first = kv.held is not None
+        end = kv.n_tokens + n_rows
+        planned = n_rows <= STEP_ROWS and n_logits <= STEP_ROWS and not first
         if planned and kv.growth_bytes(end) == 0 and not kv.exchange_allocates():
             return
         slots = [stage.n_slots for stage in kv.stages]
         n_tail = end - kv.tail_start
         need = kv.growth_bytes(end + room)
-        need += step_bytes(self.running, slots, n_rows, n_tail, n_logits=n_logits)
+        rows = n_tail if first else n_rows
+        need += step_bytes(self.running, slots, rows, n_tail, first=first, n_logits=n_logits)
+        need -= kv.held_bytes()  # these rows are here already
         pruned = kv.exchange_bytes()
         if not fits(kv.device, need, pruned):
             raise ValueError(

@@ -1365,6 +1365,67 @@ def test_the_state_of_a_block_says_where_it_is(tiny):
     assert [top.state(block) for block in (0, 11, 1, 7)] == ["active", "home", "active", "below"]
 
 
+# ---- a text that waits for its question ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "score, schedule, chunk, window",
+    [
+        ("peak", {1: 64, 2: 40, 3: 24}, 7, 0),
+        ("peak", {2: 64}, 64, 24),
+        ("lookup", {2: 64, 4: 48}, 7, 0),
+        ("paper", {1: 64, 3: 32}, 64, 24),
+        (MASS, {1: 64, 3: 32}, 7, 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "pieces, kept", [([150], 150), ([150, 9, 1], 160), ([150], 143), ([150], 137)]
+)
+def test_a_text_that_waits_for_its_question_is_read_as_one_prompt_with_it(
+    tiny, monkeypatch, score, schedule, chunk, window, pieces, kept
+):
+    """The question chooses all blocks, none is revived; also after going back, and in pieces."""
+    monkeypatch.setattr(model, "TILE", 16)
+    monkeypatch.setattr(planning.checkpoint, "LAST_ROWS", 48)
+    set_lookup_heads(monkeypatch, (0, 1), (1, 2), (3, 0))
+
+    def load():
+        settings = dict(block_len=8, unit_len=4, chunk=chunk, local_window=window)
+        return slim.load(tiny, "cpu", "float64", schedule, score, **settings)
+
+    held = load()
+    one = load()
+    ids = draw(200)
+    choices = {held: [], one: []}
+    for engine, chosen in choices.items():
+        engine.model.on_select = lambda i, candidates, scores, active, chosen=chosen: chosen.append(
+            (i, candidates, scores, active)
+        )
+    held.read(ids[: pieces[0]], keep_last=12)
+    for n in pieces[1:]:
+        assert held.extend(ids[len(held.ids) :][:n], hold=True) is None
+    held.rewind(kept)
+    assert held.ids == ids[:kept] and held.stats["tokens"] == kept and not choices[held]
+    assert len(held.stats["kept"]) == 1
+    text = held.kv.n_prompt
+    got = [held.extend(ids[kept : kept + 5])]
+    assert held.stats["revived"] == 0 and held.kv.n_prompt == text
+    assert held.kv.local_rows == (96 if window else 0)
+    # those rows of a text alone that its tail and LAST_ROWS leave
+    monkeypatch.setattr(model.Local, "n_rows", lambda *_: held.kv.local_rows)
+    want = [one.prefill(ids[: kept + 5], keep_last=kept + 5 - 138)]
+    assert one.kv.tail_start == held.kv.tail_start and one.kv.local_rows == held.kv.local_rows
+    for start in (*range(kept + 5, kept + 12), kept + 25):
+        new = ids[len(one.ids) : start + 1]
+        got.append(held.extend(new))
+        want.append(one.extend(new))
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), atol=1e-10, rtol=0)
+    for (*a, scores_a, active_a), (*b, scores_b, active_b) in zip(*choices.values(), strict=True):
+        torch.testing.assert_close(scores_a, scores_b, atol=1e-10, rtol=0)
+        assert a == b and active_a == active_b
+    assert held.stats["swaps"] == one.stats["swaps"]
+
+
 # ---- copies ---------------------------------------------------------------------------------
 
 

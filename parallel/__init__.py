@@ -476,7 +476,7 @@ class Engine(slim.Engine):
 
     Where ranks agree:
     - at the start of every call, in a script: on the method and its arguments (`Ranks.command`)
-    - prefill, extend and resume: whether all have memory, before anything is given up
+    - prefill, read, extend and resume: whether all have memory, before anything is given up
     - in a step: x and the vocabulary, by sums; blocks, by maxima or as rank 0 has it (`joined`);
       logits, as rank 0 has them
     - resume: that all have read the file; save: whether rank 0 could write all ranks' parts
@@ -489,6 +489,8 @@ class Engine(slim.Engine):
         self.config = part.full.config
 
     prefill = commanded(slim.Engine.prefill)
+    read = commanded(slim.Engine.read)
+    finish = commanded(slim.Engine.finish)
     extend = commanded(slim.Engine.extend)
     accept = commanded(slim.Engine.accept)
     forget = commanded(slim.Engine.forget)
@@ -505,6 +507,8 @@ class Engine(slim.Engine):
         """Write one file of all ranks' parts, by rank 0."""
         self.ranks.together(lambda: check_extra(extra))
         refused = not self.usable or not self.model.rule.name  # by every rank, before it sends
+        if not refused:
+            self.finish()  # a step, which takes all ranks
         write = super().save
         writes = self.ranks.rank == 0 or refused
         self.ranks.together(lambda: write(path, extra) if writes else self.kv.state())
@@ -525,10 +529,10 @@ class Engine(slim.Engine):
         """Ask every rank at every step: some may have to allocate where others need not."""
         self.ranks.together(lambda: slim.Engine.check_growth(self, *args))
 
-    def run(self, *args) -> Tensor:
+    def run(self, *args, **options) -> Tensor | None:
         """Run a step; return rank 0's logits on every rank that may sample from them."""
-        logits = super().run(*args)
-        return logits if self.ranks.role else self.ranks.first(logits)
+        logits = super().run(*args, **options)
+        return logits if self.ranks.role or logits is None else self.ranks.first(logits)
 
     def generate(
         self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, *args, **options

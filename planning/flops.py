@@ -67,10 +67,14 @@ def prefill_flops(
 
 
 class WorkDone:
-    """How far a prefill is, by the work of its layers; `share` is asked before each chunk."""
+    """How far a prefill is, by the work of its layers; `share` is asked before each chunk.
 
-    def __init__(self, engine):
+    hold: it ends at the first boundary, as `Engine.read` does.
+    """
+
+    def __init__(self, engine, hold: bool = False):
         self.engine = engine
+        self.hold = hold
         self.prompt = None  # which is being read: a probe may come before the one that is asked for
 
     def share(self, layer: int, n_rows: int) -> float:
@@ -91,6 +95,8 @@ class WorkDone:
         self.started = time.perf_counter()
         self.done = 0.0  # operations
         self.work = [*layer_work(config, kv.n_prompt, kv.schedule, kv.block_len, local)]
+        if self.hold:
+            self.work = self.work[: kv.stages[0].layers.stop]
         self.total = sum(layer_flops(config, rows, keys) for rows, keys, _ in self.work)
 
     def seconds_left(self, share: float) -> float:
