@@ -606,6 +606,10 @@ class KVCache:
 
     # ---- helpers --------------------------------------------------------------------
 
+    def chosen_stages(self) -> list[Stage]:
+        """Return the stages that have blocks."""
+        return self.stages if self.held is None else self.stages[:1]
+
     def block_rows(self, numbers: list[int]) -> Tensor:
         """Return all rows of the blocks (or slots) with these numbers: (len(numbers) * B,)."""
         first = self.upload(numbers)[:, None] * self.block_len
@@ -623,14 +627,13 @@ class KVCache:
         bytes: in use.
         """
         row_bytes = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.dtype.itemsize
-        chosen = self.stages if self.held is None else self.stages[:1]
         in_tail = self.n_prompt - self.tail_start
         homes = sum(len(stage.home) * len(stage.layers) for stage in self.stages)
         aux = sum(len(stage.aux) for stage in self.stages)
         return {
             "prompt_tokens": self.n_prompt,
             "tokens": self.n_tokens,
-            "kept": [stage.n_slots * self.block_len + in_tail for stage in chosen],
+            "kept": [stage.n_slots * self.block_len + in_tail for stage in self.chosen_stages()],
             "kv_gpu_bytes": sum(slab.nbytes for slab in self.slabs),
             "kv_cpu_bytes": homes * self.home_memory.entry_bytes,
             "aux_cpu_bytes": aux * self.aux_memory.entry_bytes,

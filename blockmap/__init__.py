@@ -34,7 +34,7 @@ class Recorder:
 
     Takes three of the model's hooks. record: {"n_prompt", "block_len", "stages", "steps"}. A stage:
     {"candidates", "scores", "seen", "active"} of the prompt's step, "seen" being the layer that
-    gave the score. A step: {"at": tokens before it, "pending": how many of its own tokens the model
+    gave the score; of a text that waited for its question, of the question's. A step: {"at": tokens before it, "pending": how many of its own tokens the model
     wrote, drafted ones too, "moves": [[stage, in, out, revived]]}.
     """
 
@@ -178,25 +178,27 @@ def assemble(path: Path) -> tuple[str, dict[str, str]]:
 def describe(engine, record: dict, ids) -> dict:
     """Gather what the page shows of a conversation, as plain JSON.
 
-    Raises ValueError if the parts do not belong together.
+    held: a text waits for its question, so that no stage has blocks yet. Raises ValueError if the parts do not belong together.
     """
     kv = engine.kv
-    if kv.length == 0:
+    length = kv.n_tokens
+    if length == 0:
         raise ValueError("there is no map to draw: no prompt was read to its end")
     ids = engine.check_ids(ids)
-    if len(ids) < kv.length:
+    if len(ids) < length:
         raise ValueError(
-            f"a map needs all ids of the conversation: {kv.length:,} were read, "
+            f"a map needs all ids of the conversation: {length:,} were read, "
             f"{len(ids):,} are given"
         )
-    if len(kv.stages) == 1:
-        record = {"stages": [], "steps": []}  # dense: nothing was chosen
+    held = kv.held is not None
+    if held or len(kv.stages) == 1:
+        record = {"stages": [], "steps": []}  # nothing was chosen
     elif not matches(record, kv, engine.usable):
         raise ValueError("the record is not of this conversation; make the Recorder before prefill")
-    steps = [step for step in record["steps"] if step["at"] < kv.length]  # the last may be broken
+    steps = [step for step in record["steps"] if step["at"] < length]  # the last may be broken
     turns = list(spoken(kv, steps))
-    if len(ids) > kv.length:
-        turns.append({"at": kv.length, "kind": "written", "step": None})
+    if len(ids) > length:
+        turns.append({"at": length, "kind": "written", "step": None})
     starts = list(range(0, kv.tail_start + 1, kv.block_len))
     cuts = [*starts, *(turn["at"] for turn in turns), len(ids)]
     texts = list(pieces(engine.tokenizer, ids, cuts))
@@ -208,7 +210,8 @@ def describe(engine, record: dict, ids) -> dict:
         "model": engine.ckpt.folder.name,
         "block_len": kv.block_len,
         "device": kv.device.type,
-        "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.stages],
+        "held": held,
+        "layers": [[stage.layers.start, stage.layers.stop] for stage in kv.chosen_stages()],
         "stages": record["stages"],
         "steps": steps,
         "blocks": texts[: len(starts)],
@@ -246,9 +249,10 @@ def spoken(kv, steps: list[dict]):
 
     kind: "written" by the model, "asked", or "after" where nothing was recorded.
     """
-    if not steps and kv.length > kv.n_prompt:
+    starts = [*(step["at"] for step in steps), kv.n_tokens]
+    if starts[0] > kv.n_prompt:
         yield {"at": kv.n_prompt, "kind": "after", "step": None}
-    ends = [step["at"] for step in steps[1:]] + [kv.length]
+    ends = starts[1:]
     for number, (step, end) in enumerate(zip(steps, ends), start=1):
         start = step["at"]
         written = step["pending"]

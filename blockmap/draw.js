@@ -96,7 +96,7 @@ function heldIn(b) {
     if (!active[i][b]) return;
     if (held.at(-1)?.[1] === from) held.at(-1)[1] = to; else held.push([from, to]);
   });
-  return held[0][1] - held[0][0] === data.layers.at(-1)[1] ? "in every layer" : `in ${held.map(layerNames).join(", ")}`;
+  return !data.held && held[0][1] - held[0][0] === data.layers.at(-1)[1] ? "in every layer" : `in ${held.map(layerNames).join(", ")}`;
 }
 
 // ---- the text -------------------------------------------------------------------------------

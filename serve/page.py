@@ -1,8 +1,8 @@
 """The page at `/`, and what it is told: texts that were read, their map, and each answer's part.
 
-The page reads a text by `/v1/slim/read`, which is one user's message without an answer. Questions
-are ordinary chat requests whose first message is the text and the question; they go on with it as
-any request does. What the page shows of a conversation is its `talk`, a dict of JSON:
+The page reads a text by `/v1/slim/read`, which is one user's message without an answer; its blocks
+are chosen by the first question (`Engine.read`). Questions are ordinary chat requests whose first
+message is the text and the question; they go on with it as any request does. What the page shows of a conversation is its `talk`, a dict of JSON:
 {"id", "name", "text", "tokens", "dense", "turns": [{"question", "answer", "note", "looked"}]}.
 """
 
@@ -129,7 +129,7 @@ def read_anew(job, engine, dense: bool) -> None:
     room = min(ROOM_TO_READ, engine.config.max_len - len(request.ids))
     engine.model.on_chunk = report_progress(job, engine)
     try:
-        engine.prefill(
+        engine.read(
             request.ids,
             room,
             schedule={} if dense else None,
@@ -141,11 +141,11 @@ def read_anew(job, engine, dense: bool) -> None:
 
 
 def report_progress(job, engine):
-    """Return a function that follows a prefill and reports tokens, as shares of the work.
+    """Return a function that follows a reading and reports tokens, as shares of the work.
 
     It raises Disconnected if the client has left.
     """
-    progress = WorkDone(engine)
+    progress = WorkDone(engine, hold=True)
     reported = time.perf_counter()
     n = len(job.request.ids)
 

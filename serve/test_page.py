@@ -83,22 +83,20 @@ def test_a_text_waits_in_a_file_with_its_map(talking, tmp_path):
     texts = Texts(engine, tmp_path)
     first = reading(engine, texts, {"text": text_of(700), "name": "one"})
     assert "".join(map(plain, first["blocks"])).count("ABBA") > 50
+    assert first["held"] and first["stages"] == []
     second = reading(engine, texts, {"text": text_of(700, seed=1), "name": "two"})
     texts.put_away()
     listed = {text["name"]: (text["kept"], text["open"]) for text in texts.talks()}
     assert listed == {"one": (True, False), "two": (True, True)}
 
     again = slim.load(talking, "cpu", **PRUNED)
-    again.prefill = None  # nothing is read
+    again.read = again.prefill = None  # nothing is read
     texts = Texts(again, tmp_path)
+    names = "talk", "blocks", "turns", "tokens", "prompt_tokens"
     for described in (first, second, first):
         opened = reading(again, texts, {"id": described["talk"]["id"]})
-        assert without_sizes(opened) == without_sizes(described)
-
-
-def without_sizes(described):
-    """Leave out bytes: the room for new tokens is laid out anew."""
-    return {name: value for name, value in described.items() if not name.endswith("_bytes")}
+        assert [opened[name] for name in names] == [described[name] for name in names]
+        assert len(opened["stages"]) == 2 and not opened["held"]  # chosen by its own end
 
 
 def plain(text):
@@ -115,7 +113,7 @@ def test_a_dense_text_is_not_taken_for_a_pruned_one(talking, tmp_path):
     ids = engine.ids
     assert texts.find(ids)[1] == 0 < texts.find(ids, dense=True)[1]
     pruned = reading(engine, texts, {"text": text, "name": "t"})
-    assert len(pruned["stages"]) == 2 and not texts.dense()
+    assert pruned["held"] and not dense["held"] and not texts.dense()
     assert not texts.files()
     assert texts.find(ids, dense=True)[1] == 0 < texts.find(ids)[1]
 
@@ -137,7 +135,7 @@ def test_a_reading_that_is_stopped_leaves_nothing(talking):
 
     engine.model.on_chunk = stop_later
     with pytest.raises(Disconnected):
-        engine.prefill(request.ids, keep_last=page.CLOSING)
+        engine.read(request.ids, keep_last=page.CLOSING)
     assert len(chunks) == 3 and not engine.usable
     assert reading(engine, texts, {"text": text_of(700)})["prompt_tokens"] == len(request.ids)
 
@@ -271,7 +269,11 @@ def test_a_text_is_read_asked_about_and_gone_on_with(server, browser, document):
         "return [...document.querySelectorAll('#blocks .text')].map(e => e.textContent)"
     ) == [plain(text) for text in read["blocks"]]
     assert str(read["prompt_tokens"])[-3:] in tab["about"].text
+    shades = "return [...document.querySelectorAll('#blocks .block')].map(e => e.className[7])"
+    assert "when a question comes" in tab["about"].text and set(tab.run(shades)[1:]) == {"0"}
     tab.ask("ABBA?")
+    assert "The darker" in tab["about"].text and set(tab.run(shades)[1:]) == {"0", "1", "2"}
+    assert tab.run("return data.blocks.join('')").count("ABBA?") == 0  # not a part of the text
     tab.ask("CAB?")
     now = server.ask("/v1/slim/map")[1]
     turns = now["talk"]["turns"]

@@ -171,7 +171,7 @@ class Texts:
         """Return the conversation in the engine; while a request runs, what it asked for."""
         engine = self.engine
         ids = engine.ids + engine.pending
-        return self.running or Text(ids, engine.kv.tail_start, self.day, self.talk, self.dense())
+        return self.running or Text(ids, engine.kv.shortest, self.day, self.talk, self.dense())
 
     def dense(self) -> bool:
         """Tell whether the conversation at hand is dense, and the server is not."""
@@ -250,7 +250,8 @@ class Texts:
     def put_away(self, wanted: Path | None = None) -> None:
         """Save the conversation at hand if there is a folder and it is worth it.
 
-        A failure is a line in the log. wanted: the file that is used next, which therefore stays.
+        A text without a question chooses its blocks first. A failure is a line in the log. wanted:
+        the file that is used next, which therefore stays.
         """
         engine = self.engine
         worth_it = engine.usable and engine.kv.tail_start >= WORTH_A_FILE
@@ -260,12 +261,14 @@ class Texts:
             return
         self.refresh()
         here = self.at_hand()
-        covered = any(text.covers(here) for text in self.saved.values())
-        if covered or not self.make_room(self.size(), wanted):
+        if any(text.covers(here) for text in self.saved.values()):
             return
         name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
         path = self.folder / f"text-{name}.slim"
         try:
+            engine.finish()
+            if not self.make_room(self.size(), wanted):
+                return
             engine.save(path, self.extra())
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.say(f"slim: {one_line(error)}")

@@ -185,7 +185,7 @@ def write_next(
     texts.day = request.day
     texts.talk = page.go_on(texts.talk, request.turns) if cached else None
     texts.recorder.restart()
-    first = engine.kv.tail_start if cached else len(request.ids) - keep_last
+    first = engine.kv.shortest if cached else len(request.ids) - keep_last
     texts.running = Text(request.ids, first, request.day, texts.talk, dense)
     turn = page.Turn(job, engine, texts, started, cached)
     try:
@@ -250,7 +250,8 @@ def read_ahead(job: Job, engine, cached: int) -> list[int]:
     ids = job.request.ids[cached:]
     piece = PIECE[engine.kv.device.type]
     while cached and len(ids) > piece:
-        engine.extend(ids[:piece], room=len(ids) - piece + room_for(job.request))
+        room = len(ids) - piece + room_for(job.request)
+        engine.extend(ids[:piece], room=room, hold=True)
         ids = ids[piece:]
         job.check()
     return ids
