@@ -1334,7 +1334,10 @@ def test_no_step_asks_for_host_memory(tiny, tmp_path, seed, monkeypatch):
             return step(*args)
 
     monkeypatch.setattr(engine.model, "step", step)
-    engine.prefill(draw(700, seed))
+    if seed:
+        engine.prefill(draw(700, seed))
+    else:
+        engine.read(draw(700), keep_last=20)
     for _ in range(30):
         work = rng.choice(["token", "token", "follow-up", "rewind", "resume"])
         if work == "rewind":
@@ -1424,6 +1427,37 @@ def test_a_text_that_waits_for_its_question_is_read_as_one_prompt_with_it(
         torch.testing.assert_close(scores_a, scores_b, atol=1e-10, rtol=0)
         assert a == b and active_a == active_b
     assert held.stats["swaps"] == one.stats["swaps"]
+
+
+def test_a_text_that_waits_goes_on_like_any_conversation(tiny, tmp_path):
+    """Saved without a question, it chooses by its own end; read dense, there is nothing to wait."""
+    settings = dict(score="peak", chunk=16)
+    held, one = (load_three_stages(tiny, **settings) for _ in range(2))
+    held.read(draw(150), keep_last=20)
+    one.prefill(draw(150), keep_last=20)
+    least = held.kv.tail_start + 1
+    with pytest.raises(ValueError, match=f"to {least}..150 of them"):
+        held.rewind(least - 1)
+    held.save(tmp_path / "talk.slim")
+    names = "tokens", "kept", "swaps", "revived", "prompt_tokens"
+    assert [held.stats[name] for name in names] == [one.stats[name] for name in names]
+    want = go_on(one, [5])
+    held.finish()  # nothing is left to do
+    torch.testing.assert_close(go_on(held, [5]), want, atol=1e-4, rtol=0)
+    other = load_three_stages(tiny, **settings)
+    other.resume(tmp_path / "talk.slim")
+    torch.testing.assert_close(go_on(other, [5]), want, atol=1e-4, rtol=0)
+    held.read(draw(150), keep_last=20)
+    held.rewind(least)
+    held.finish()
+    assert held.stats["kept"][1:] == [57, 33, 17] and held.ids == draw(150)[:least]
+    held.read(draw(150), schedule="dense")
+    assert len(held.stats["kept"]) == 1 and held.kv.held is None
+    assert held.extend([5], hold=True).isfinite().all()  # nothing waits, so nothing is held
+    held.read(draw(150), keep_last=20)
+    assert len(list(held.generate([5], 9, follow_up=True))) == 9
+    held.rewind()
+    assert held.ids == draw(150)
 
 
 # ---- copies ---------------------------------------------------------------------------------

@@ -340,6 +340,43 @@ def test_ranks_draft_and_accept_as_one_does(folders, tmp_path):
         assert max(abs(a - b) for a, b in zip(ranks_after, after)) < 1e-10
 
 
+@pytest.mark.parametrize("rule", ["peak", "lookup", "paper"])
+def test_ranks_hold_a_text_as_one_does(folders, tmp_path, rule):
+    """Read, read on, go back, ask; and saved before a question has come."""
+
+    def work():
+        engine = load(
+            folders["llama3-gqa"],
+            "cpu",
+            dtype="float64",
+            schedule={2: 96, 3: 64},
+            score=RULES[rule],
+            block_len=16,
+            unit_len=4,
+        )
+        choices = []
+        engine.model.on_select = lambda i, candidates, scores, active: choices.append(
+            (i, sorted(active))
+        )
+        engine.read(draw(300), keep_last=20)
+        assert engine.extend(draw(9, seed=1), hold=True) is None
+        engine.rewind(295)
+        assert choices == []
+        logits = [engine.extend(draw(9, seed=2)), engine.extend([3])]
+        engine.read(draw(300, seed=3))
+        file = str(tmp_path / f"talk.{os.environ.get('WORLD_SIZE', 1)}")
+        engine.save(file)
+        engine.resume(file)
+        logits.append(engine.extend([4]))
+        return choices, torch.stack(logits).numpy()
+
+    choices, logits = work()
+    assert len(choices) == 8
+    for ranks_choices, ranks_logits in Group(tmp_path, 2, work).results():
+        assert ranks_choices == choices
+        assert abs(ranks_logits - logits).max() < 1e-10
+
+
 @pytest.mark.parametrize("n, steps", [(2, 200), (4, 40)])
 def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path, n, steps):
     """Sampled, with a seed and logits of each rank's own: rank 0's count."""

@@ -319,6 +319,27 @@ def test_a_steps_memory_is_what_was_planned(schedule, score, dtype, prompt, late
         assert engine.stats["revived"] > slots[1] // 2
 
 
+@pytest.mark.parametrize("score", ["peak", "paper"])
+def test_a_first_question_takes_no_more_than_the_prompts_step(score, monkeypatch):
+    """Rows that wait are in memory once, while the text is read on and when blocks are chosen."""
+    engine, n = slim.load(HERE / "demo", "cpu", "float32", {3: 1 / 4, 6: 1 / 8}, score), 4096
+    ids, kv = draw(n + 400, vocab=engine.config.vocab_size), engine.kv
+    kv.reset(n, engine.ckpt.schedule, 1100, keep_last=40)
+    slots = [stage.n_slots for stage in kv.stages]
+    n_tail = n - kv.tail_start
+    step = planning.memory.step_bytes(engine.ckpt, slots, n_tail, n_tail, first=True)
+    assert 0.7 < peak(lambda: engine.run(ids[:n], hold=True)) / step <= 1
+    plan = planning.memory.step_bytes(engine.ckpt, slots, n_tail + 400, n_tail + 400, first=True)
+    set_free(monkeypatch, plan - kv.held_bytes() + kv.exchange_bytes() - 1)
+    assert kv.exchange_bytes() == kvcache.aux_blocks(slots) * kv.aux_memory.entry_bytes
+    with pytest.raises(ValueError, match="400 more tokens"):
+        engine.extend(ids[n:])
+    set_free(monkeypatch, plan - kv.held_bytes() + kv.exchange_bytes())
+    before = kv.held_bytes()
+    assert peak(lambda: engine.extend(ids[n:])) + before <= plan
+    assert kv.held_bytes() == 0 and engine.stats["tokens"] == n + 400
+
+
 def test_the_copies_of_blocks_that_move_are_in_the_plan(checkpoints):
     """With a KV head for each head, a block's keys and values take more than its rows."""
     turn = iter(range(1, 9))
