@@ -377,6 +377,32 @@ def test_ranks_hold_a_text_as_one_does(folders, tmp_path, rule):
         assert abs(ranks_logits - logits).max() < 1e-10
 
 
+def test_a_leaders_reading_reaches_the_other_ranks(folders, tmp_path):
+    """On the command line rank 0 alone knows what is done."""
+
+    def talk(start):
+        options = dict(schedule={2: 96}, score="peak", block_len=16, unit_len=4)
+        ckpt = slim.Checkpoint.open(folders["llama3-gqa"], "cpu", "float64", **options)
+        engine = start(ckpt)
+        engine.read(draw(300), keep_last=20)
+        engine.finish()
+        found.append(engine.extend([3]).numpy())
+        return 0
+
+    def work():
+        ranks = parallel.connect()
+        if ranks.rank:
+            assert ranks.follow(parallel.start_worker) == 0
+        else:
+            assert ranks.lead(lambda: talk(parallel.start)) == 0
+        return found
+
+    found = []
+    (logits,), nothing = Group(tmp_path, 2, work).results()
+    talk(slim.start)
+    assert nothing == [] and abs(found[0] - logits).max() < 1e-10
+
+
 @pytest.mark.parametrize("n, steps", [(2, 200), (4, 40)])
 def test_in_bfloat16_all_ranks_agree_on_every_choice_and_token(folders, tmp_path, n, steps):
     """Sampled, with a seed and logits of each rank's own: rank 0's count."""

@@ -143,14 +143,14 @@ def test_a_reading_that_is_stopped_leaves_nothing(talking):
 def test_progress_ends_near_the_last_token(talking, monkeypatch):
     """Shares of the work: wrong formulas would end at half of it, or jump to the end."""
     monkeypatch.setattr(page, "PAUSE", 0)
-    engine = slim.load(talking, "cpu", **PRUNED, chunk=64)
+    engine = slim.load(talking, "cpu", **PRUNED | dict(schedule={2: 1024}), chunk=64)
     texts = Texts(engine)
     request = page.parse_read({"text": text_of(700)}, engine.tokenizer, "m", 4096, texts)
     job = Job(request)
     page.read(job, None, engine, engine.tokenizer, texts, lambda line: None)
     told = [event["tokens"] for event in events_of(job) if "of" in event]
     assert told == sorted(told) and len(told) > 20
-    assert 0.8 * len(request.ids) < told[-1] <= len(request.ids)
+    assert 0.95 * len(request.ids) < told[-1] <= len(request.ids)
 
 
 def test_a_conversation_on_a_text_is_told_from_others():
