@@ -48,8 +48,9 @@ run on a CUDA stream of their own in layer order, and a layer waits for its own 
 section on asynchronous KV management). Blocks that leave or return together are one copy a layer.
 On a CPU the same code runs without streams.
 
-Invariants: a stage's slots are always full, unless rows are held; a block with keys in a stage is in a slot, at home, or
-both; a block without keys is in aux, at that stage's boundary or at a lower one.
+Invariants: a stage's slots are always full, unless rows are held; a block with keys in a stage is
+in a slot, at home, or both; a block without keys is in aux, at that stage's boundary or at a lower
+one.
 
 Shapes: S slab rows, B block_len, G KV heads, D head_dim, C dim, W newest tokens, H heads,
 N prompt blocks.

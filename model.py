@@ -207,18 +207,19 @@ class Model:
         n_drafted: int = 0,
         n_again: int = 0,
         hold: bool = False,
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Run new token ids (T,) after what the KV has; return the last logits (n_logits, V).
 
         Prefill when the KV is empty, else decode or follow-up. Mutates the KV; `KVCache.make_room`
         comes before. The last n_drafted ids are guesses: they choose no blocks, and are no part of
         the conversation until `accept` takes them, one by one. hold: end at the first boundary,
-        choose no blocks, return None. The first n_again ids are held already: they rank the blocks.
+        choose no blocks, return the last hidden state (1, C) instead. The first n_again ids are
+        held already, and run again because they are among the tokens that rank the blocks.
         """
         kv = self.kv
         start = kv.n_tokens - n_again
         end = start + len(ids)
-        first_tail = start or kv.tail_start
+        first_tail = start or kv.tail_start  # rows that run again may lie before the tail
         blocks = [] if start else list(kv.stages[0].slots)  # with rows in x, ascending
         x = self.embed(ids.to(kv.device))  # (T, C)
         n_newest = min(self.window + n_drafted, len(ids))
@@ -236,7 +237,7 @@ class Model:
                 if below_top and layer == stage.layers[-1]:
                     if hold:
                         kv.hold(x)
-                        return None
+                        return x[-1:]
                     if kv.held is not None:
                         x, blocks, move = self.first_boundary(x[n_again:], ranking)
                         first_tail = kv.tail_start

@@ -170,14 +170,14 @@ class Engine:
         """Start afresh with a text that is asked about later; arguments and errors of `prefill`.
 
         Only the layers below the first boundary run. The first `extend` or `generate` chooses the
-        blocks as if text and question had been one prompt, and runs the layers above. The one
-        difference: rows before the question's are read locally as far as the text alone allows.
+        blocks as if text and question had been one prompt, and runs the layers above. Only local
+        attention is that of a prompt that ends with the text.
         """
         self.start_afresh(ids, room, schedule, keep_last, reserve, hold=True)
 
     def start_afresh(
         self, ids, room, schedule, keep_last: int, reserve: int | None, hold: bool = False
-    ) -> Tensor | None:
+    ) -> Tensor:
         ids = self.check_ids(ids)
         check_count(keep_last, "keep_last")
         keep_last = min(keep_last, len(ids) - 1)
@@ -294,20 +294,14 @@ class Engine:
             self.check_growth(0, 0, 1)
             self.run([])
 
-    def run(
-        self, ids: list[int], n_logits: int = 1, draft=(), hold: bool = False
-    ) -> Tensor | None:
+    def run(self, ids: list[int], n_logits: int = 1, draft=(), hold: bool = False) -> Tensor:
         self.usable = False
         self.steps += 1
         self.draft_left = list(draft)
         chooses_first = self.kv.held is not None and not hold
-        again = self.ids[-self.model.window :] if chooses_first else []  # they rank blocks too
+        again = self.ids[-self.model.window :] if chooses_first else []
         new = torch.tensor([*again, *ids, *draft])
         logits = self.model.step(new, n_logits, len(draft), len(again), hold)
-        if logits is None:
-            self.usable = True
-            self.ids += ids
-            return None
         logits = logits.clone()  # a normal tensor, which callers may write to
         # this waits for the device too, so the seconds in stats are of finished work
         if not logits.sum().isfinite():
@@ -349,8 +343,8 @@ class Engine:
         """Write the conversation to a safetensors file, completely or not at all.
 
         extra: a dict of JSON that is kept with it. A text that waits for its question is finished
-        first (`finish`). Raises ValueError if there is no conversation,
-        its rule has no name, extra is not JSON, or the file cannot be written.
+        first (`finish`). Raises ValueError if there is no conversation, its rule has no name, extra
+        is not JSON, or the file cannot be written.
         """
         if not self.usable:
             raise ValueError("there is no complete conversation to save; call prefill first")

@@ -34,8 +34,9 @@ class Recorder:
 
     Takes three of the model's hooks. record: {"n_prompt", "block_len", "stages", "steps"}. A stage:
     {"candidates", "scores", "seen", "active"} of the prompt's step, "seen" being the layer that
-    gave the score; of a text that waited for its question, of the question's. A step: {"at": tokens before it, "pending": how many of its own tokens the model
-    wrote, drafted ones too, "moves": [[stage, in, out, revived]]}.
+    gave the score; of a text that waited for its question, of the question's. A step: {"at": tokens
+    before it, "pending": how many of its own tokens the model wrote, drafted ones too, "moves":
+    [[stage, in, out, revived]]}.
     """
 
     def __init__(self, engine, record: dict | None = None):
@@ -178,7 +179,8 @@ def assemble(path: Path) -> tuple[str, dict[str, str]]:
 def describe(engine, record: dict, ids) -> dict:
     """Gather what the page shows of a conversation, as plain JSON.
 
-    held: a text waits for its question, so that no stage has blocks yet. Raises ValueError if the parts do not belong together.
+    held: a text waits for its question, so that no stage has blocks yet. Raises ValueError if the
+    parts do not belong together.
     """
     kv = engine.kv
     length = kv.n_tokens
@@ -187,8 +189,7 @@ def describe(engine, record: dict, ids) -> dict:
     ids = engine.check_ids(ids)
     if len(ids) < length:
         raise ValueError(
-            f"a map needs all ids of the conversation: {length:,} were read, "
-            f"{len(ids):,} are given"
+            f"a map needs all ids of the conversation: {length:,} were read, {len(ids):,} are given"
         )
     held = kv.held is not None
     if held or len(kv.stages) == 1:

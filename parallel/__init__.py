@@ -529,10 +529,10 @@ class Engine(slim.Engine):
         """Ask every rank at every step: some may have to allocate where others need not."""
         self.ranks.together(lambda: slim.Engine.check_growth(self, *args))
 
-    def run(self, *args, **options) -> Tensor | None:
+    def run(self, *args, **options) -> Tensor:
         """Run a step; return rank 0's logits on every rank that may sample from them."""
         logits = super().run(*args, **options)
-        return logits if self.ranks.role or logits is None else self.ranks.first(logits)
+        return logits if self.ranks.role else self.ranks.first(logits)
 
     def generate(
         self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, seed=None, *args, **options

@@ -2,7 +2,8 @@
 
 The page reads a text by `/v1/slim/read`, which is one user's message without an answer; its blocks
 are chosen by the first question (`Engine.read`). Questions are ordinary chat requests whose first
-message is the text and the question; they go on with it as any request does. What the page shows of a conversation is its `talk`, a dict of JSON:
+message is the text and the question; they go on with it as any request does. What the page shows of
+a conversation is its `talk`, a dict of JSON:
 {"id", "name", "text", "tokens", "dense", "turns": [{"question", "answer", "note", "looked"}]}.
 """
 
