@@ -317,6 +317,17 @@ def test_a_text_is_read_asked_about_and_gone_on_with(server, browser, document):
     assert browser.get_log("browser") == []
 
 
+def test_a_long_first_question_chooses_by_its_end(server):
+    """It is read in pieces; only the last one chooses, so that nothing has to be revived."""
+    text = text_of(600, seed=7)
+    *_, read = server.ask("/v1/slim/read", {"text": text, "name": "t"})[1]
+    assert read["held"] and read["stages"] == []
+    server.chat(f"{text}\n\n{text_of(150, seed=8)}?", max_tokens=1)
+    asked = server.ask("/v1/slim/map")[1]
+    assert asked["tokens"] > read["tokens"] + 3 * 64 and asked["prompt_tokens"] <= read["tokens"]
+    assert len(asked["stages"]) == 2 and asked["steps"] == [] and asked["revived"] == 0
+
+
 def test_an_answer_streams_and_is_stopped(server, browser, document):
     """Stop keeps what there is, as the server has it; the next question goes on from there."""
     tab = Tab(browser, server.url)
