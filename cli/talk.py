@@ -56,11 +56,16 @@ class Talk:
         )
 
     def read(self, ids: list[int]) -> None:
-        """Read the text before anything is asked, and save it if that is wanted."""
+        """Read the text before anything is asked, and save it if that is wanted.
+
+        Else its first question chooses the blocks, as if both had been one prompt.
+        """
         engine = self.engine
+        hold = not self.args.save
         self.warn(len(ids))
-        self.progress.follow(engine)
-        engine.prefill(ids, self.args.max_new_tokens)
+        self.progress.follow(engine, hold)
+        begin = engine.read if hold else engine.prefill
+        begin(ids, self.args.max_new_tokens)
         self.progress.done(engine)
         self.open = self.open_at_first = True
         self.say(f"slim: read in {engine.prefill_s:.2f} s\n{self.summary()}")
