@@ -507,8 +507,8 @@ class KVCache:
     def hold(self, x: Tensor) -> None:
         """Keep rows x (T, C) at the first boundary until a step chooses blocks."""
         if self.held is None:
-            self.held = x[: self.tail_start]
             self.held_tail = x[self.tail_start :].clone()  # a view would keep all of x
+            self.held = x[: self.tail_start]  # last: there may be no memory for the copy
         else:
             self.held_tail = torch.cat([self.held_tail, x])
 
@@ -583,6 +583,21 @@ class KVCache:
                 tensors[f"stage.{i}.newest"] = stage.newest
         return layout, tensors
 
+    def state_bytes(self) -> int:
+        """Return the bytes of the tensors of `state`; of a held text, once it has chosen blocks."""
+        n_tail = self.n_tokens - self.tail_start
+        n_rows = n_homes = n_aux = n_bytes = 0
+        for stage in self.stages:
+            n_rows += len(stage.layers) * (stage.n_slots * self.block_len + n_tail)
+            n_homes += len(stage.layers) * len(stage.home)
+            n_aux += len(stage.aux)
+            n_bytes += 0 if stage.newest is None else stage.newest.nbytes
+        if self.held is not None:
+            n_aux = self.stages[0].n_slots - self.stages[-1].n_slots
+        n_bytes += n_rows * self.slabs[0][:, :, 0].nbytes
+        n_bytes += n_homes * self.home_memory.entry_bytes
+        return n_bytes + n_aux * self.aux_memory.entry_bytes
+
     @torch.inference_mode()
     def load_state(self, layout: dict, tensor, schedule: dict[int, Budget], room: int = 0) -> None:
         """Lay out a dumped conversation and fill it from tensor(name)."""
@@ -638,6 +653,7 @@ class KVCache:
             "kv_gpu_bytes": sum(slab.nbytes for slab in self.slabs),
             "kv_cpu_bytes": homes * self.home_memory.entry_bytes,
             "aux_cpu_bytes": aux * self.aux_memory.entry_bytes,
+            "held_bytes": self.held_bytes(),
             "kv_dense_bytes": (self.tail_start + self.tail_rows) * row_bytes,
             **{counter: getattr(self, counter) for counter in COUNTERS},
         }

@@ -219,8 +219,11 @@ class Model:
         kv = self.kv
         start = kv.n_tokens - n_again
         end = start + len(ids)
-        first_tail = start or kv.tail_start  # rows that run again may lie before the tail
-        blocks = [] if start else list(kv.stages[0].slots)  # with rows in x, ascending
+        first_tail = start
+        blocks = []  # with rows in x, ascending
+        if start == 0:
+            first_tail = kv.tail_start
+            blocks = list(kv.stages[0].slots)
         x = self.embed(ids.to(kv.device))  # (T, C)
         n_newest = min(self.window + n_drafted, len(ids))
         ranking = RANKINGS[self.rule.sees](self, n_newest, n_drafted)
@@ -337,10 +340,11 @@ class Model:
         Returns the queries (w, H, D) of the newest tokens that have a row here.
         """
         self.kv.wait(layer)
-        w = self.opened(self.weights.layers[layer], len(x), "wqkv", "wo")
+        parts = list(chunks(rows.n_revived, len(x), self.chunk))
+        w = self.opened_once(self.weights.layers[layer], len(x), len(parts), "wqkv", "wo")
         n_newest = len(rows.newest)
         newest = x.new_empty(0, self.config.n_heads, self.config.head_dim)
-        for start, stop, revived in chunks(rows.n_revived, len(x), self.chunk):
+        for start, stop, revived in parts:
             q = self.attend(layer, w, x, rows, start, stop, revived)
             if not revived:
                 newest = torch.cat([newest, q[-n_newest:]])[-n_newest:]
@@ -417,20 +421,21 @@ class Model:
             q = (q * rows.query_scale[start:stop]).to(q.dtype)
         return q, kv
 
-    def opened(self, w: Layer, n_rows: int, *matrices: str) -> Layer:
-        """Return a layer whose matrices of these names are opened once for all chunks of n_rows.
+    def opened_once(self, w: Layer, n_rows: int, n_chunks: int, *matrices: str) -> Layer:
+        """Return a layer whose matrices of these names are opened for all chunks of n_rows.
 
-        If all rows are one chunk, the product opens its matrix itself.
+        For a single chunk, the product opens its matrix itself.
         """
-        if n_rows <= self.chunk:
+        if n_chunks == 1:
             return w
         once = {name: opened(getattr(w, name), n_rows, self.chunk) for name in matrices}
         return replace(w, **once)
 
     def ffn(self, layer: int, x: Tensor) -> None:
         """Add the SwiGLU feed-forward to x (T, C) in place, chunk by chunk."""
-        w = self.opened(self.weights.layers[layer], len(x), "w_gate_up", "w_down")
-        for part in x.split(self.chunk):
+        parts = x.split(self.chunk)
+        w = self.opened_once(self.weights.layers[layer], len(x), len(parts), "w_gate_up", "w_down")
+        for part in parts:
             self.add(part, self.ffn_inner(w, part), w.w_down)
 
     def ffn_inner(self, w: Layer, x: Tensor) -> Tensor:
@@ -459,14 +464,16 @@ class Model:
     def first_boundary(
         self, x: Tensor, ranking: "Ranking"
     ) -> tuple[Tensor, list[int], Move | None]:
-        """Let held rows pass the first boundary, and new rows x (T, C) follow them; as `boundary`.
+        """Choose blocks for a text that waited; returns as `boundary`, new rows x (T, C) last.
 
-        Held rows of blocks are pruned before the others are added: they are in memory once.
+        The text's rows are pruned before the others join them, so that they are in memory once.
         """
         kv = self.kv
         kept, blocks, move = self.boundary(1, kv.held, list(kv.stages[0].slots), ranking)
+        x = torch.cat([kept, kv.held_tail, x])
         kv.held = None
-        return torch.cat([kept, kv.held_tail, x]), blocks, move
+        kv.held_tail = None
+        return x, blocks, move
 
     def boundary(
         self, upper: int, x: Tensor, blocks: list[int], ranking: "Ranking"

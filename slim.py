@@ -170,8 +170,8 @@ class Engine:
         """Start afresh with a text that is asked about later; arguments and errors of `prefill`.
 
         Only the layers below the first boundary run. The first `extend` or `generate` chooses the
-        blocks as if text and question had been one prompt, and runs the layers above. Only local
-        attention is that of a prompt that ends with the text.
+        blocks as if text and question had been one prompt, and runs the layers above. One
+        difference: local attention is that of the text alone.
         """
         self.start_afresh(ids, room, schedule, keep_last, reserve, hold=True)
 
@@ -238,15 +238,26 @@ class Engine:
             self.model.window = ckpt.window
             self.model.gamma = ckpt.gamma
 
-    def extend(
-        self, ids=(), all_logits: bool = False, room: int = 0, draft=(), hold: bool = False
-    ) -> Tensor | None:
+    def read_on(self, ids, room: int = 0) -> None:
+        """Append ids to a text that waits for its question (`read`), and let it wait on.
+
+        room: tokens after these to check memory for. Raises ValueError if no text waits, for wrong
+        ids, or too little memory.
+        """
+        check_count(room, "room")
+        ids = self.check_ids(ids)
+        if not self.usable or self.kv.held is None:
+            raise ValueError("no text waits for its question; call read first")
+        self.check_growth(len(ids), room, 0, hold=True)
+        self.kv.make_room(self.kv.n_tokens + len(ids), room)
+        self.run(ids, hold=True)
+
+    def extend(self, ids=(), all_logits: bool = False, room: int = 0, draft=()) -> Tensor:
         """Append ids, one (a decode step) or many (a follow-up); return the logits (V,) after them.
 
         draft: ids that may come next; they are run too, and `accept` appends them. The logits are
         then (1 + drafted, V): after ids, and after each drafted token. all_logits: after every
-        token that is run, (T, V). room: tokens after these to check memory for. hold: of a text
-        that waits for its question, read on only (returns None); else it changes nothing.
+        token that is run, (T, V). room: tokens after these to check memory for.
         Tokens that `generate` has yielded but not run are run first. Raises ValueError before any
         prefill, after an interrupted step, for wrong ids, or too little memory.
         """
@@ -259,11 +270,8 @@ class Engine:
         n_logits = n_rows if all_logits else 1 + len(draft)
         self.check_growth(n_rows, room, n_logits)
         self.kv.make_room(self.kv.n_tokens + n_rows, room)
-        hold = hold and self.kv.held is not None
-        logits = self.run(ids, n_logits, draft, hold)
+        logits = self.run(ids, n_logits, draft)
         self.pending = []
-        if hold:
-            return None
         return logits if all_logits or draft else logits[0]
 
     def accept(self) -> None:
@@ -288,9 +296,11 @@ class Engine:
     def finish(self) -> None:
         """Let a text that waits for its question (`read`) choose blocks by its own end.
 
-        Raises ValueError for too little memory.
+        Does nothing if none waits. Raises ValueError before any prefill, or for too little memory.
         """
-        if self.usable and self.kv.held is not None:
+        if not self.usable:
+            raise ValueError("there is no complete conversation to finish; call read first")
+        if self.kv.held is not None:
             self.check_growth(0, 0, 1)
             self.run([])
 
@@ -299,12 +309,14 @@ class Engine:
         self.steps += 1
         self.draft_left = list(draft)
         chooses_first = self.kv.held is not None and not hold
-        again = self.ids[-self.model.window :] if chooses_first else []
+        n_again = self.ranking_rows(len(ids)) if chooses_first else 0
+        again = self.ids[len(self.ids) - n_again :]
         new = torch.tensor([*again, *ids, *draft])
-        logits = self.model.step(new, n_logits, len(draft), len(again), hold)
+        started = time.perf_counter()
+        logits = self.model.step(new, n_logits, len(draft), n_again, hold)
         logits = logits.clone()  # a normal tensor, which callers may write to
         # this waits for the device too, so the seconds in stats are of finished work
-        if not logits.sum().isfinite():
+        if not logits.isfinite().all():
             raise ValueError(
                 "the logits are not finite: the weights are bad, or "
                 f"{self.kv.dtype} is too narrow; widen --dtype"
@@ -312,7 +324,18 @@ class Engine:
         self.usable = True
         self.ids += ids
         self.drafted += len(draft)
+        if chooses_first:
+            self.prefill_s += time.perf_counter() - started  # the rest of reading the text
         return logits
+
+    def ranking_rows(self, n_new: int) -> int:
+        """Return how many held tokens run again: those that rank blocks beside n_new new ones.
+
+        Not those that were read locally, as they would see more now; but a step needs one row.
+        """
+        wanted = max(0, self.model.window - n_new)
+        read_in_full = max(0, self.kv.n_tokens - self.kv.local_rows)
+        return max(min(wanted, read_in_full), 1 if n_new == 0 else 0)
 
     def rewind(self, n: int | None = None) -> None:
         """Keep the first n tokens, by default the prompt, and forget the rest.
@@ -400,33 +423,43 @@ class Engine:
     ) -> None:
         """Raise ValueError unless n tokens fit in place of those here; see `check_memory`."""
         check_count(room, "room")
-        held = self.kv.stats()
-        loaded = ckpt.weight_bytes + KERNEL_BYTES + held["kv_gpu_bytes"] + self.kv.held_bytes()
-        pruned = held["kv_cpu_bytes"] + held["aux_cpu_bytes"]
+        now = self.kv.stats()
+        loaded = ckpt.weight_bytes + KERNEL_BYTES + now["kv_gpu_bytes"] + now["held_bytes"]
+        pruned = now["kv_cpu_bytes"] + now["aux_cpu_bytes"]
         check_memory(ckpt, n, room, keep_last=keep_last, homes=homes, loaded=loaded, held=pruned)
 
-    def check_growth(self, n_rows: int, room: int, n_logits: int) -> None:
+    def check_growth(self, n_rows: int, room: int, n_logits: int, hold: bool = False) -> None:
         """Raise ValueError unless n_rows more tokens, and room after them, fit beside what is here.
 
         A decode step was planned, mostly grows nothing and is then not checked: asking what is free
-        takes 1 ms. Where rows are held, the step has the rows of all tokens, as the prompt's own.
+        takes 1 ms. hold: the step ends at the first boundary; without it, the first step of a held
+        text has the rows of all its tokens above.
         """
         kv = self.kv
-        first = kv.held is not None
+        waits = kv.held is not None
         end = kv.n_tokens + n_rows
-        planned = n_rows <= STEP_ROWS and n_logits <= STEP_ROWS and not first
+        planned = n_rows <= STEP_ROWS and n_logits <= STEP_ROWS and not waits
         if planned and kv.growth_bytes(end) == 0 and not kv.exchange_allocates():
             return
         slots = [stage.n_slots for stage in kv.stages]
         n_tail = end - kv.tail_start
         need = kv.growth_bytes(end + room)
-        rows = n_tail if first else n_rows
-        need += step_bytes(self.running, slots, rows, n_tail, first=first, n_logits=n_logits)
-        need -= kv.held_bytes()  # these rows are here already
+        if hold:
+            need += step_bytes(self.running, slots[:1], n_rows, n_tail)
+            need += n_tail * self.config.dim * kv.dtype.itemsize  # held rows and new ones, joined
+        elif waits:
+            n_lower = self.ranking_rows(n_rows) + n_rows
+            above = dict(first=True, n_lower=n_lower, n_logits=n_logits)
+            need += step_bytes(self.running, slots, n_tail, n_tail, **above)
+        else:
+            need += step_bytes(self.running, slots, n_rows, n_tail, n_logits=n_logits)
         pruned = kv.exchange_bytes()
         if not fits(kv.device, need, pruned):
+            what = (
+                f"{n_rows:,} more tokens need" if n_rows else "the layers above the boundary need"
+            )
             raise ValueError(
-                f"{n_rows:,} more tokens need {format_bytes(need)} on {kv.device} and "
+                f"{what} {format_bytes(need)} on {kv.device} and "
                 f"{format_bytes(pruned)} for pruned blocks, more than is free; ask for less, or "
                 "start again with more room"
             )

@@ -1406,7 +1406,7 @@ def test_a_text_that_waits_for_its_question_is_read_as_one_prompt_with_it(
         )
     held.read(ids[: pieces[0]], keep_last=12)
     for n in pieces[1:]:
-        assert held.extend(ids[len(held.ids) :][:n], hold=True) is None
+        held.read_on(ids[len(held.ids) :][:n])
     held.rewind(kept)
     assert held.ids == ids[:kept] and held.stats["tokens"] == kept and not choices[held]
     assert len(held.stats["kept"]) == 1
@@ -1438,6 +1438,12 @@ def test_a_text_that_waits_goes_on_like_any_conversation(tiny, tmp_path):
     least = held.kv.tail_start + 1
     with pytest.raises(ValueError, match=f"to {least}..150 of them"):
         held.rewind(least - 1)
+    size = held.kv.state_bytes()
+    held.finish()
+    of_newest = sum(stage.newest.nbytes for stage in held.kv.stages[1:])
+    tensors = held.kv.state()[1].values()
+    assert held.kv.state_bytes() == sum(tensor.nbytes for tensor in tensors) == size + of_newest
+    held.read(draw(150), keep_last=20)
     held.save(tmp_path / "talk.slim")
     names = "tokens", "kept", "swaps", "revived", "prompt_tokens"
     assert [held.stats[name] for name in names] == [one.stats[name] for name in names]
@@ -1453,11 +1459,57 @@ def test_a_text_that_waits_goes_on_like_any_conversation(tiny, tmp_path):
     assert held.stats["kept"][1:] == [57, 33, 17] and held.ids == draw(150)[:least]
     held.read(draw(150), schedule="dense")
     assert len(held.stats["kept"]) == 1 and held.kv.held is None
-    assert held.extend([5], hold=True).isfinite().all()  # nothing waits, so nothing is held
+    with pytest.raises(ValueError, match="no text waits for its question"):
+        held.read_on([5])
     held.read(draw(150), keep_last=20)
     assert len(list(held.generate([5], 9, follow_up=True))) == 9
     held.rewind()
     assert held.ids == draw(150)
+
+
+def test_rows_that_were_read_locally_do_not_rank_for_the_question(tiny, monkeypatch):
+    """They would see more than when they were read, and overwrite the keys of the text."""
+    monkeypatch.setattr(model, "TILE", 16)
+    monkeypatch.setattr(planning.checkpoint, "LAST_ROWS", 48)
+    settings = dict(schedule={2: 64}, score="peak", window=64, block_len=8, unit_len=4)
+    engine = slim.load(tiny, "cpu", "float64", **settings, local_window=16)
+    engine.read(draw(200), keep_last=120)
+    n_local = engine.kv.local_rows
+    assert n_local > 100
+    engine.rewind(n_local + 6)
+    before = engine.kv.slabs[0][:, :, :n_local].clone()
+    engine.extend([5])
+    assert torch.equal(engine.kv.slabs[0][:, :, :n_local], before)
+    engine.read(draw(200), keep_last=120)
+    engine.rewind(100)  # all that is left was read locally
+    engine.finish()
+    assert engine.stats["tokens"] == 100 and len(engine.stats["kept"]) == 2
+
+
+def test_a_text_that_cannot_wait_leaves_the_engine_usable(tiny, monkeypatch):
+    """Memory may run out while rows are put aside; the next text is read all the same."""
+    engine = load_three_stages(tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", lambda *_: pytest.fail("no memory"))
+        with pytest.raises(pytest.fail.Exception, match="no memory"):
+            engine.read(draw(150))
+    assert engine.stats["tokens"] == 0 and not engine.usable
+    with pytest.raises(ValueError, match="no complete conversation to finish"):
+        engine.finish()
+    engine.read(draw(150))
+    rows = engine.kv.held_tail
+    assert engine.kv.held_bytes() == engine.stats["held_bytes"] > 0
+    assert rows.untyped_storage().nbytes() == rows.nbytes  # not a view of all rows
+    engine.extend([5])
+    assert engine.stats["held_bytes"] == 0 and engine.kv.held_tail is None
+
+
+def test_a_held_text_in_float16_is_read(tiny):
+    """Its hidden states may be large; their sum may be larger than the dtype holds."""
+    engine = slim.load(tiny, "cpu", "float16", schedule={2: 64}, score="peak", block_len=8)
+    large = torch.full((1, 32), 60_000.0, dtype=torch.float16)
+    engine.model.step = lambda *_: large
+    assert engine.run(draw(9)).equal(large)
 
 
 # ---- copies ---------------------------------------------------------------------------------

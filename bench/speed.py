@@ -370,14 +370,16 @@ def key_of(record: dict) -> tuple:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Return the file's records; a line that was cut off counts as not there."""
+    """Return the file's records; a line cut off, or without today's figures, is not there."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
+            if record.get("kind") != "quoting" or "quoted" in record:
+                records.append(record)
     return records
 
 

@@ -144,6 +144,8 @@ def write(path, engine, recorder: Recorder, ids) -> None:
 
     Raises ValueError for a path, ids or a record that cannot be used, and where writing fails.
     """
+    if engine.kv.held is not None:
+        raise ValueError("there is no map yet: the text's first question chooses its blocks")
     html = page(describe(engine, recorder.record, ids)).encode("utf-8", "replace")
     with replace_file(path) as file:
         file.write(html)
@@ -197,7 +199,7 @@ def describe(engine, record: dict, ids) -> dict:
     elif not matches(record, kv, engine.usable):
         raise ValueError("the record is not of this conversation; make the Recorder before prefill")
     steps = [step for step in record["steps"] if step["at"] < length]  # the last may be broken
-    turns = list(spoken(kv, steps))
+    turns = list(spoken(kv, record, steps))
     if len(ids) > length:
         turns.append({"at": length, "kind": "written", "step": None})
     starts = list(range(0, kv.tail_start + 1, kv.block_len))
@@ -245,14 +247,16 @@ def matches(record: dict, kv, whole: bool) -> bool:
     return not whole or active == [set(stage.slots) for stage in stages]
 
 
-def spoken(kv, steps: list[dict]):
+def spoken(kv, record: dict, steps: list[dict]):
     """Yield {"at", "kind", "step"} of what follows the prompt.
 
-    kind: "written" by the model, "asked", or "after" where nothing was recorded.
+    kind: "written" by the model, "asked", or "after" where nothing was recorded. What comes before
+    the first step asked about a text that waited for it.
     """
     starts = [*(step["at"] for step in steps), kv.n_tokens]
     if starts[0] > kv.n_prompt:
-        yield {"at": kv.n_prompt, "kind": "after", "step": None}
+        kind = "asked" if record["stages"] else "after"
+        yield {"at": kv.n_prompt, "kind": kind, "step": None}
     ends = starts[1:]
     for number, (step, end) in enumerate(zip(steps, ends), start=1):
         start = step["at"]

@@ -196,8 +196,21 @@ def test_accepted_drafts_are_shown_as_written(tiny):
         engine.pending = [token]
         engine.accept()
     engine.extend([5, 6])
-    turns = blockmap.spoken(engine.kv, recorder.record["steps"])
+    turns = blockmap.spoken(engine.kv, recorder.record, recorder.record["steps"])
     assert [(turn["at"], turn["kind"]) for turn in turns] == [(100, "written"), (103, "asked")]
+
+
+def test_a_text_has_a_map_once_its_first_question_has_chosen(talking, tmp_path):
+    """Before, nothing is kept or pruned; after, the question is shown as one."""
+    engine, recorder, ids = mapped(talking, "ABBA CAB " * 30)
+    engine.read(ids[:200])
+    with pytest.raises(ValueError, match="no map yet: the text's first question chooses"):
+        blockmap.write(tmp_path / "map.html", engine, recorder, ids[:200])
+    engine.extend([5, 6])
+    engine.extend([7])
+    data = blockmap.describe(engine, recorder.record, [*ids[:200], 5, 6, 7])
+    turns = [(turn["at"], turn["kind"]) for turn in data["turns"]]
+    assert data["stages"] and turns == [(200, "asked"), (202, "written")]
 
 
 def test_a_dense_map_says_that_all_was_kept(talking, tmp_path):

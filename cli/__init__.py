@@ -45,7 +45,8 @@ def program(argv=None) -> int:
     args = parse_args(argv)
     progress = Progress(args.quiet)
     try:
-        code = run(args, progress)
+        with warnings.catch_warnings():
+            code = run(args, progress)
         sys.stdout.flush()  # here, where an error can be told
         return code
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
@@ -107,7 +108,7 @@ def run(args, progress: Progress) -> int:
     try:
         ckpt = open_checkpoint(args)
     except ValueError as error:
-        if header is None:
+        if header is None or "ckpt" not in args.given:
             raise
         raise ValueError(f"{error}; {args.resume} was saved with {header['ckpt']}") from None
     tok = load_tokenizer(ckpt, args)

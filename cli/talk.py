@@ -68,7 +68,9 @@ class Talk:
         begin(ids, self.args.max_new_tokens)
         self.progress.done(engine)
         self.open = self.open_at_first = True
-        self.say(f"slim: read in {engine.prefill_s:.2f} s\n{self.summary()}")
+        waits = engine.kv.held is not None
+        kept = "slim: the first question chooses the blocks to keep" if waits else self.summary()
+        self.say(f"slim: read in {engine.prefill_s:.2f} s\n{kept}")
         if self.args.save:
             self.save(self.args.save)
 
@@ -123,6 +125,7 @@ class Talk:
             self.engine.forget()
         self.warn(len(ids))
         before = self.engine.stats if follow_up else {"swaps": 0, "revived": 0}
+        chooses = not follow_up or self.engine.kv.held is not None
         answer = Answer(self)
         self.interrupted = False
         if not follow_up:
@@ -144,6 +147,7 @@ class Talk:
             "n_new": len(ids),
             "interrupted": self.interrupted,
             "follow_up": follow_up,
+            "chose": chooses,
             "swaps_here": stats["swaps"] - before["swaps"],
             "revived_here": stats["revived"] - before["revived"],
         }
@@ -152,7 +156,7 @@ class Talk:
         if self.args.json:
             print(json.dumps(public(result)), flush=True)
         was_read = result["ids"] or not result["interrupted"]
-        kept = "\n" + self.summary(result) if was_read and not result["follow_up"] else ""
+        kept = "\n" + self.summary(result) if was_read and result["chose"] else ""
         self.say(timing(result) + kept)
 
     def summary(self, stats: dict | None = None) -> str:
@@ -197,6 +201,8 @@ class Talk:
 
     def draw(self, path: str) -> str:
         """Write the map of the conversation; return where."""
+        if self.engine.usable:
+            self.engine.finish()  # before any question, the text's own end chooses
         blockmap.write(path, self.engine, self.recorder, self.engine.ids + self.engine.pending)
         return path
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -955,17 +956,35 @@ def test_a_save_of_other_settings_is_refused_before_the_weights_are_loaded(cli, 
     is_one_line(err, "gamma 1.0 where this run has 0.5")
 
 
-def test_a_save_that_this_model_cannot_go_on_with_names_its_own(cli, monkeypatch):
-    """Its schedule may ask for layers that another model lacks."""
-    cli("--save", "text.slim")
-
-    def refuse(args):
-        raise ValueError("boundary 9 is outside 1..3")
-
-    monkeypatch.setattr("cli.open_checkpoint", refuse)
-    code, _, err = cli("--resume", "text.slim", "--ask", "CAB?", prompt=None)
+def test_a_save_that_another_model_cannot_go_on_with_names_its_own(cli, tmp_path):
+    """Its schedule may ask for layers that the other one lacks."""
+    cli("--save", "text.slim", "--schedule", "4:256")
+    vocab = json.loads((cli.folder / "config.json").read_text())["vocab_size"]
+    make_checkpoint(tmp_path / "shallow", layers=3, vocab=vocab)
+    (tmp_path / "shallow/tokenizer.json").write_bytes((cli.folder / "tokenizer.json").read_bytes())
+    resume = "--resume", "text.slim", "--ask", "CAB?"
+    code, _, err = cli(*resume, "--ckpt", "shallow", prompt=None)
     assert code == 2
-    is_one_line(err, "boundary 9 is outside 1..3; text.slim was saved with ")
+    is_one_line(err, f"; text.slim was saved with {cli.folder}")
+    assert "boundary 4" in err
+    assert "was saved with" not in cli(*resume, "--device", "tpu", prompt=None)[2]
+
+
+def test_a_chats_first_question_chooses_what_to_keep(cli):
+    """And says so: what was kept is known after it, and it is a part of reading the text."""
+    schedule = "--schedule", "2:256,3:128", "--block-len", "32"
+    chat = "--prompt", "text.txt", "--chat", "--max-new-tokens", "3", *schedule
+    process = popen(cli, *chat, stdin=subprocess.PIPE)
+    _, err = process.communicate("CAB?\nABBA?\n/quit\n", timeout=60)
+    read, first, second = err.split("slim: first token ")
+    assert "the first question chooses the blocks" in read and "kept per stage" not in read
+    assert first.count(" > ") == 2 and "kept per stage" in first
+    assert "kept per stage" not in second
+    costs = [
+        float(re.search(r"a new prefill took ([\d.]+) s", line)[1]) for line in (first, second)
+    ]
+    reading = float(re.search(r"read in ([\d.]+) s", read)[1])
+    assert reading < costs[0] == costs[1]
 
 
 def test_a_chat_whose_output_is_full_ends_in_one_line(cli):

@@ -476,7 +476,7 @@ class Engine(slim.Engine):
 
     Where ranks agree:
     - at the start of every call, in a script: on the method and its arguments (`Ranks.command`)
-    - prefill, read, extend and resume: whether all have memory, before anything is given up
+    - prefill, read, read_on, extend, resume: whether all have memory, before anything is given up
     - in a step: x and the vocabulary, by sums; blocks, by maxima or as rank 0 has it (`joined`);
       logits, as rank 0 has them
     - resume: that all have read the file; save: whether rank 0 could write all ranks' parts
@@ -490,6 +490,7 @@ class Engine(slim.Engine):
 
     prefill = commanded(slim.Engine.prefill)
     read = commanded(slim.Engine.read)
+    read_on = commanded(slim.Engine.read_on)
     finish = commanded(slim.Engine.finish)
     extend = commanded(slim.Engine.extend)
     accept = commanded(slim.Engine.accept)
@@ -508,7 +509,7 @@ class Engine(slim.Engine):
         self.ranks.together(lambda: check_extra(extra))
         refused = not self.usable or not self.model.rule.name  # by every rank, before it sends
         if not refused:
-            self.finish()  # a step, which takes all ranks
+            self.finish()  # may be a step, which takes all ranks
         write = super().save
         writes = self.ranks.rank == 0 or refused
         self.ranks.together(lambda: write(path, extra) if writes else self.kv.state())
@@ -525,9 +526,9 @@ class Engine(slim.Engine):
     def check_room(self, *args) -> None:
         self.ranks.together(lambda: slim.Engine.check_room(self, *args))
 
-    def check_growth(self, *args) -> None:
+    def check_growth(self, *args, **options) -> None:
         """Ask every rank at every step: some may have to allocate where others need not."""
-        self.ranks.together(lambda: slim.Engine.check_growth(self, *args))
+        self.ranks.together(lambda: slim.Engine.check_growth(self, *args, **options))
 
     def run(self, *args, **options) -> Tensor:
         """Run a step; return rank 0's logits on every rank that may sample from them."""

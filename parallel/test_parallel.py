@@ -359,7 +359,7 @@ def test_ranks_hold_a_text_as_one_does(folders, tmp_path, rule):
             (i, sorted(active))
         )
         engine.read(draw(300), keep_last=20)
-        assert engine.extend(draw(9, seed=1), hold=True) is None
+        engine.read_on(draw(9, seed=1))
         engine.rewind(295)
         assert choices == []
         logits = [engine.extend(draw(9, seed=2)), engine.extend([3])]

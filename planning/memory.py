@@ -96,21 +96,32 @@ def step_bytes(ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, **o
 
 
 def temporaries(
-    ckpt: Checkpoint, slots: list[int], n_rows: int, n_tail: int, first=False, n_logits: int = 1
+    ckpt: Checkpoint,
+    slots: list[int],
+    n_rows: int,
+    n_tail: int,
+    first: bool = False,
+    n_logits: int = 1,
+    n_lower: int | None = None,
 ) -> list[tuple[str, int]]:
     """Return (name, bytes) for each place in a step where its temporaries may be at their most.
 
     slots: of every stage; n_rows: the step's rows in a tail of n_tail; first: the prompt's step,
     which has a row for every token of a block. A later step may revive as many blocks as fit.
+    n_lower: the rows below the first boundary, where those of a text are held there already.
     """
     parts = [("logits", logits_bytes(ckpt, n_rows, n_logits))]
     below = None
     for i, n_slots in enumerate(slots):
         n_revived = 0 if first else min(n_slots, slots[0] - n_slots)
-        work = StageWork(ckpt, n_slots, n_rows, n_tail, n_slots if first else n_revived, n_revived)
+        n_blocks = n_slots if first else n_revived
+        work = StageWork(ckpt, n_slots, n_rows, n_tail, n_blocks, n_revived)
+        if i == 0 and n_lower is not None:
+            work = StageWork(ckpt, n_slots, n_lower, n_tail, 0, 0)
         ranked = i + 1 < len(slots) and ckpt.rule.sees != "keys"
         if below is not None:
-            parts.append(("rows at a boundary", work.boundary_bytes(below)))
+            of_held = work.x_bytes if i == 1 and n_lower is not None else 0  # chosen, then joined
+            parts.append(("rows at a boundary", work.boundary_bytes(below) + of_held))
             parts.append(("mean keys at a boundary", below.x_bytes + below.mean_key_bytes()))
         held = work.x_bytes + work.position_bytes()
         parts.append(("RoPE", work.x_bytes + work.rope_bytes()))

@@ -135,7 +135,7 @@ class Server(socketserver.ThreadingTCPServer):
             f"/v1/models/{self.model}": card,
             "/v1/stats": {**self.counts, **state},
             ollama.TAGS: ollama.tags(self.model, self.created),
-            ollama.VERSION: ollama.SPOKEN,
+            ollama.VERSION: ollama.OLLAMA_VERSION,
         }
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ CHAT = "/api/chat"
 GENERATE = "/api/generate"
 SHOW = "/api/show"
 VERSION = "/api/version"
-SPOKEN = {"version": "0.9.0"}  # of Ollama: the first that knows `thinking`, the newest part here
+OLLAMA_VERSION = {"version": "0.9.0"}  # the first that knows `thinking`, the newest part here
 # About the machine, and what is forgotten where a context overflows, which it never does here.
 IGNORED = (
     "keep_alive num_keep num_batch num_gpu main_gpu num_thread low_vram f16_kv numa use_mmap "

@@ -261,14 +261,13 @@ class Texts:
             return
         self.refresh()
         here = self.at_hand()
-        if any(text.covers(here) for text in self.saved.values()):
+        covered = any(text.covers(here) for text in self.saved.values())
+        if covered or not self.make_room(self.size(), wanted):
             return
         name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
         path = self.folder / f"text-{name}.slim"
         try:
-            engine.finish()
-            if not self.make_room(self.size(), wanted):
-                return
+            engine.finish()  # first: the choice is a part of the map
             engine.save(path, self.extra())
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.say(f"slim: {one_line(error)}")
@@ -280,8 +279,7 @@ class Texts:
 
     def size(self) -> int:
         """Return the bytes that a file of the conversation at hand takes, its header included."""
-        _, tensors = self.engine.kv.state()
-        n_bytes = sum(tensor.nbytes for tensor in tensors.values()) + 16 * len(self.engine.ids)
+        n_bytes = self.engine.kv.state_bytes() + 16 * len(self.engine.ids)
         return n_bytes + 2 * len(json.dumps(self.extra()))  # a header in a header has more escapes
 
     def extra(self) -> dict:

@@ -251,7 +251,8 @@ def read_ahead(job: Job, engine, cached: int) -> list[int]:
     piece = PIECE[engine.kv.device.type]
     while cached and len(ids) > piece:
         room = len(ids) - piece + room_for(job.request)
-        engine.extend(ids[:piece], room=room, hold=True)
+        read_on = engine.extend if engine.kv.held is None else engine.read_on
+        read_on(ids[:piece], room=room)
         ids = ids[piece:]
         job.check()
     return ids
