@@ -217,8 +217,8 @@ def draw_panel(axes, results: Results, ckpt: str, n: int) -> None:
         )
     for point in cuts:
         draw_point(axes, point, ORANGE)
-        align = {"ha": "left", "va": "center"}
-        axes.text(point.saving + 0.05, point.gap, point.label, color=ORANGE, **align)
+        align = {"ha": "center", "va": "top"}
+        axes.text(point.saving, point.gap - point.error - 0.8, point.label, color=ORANGE, **align)
     axes.set_title(f"{ckpt}, {n:,} tokens")
     axes.set_xlabel("FLOPs of the first token, times fewer")
     axes.set_xlim(1.45, 4.9)
