@@ -33,12 +33,12 @@ class Progress:
     def loading(self, done: int, total: int) -> None:
         self.show(f"loading weights {100 * done // total}%")
 
-    def follow(self, engine: slim.Engine, hold: bool = False) -> None:
+    def follow(self, engine: slim.Engine, part: str = "whole") -> None:
         """Watch a prefill: layer, tokens alive, and the time left by the work that is left.
 
-        hold: it ends at the first boundary, as `Engine.read` does.
+        part: as in `WorkDone`.
         """
-        progress = WorkDone(engine, hold)
+        progress = WorkDone(engine, part)
 
         def on_chunk(layer: int, n_rows: int) -> None:
             share = progress.share(layer, n_rows)

@@ -63,7 +63,7 @@ class Talk:
         engine = self.engine
         hold = not self.args.save
         self.warn(len(ids))
-        self.progress.follow(engine, hold)
+        self.progress.follow(engine, "below" if hold else "whole")
         begin = engine.read if hold else engine.prefill
         begin(ids, self.args.max_new_tokens)
         self.progress.done(engine)
@@ -128,8 +128,8 @@ class Talk:
         chooses = not follow_up or self.engine.kv.held is not None
         answer = Answer(self)
         self.interrupted = False
-        if not follow_up:
-            self.progress.follow(self.engine)
+        if chooses:
+            self.progress.follow(self.engine, "above" if follow_up else "whole")
         try:
             with stop_between_tokens(self.args.chat and self.alone) as stopped:
                 answer.write(ids, schedule, follow_up, stopped)

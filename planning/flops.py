@@ -69,12 +69,13 @@ def prefill_flops(
 class WorkDone:
     """How far a prefill is, by the work of its layers; `share` is asked before each chunk.
 
-    hold: it ends at the first boundary, as `Engine.read` does.
+    part: "whole"; "below" the first boundary, as of `Engine.read`; or "above", as of the first
+    question about a text that was read so.
     """
 
-    def __init__(self, engine, hold: bool = False):
+    def __init__(self, engine, part: str = "whole"):
         self.engine = engine
-        self.hold = hold
+        self.part = part
         self.prompt = None  # which is being read: a probe may come before the one that is asked for
 
     def share(self, layer: int, n_rows: int) -> float:
@@ -95,9 +96,9 @@ class WorkDone:
         self.started = time.perf_counter()
         self.done = 0.0  # operations
         self.work = [*layer_work(config, kv.n_prompt, kv.schedule, kv.block_len, local)]
-        if self.hold:
-            self.work = self.work[: kv.stages[0].layers.stop]
-        self.total = sum(layer_flops(config, rows, keys) for rows, keys, _ in self.work)
+        n_below = kv.stages[0].layers.stop
+        wanted = {"whole": self.work, "below": self.work[:n_below], "above": self.work[n_below:]}
+        self.total = sum(layer_flops(config, rows, keys) for rows, keys, _ in wanted[self.part])
 
     def seconds_left(self, share: float) -> float:
         return (time.perf_counter() - self.started) * (1 - share) / share

@@ -146,7 +146,7 @@ def report_progress(job, engine):
 
     It raises Disconnected if the client has left.
     """
-    progress = WorkDone(engine, hold=True)
+    progress = WorkDone(engine, "below")
     reported = time.perf_counter()
     n = len(job.request.ids)
 
