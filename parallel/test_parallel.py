@@ -315,19 +315,16 @@ def test_a_saved_conversation_opens_on_any_number_of_ranks(folders, tmp_path):
             assert all((found[key] - want[key]).abs().max() < 1e-10 for key in want)
 
 
+def load_two_boundaries(folder, rule):
+    settings = dict(schedule={2: 96, 3: 64}, score=rule, block_len=16, unit_len=4)
+    return load(folder, "cpu", dtype="float64", **settings)
+
+
 def test_ranks_draft_and_accept_as_one_does(folders, tmp_path):
     """Blocks, counters and tokens; an accepted token counts on every rank."""
 
     def work():
-        engine = load(
-            folders["llama3-gqa"],
-            "cpu",
-            dtype="float64",
-            schedule={2: 96, 3: 64},
-            score=RULES["lookup"],
-            block_len=16,
-            unit_len=4,
-        )
+        engine = load_two_boundaries(folders["llama3-gqa"], RULES["lookup"])
         tokens = list(engine.generate(draw(50) * 6, 60, draft=16))
         after = engine.extend([1, 2, 3]).tolist()
         names = "swaps", "revived", "tokens", "drafted", "accepted"
@@ -345,15 +342,7 @@ def test_ranks_hold_a_text_as_one_does(folders, tmp_path, rule):
     """Read, read on, go back, ask; and saved before a question has come."""
 
     def work():
-        engine = load(
-            folders["llama3-gqa"],
-            "cpu",
-            dtype="float64",
-            schedule={2: 96, 3: 64},
-            score=RULES[rule],
-            block_len=16,
-            unit_len=4,
-        )
+        engine = load_two_boundaries(folders["llama3-gqa"], RULES[rule])
         choices = []
         engine.model.on_select = lambda i, candidates, scores, active: choices.append(
             (i, sorted(active))
