@@ -317,6 +317,27 @@ def test_a_text_is_read_asked_about_and_gone_on_with(server, browser, document):
     assert browser.get_log("browser") == []
 
 
+def test_another_clients_text_does_not_take_the_place_of_ones_own(server, browser, tmp_path):
+    """After the first answer the page asks for its map; the engine may hold another text by then."""
+    (tmp_path / "mine.txt").write_text(text_of(600, seed=11))
+    tab = Tab(browser, server.url)
+    tab.read(tmp_path / "mine.txt")
+    mine = tab.run("return current.id")
+    tab.run(
+        "const usual = fetch;"
+        "window.fetch = async (path, ...rest) => {"
+        "  const answer = await usual(path, ...rest);"
+        "  if (!path.endsWith('/map')) return answer;"
+        "  const map = await answer.json();"
+        "  return new Response(JSON.stringify({...map, talk: {...map.talk, id: 'another'}}));"
+        "}"
+    )
+    tab.ask("ABBA?")
+    assert tab.run("return current.id") == mine
+    assert len(tab.answers()) == 1 and tab["question"].is_displayed()
+    assert browser.get_log("browser") == []
+
+
 def test_a_long_first_question_chooses_by_its_end(server):
     """It is read in pieces; only the last one chooses, so that nothing has to be revived."""
     text = text_of(600, seed=7)
