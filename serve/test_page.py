@@ -318,7 +318,7 @@ def test_a_text_is_read_asked_about_and_gone_on_with(server, browser, document):
 
 
 def test_another_clients_text_does_not_take_the_place_of_ones_own(server, browser, tmp_path):
-    """After the first answer the page asks for its map; the engine may hold another text by then."""
+    """After the first answer the page asks for its map; the engine may hold another by then."""
     (tmp_path / "mine.txt").write_text(text_of(600, seed=11))
     tab = Tab(browser, server.url)
     tab.read(tmp_path / "mine.txt")
