@@ -585,18 +585,17 @@ class KVCache:
 
     def state_bytes(self) -> int:
         """Return the bytes of the tensors of `state`; of a held text, once it has chosen blocks."""
-        n_tail = self.n_tokens - self.tail_start
-        n_rows = n_homes = n_aux = n_bytes = 0
-        for stage in self.stages:
-            n_rows += len(stage.layers) * (stage.n_slots * self.block_len + n_tail)
-            n_homes += len(stage.layers) * len(stage.home)
-            n_aux += len(stage.aux)
-            n_bytes += 0 if stage.newest is None else stage.newest.nbytes
+        stats = self.stats()
+        n_bytes = stats["kv_cpu_bytes"] + stats["aux_cpu_bytes"]
         if self.held is not None:
-            n_aux = self.stages[0].n_slots - self.stages[-1].n_slots
-        n_bytes += n_rows * self.slabs[0][:, :, 0].nbytes
-        n_bytes += n_homes * self.home_memory.entry_bytes
-        return n_bytes + n_aux * self.aux_memory.entry_bytes
+            n_pruned = self.stages[0].n_slots - self.stages[-1].n_slots
+            n_bytes = n_pruned * self.aux_memory.entry_bytes
+        n_tail = self.n_tokens - self.tail_start
+        row_bytes = self.slabs[0][:, :, 0].nbytes
+        for stage in self.stages:
+            n_bytes += len(stage.layers) * (stage.n_slots * self.block_len + n_tail) * row_bytes
+            n_bytes += 0 if stage.newest is None else stage.newest.nbytes
+        return n_bytes
 
     @torch.inference_mode()
     def load_state(self, layout: dict, tensor, schedule: dict[int, Budget], room: int = 0) -> None:
