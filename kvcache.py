@@ -513,7 +513,10 @@ class KVCache:
             self.held_tail = torch.cat([self.held_tail, x])
 
     def held_bytes(self) -> int:
-        return 0 if self.held is None else self.held.nbytes + self.held_tail.nbytes
+        """Return the memory of the rows that wait; they may be views of more."""
+        if self.held is None:
+            return 0
+        return sum(x.untyped_storage().nbytes() for x in (self.held, self.held_tail))
 
     def offload(self, stage: Stage, x: Tensor, place: dict[int, int]) -> None:
         """Copy the blocks pruned at this stage's boundary to aux.

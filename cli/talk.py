@@ -201,8 +201,11 @@ class Talk:
 
     def draw(self, path: str) -> str:
         """Write the map of the conversation; return where."""
-        if self.engine.usable:
-            self.engine.finish()  # before any question, the text's own end chooses
+        if self.engine.usable and self.engine.kv.held is not None:
+            self.progress.follow(self.engine, "above")
+            self.engine.finish()
+            self.progress.done(self.engine)
+            self.say(f"slim: the text's own end chose the blocks\n{self.summary()}")
         blockmap.write(path, self.engine, self.recorder, self.engine.ids + self.engine.pending)
         return path
 
