@@ -217,8 +217,13 @@ class Tab:
             assert time.monotonic() < deadline, (what, self.run("return document.body.innerText"))
             time.sleep(0.02)
 
+    def new_text(self):
+        """Show the form for a new text; a page that is opened first shows the server's open one."""
+        self.until(lambda: self.run("return !running"), "loaded")
+        self.all("#texts button")[0].click()
+
     def read(self, path):
-        self.until(lambda: self["start"].is_displayed(), "start")
+        self.new_text()
         self["file"].send_keys(str(path))
         self.until(lambda: self["read"].is_enabled(), "counted")
         self["read"].click()
@@ -311,7 +316,7 @@ def test_a_text_is_read_asked_about_and_gone_on_with(server, browser, document):
     browser.refresh()
     tab.until(lambda: "on disk" in tab["texts"].text, "listed")
     reads = server.ask("/v1/stats")[1]["prompt_tokens"]
-    tab.all("#texts button")[1].click()
+    tab.all("#texts button")[-1].click()  # the newest
     tab.until(lambda: len(tab.answers()) == 2, "opened")
     assert server.ask("/v1/stats")[1]["prompt_tokens"] == reads
     assert browser.get_log("browser") == []
@@ -352,8 +357,7 @@ def test_a_long_first_question_chooses_by_its_end(server):
 def test_an_answer_streams_and_is_stopped(server, browser, document):
     """Stop keeps what there is, as the server has it; the next question goes on from there."""
     tab = Tab(browser, server.url)
-    tab.until(lambda: tab.run("return !running"), "loaded")
-    tab.all("#texts button")[0].click()
+    tab.new_text()
     document.write_text(text_of(1500, seed=3))
     tab["file"].send_keys(str(document))
     tab.until(lambda: "but only 3,584 fit." in tab["size"].text, "told")
@@ -387,7 +391,7 @@ def test_an_answer_streams_and_is_stopped(server, browser, document):
         )
     )
     waits.recv(100)
-    tab.all("#texts button")[0].click()
+    tab.new_text()
     document.write_text(text_of(500, seed=4))
     tab["file"].send_keys(str(document))
     tab.until(lambda: tab["read"].is_enabled(), "counted")
@@ -402,8 +406,6 @@ def test_a_hostile_document_is_text_and_nothing_else(server, browser, document):
     """Markup, scripts, terminal codes and marks of direction, in the text and the question."""
     document.write_text(HOSTILE * 30)
     tab = Tab(browser, server.url)
-    tab.until(lambda: tab.run("return !running"), "loaded")
-    tab.all("#texts button")[0].click()
     name = document.with_name("<img src=x onerror=alert(1)>\u202e.txt")
     document.rename(name)
     tab.read(name)
@@ -467,9 +469,8 @@ def test_a_lost_server_is_waited_for(talking, browser, document):
     talk = again.ask("/v1/slim/map")[1]["talk"]
     assert [turn["question"] for turn in talk["turns"]] == ["ABBA?", "CAB?"]
 
-    tab.all("#texts button")[0].click()  # another text takes its place: there is no folder
     document.write_text(text_of(500, seed=6))
-    tab.read(document)
+    tab.read(document)  # it takes the other's place: there is no folder
     tab.until(lambda: "to be read again" in tab["texts"].text, "listed")
     tab.all("#texts button")[-1].click()
     tab.until(lambda: len(tab.all("article")) == 2, "read again")
@@ -516,8 +517,7 @@ def test_it_is_usable_on_a_phone_by_keyboard_and_in_the_dark(server, browser, do
     fits = "return document.documentElement.scrollWidth <= 360 && innerWidth === 360"
     try:
         tab = Tab(browser, server.url)
-        tab.until(lambda: tab.run("return !running"), "loaded")
-        tab.all("#texts button")[0].click()
+        tab.new_text()
         tab.run("document.querySelector('details').open = true")
         check(tab, fits)
         document.write_text(text_of(500, seed=5))
