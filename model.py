@@ -243,7 +243,7 @@ class Model:
                         return x[-1:]
                     if kv.held is not None:
                         x, blocks, move = self.first_boundary(x[n_again:], ranking)
-                        first_tail = kv.tail_start
+                        first_tail = kv.tail_start  # the text's own tail joins the new rows
                     else:
                         x, blocks, move = self.boundary(i + 1, x, blocks, ranking)
                 self.ffn(layer, x)

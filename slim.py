@@ -296,7 +296,7 @@ class Engine:
     def finish(self) -> None:
         """Let a text that waits for its question (`read`) choose blocks by its own end.
 
-        Does nothing if none waits. Raises ValueError before any prefill, or for too little memory.
+        Does nothing if none waits. Raises ValueError before any prefill, and if memory is too short.
         """
         if not self.usable:
             raise ValueError("there is no complete conversation to finish; call read first")
@@ -426,7 +426,7 @@ class Engine:
         now = self.kv.stats()
         loaded = ckpt.weight_bytes + KERNEL_BYTES + now["kv_gpu_bytes"] + now["held_bytes"]
         pruned = now["kv_cpu_bytes"] + now["aux_cpu_bytes"]
-        check_memory(ckpt, n, room, keep_last=keep_last, homes=homes, loaded=loaded, held=pruned)
+        check_memory(ckpt, n, room, keep_last=keep_last, homes=homes, loaded=loaded, pruned=pruned)
 
     def check_growth(self, n_rows: int, room: int, n_logits: int, hold: bool = False) -> None:
         """Raise ValueError unless n_rows more tokens, and room after them, fit beside what is here.
@@ -455,13 +455,14 @@ class Engine:
             need += step_bytes(self.running, slots, n_rows, n_tail, n_logits=n_logits)
         pruned = kv.exchange_bytes()
         if not fits(kv.device, need, pruned):
-            what = (
-                f"{n_rows:,} more tokens need" if n_rows else "the layers above the boundary need"
-            )
+            what = f"{n_rows:,} more tokens need"
+            advice = "ask for less, or start again with more room"
+            if n_rows == 0:  # `finish`
+                what = "the layers above the boundary need"
+                advice = "read a shorter text"
             raise ValueError(
                 f"{what} {format_bytes(need)} on {kv.device} and "
-                f"{format_bytes(pruned)} for pruned blocks, more than is free; ask for less, or "
-                "start again with more room"
+                f"{format_bytes(pruned)} for pruned blocks, more than is free; {advice}"
             )
 
     def check_ids(self, ids) -> list[int]:

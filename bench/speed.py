@@ -370,7 +370,7 @@ def key_of(record: dict) -> tuple:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Return the file's records; a line cut off, or without today's figures, is not there."""
+    """Return the file's records; a line that is cut off or lacks a figure is not there."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -45,7 +45,7 @@ def program(argv=None) -> int:
     args = parse_args(argv)
     progress = Progress(args.quiet)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # `run` changes how they are shown
             code = run(args, progress)
         sys.stdout.flush()  # here, where an error can be told
         return code

@@ -98,13 +98,15 @@ def summary(stats: dict, device) -> str:
     n_ranks = stats.get("ranks", 1)
     each = ""
     if n_ranks > 1:
-        total = sum(stats[key] for key in ("kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes"))
+        parts = "kv_gpu_bytes", "kv_cpu_bytes", "aux_cpu_bytes", "held_bytes"
+        total = sum(stats[part] for part in parts)
         each = f" on each of {n_ranks} ranks, {format_bytes(n_ranks * total)} in all"
+    waiting = f" + {sizes['held_bytes']} waiting rows" if stats["held_bytes"] else ""
     return (
         f"slim: {stats['prompt_tokens']:,} prompt tokens, kept per stage {kept}; "
-        f"{stats['swaps']:,} blocks swapped, {stats['revived']:,} of them revived\n"
+        f"{swapped(stats['swaps'], stats['revived'])}\n"
         f"slim: KV {sizes['kv_gpu_bytes']} on {device} + {sizes['kv_cpu_bytes']} at home + "
-        f"{sizes['aux_cpu_bytes']} pruned rows, dense {sizes['kv_dense_bytes']}{each}"
+        f"{sizes['aux_cpu_bytes']} pruned rows{waiting}, dense {sizes['kv_dense_bytes']}{each}"
     )
 
 
@@ -118,10 +120,15 @@ def timing(result: dict) -> str:
     if not result["follow_up"]:
         return speed
     prefill = result["prefill_s"]
-    return (
-        f"{speed}; a new prefill took {prefill:.2f} s, {prefill / first:.0f}x as long; "
-        f"{result['swaps_here']} blocks swapped, {result['revived_here']} of them revived"
-    )
+    speed += f"; a new prefill took {prefill:.2f} s, {prefill / first:.0f}x as long"
+    if result["chose"]:  # the summary, which follows, counts the blocks
+        return speed
+    return f"{speed}; {swapped(result['swaps_here'], result['revived_here'])}"
+
+
+def swapped(n_swaps: int, n_revived: int) -> str:
+    blocks = "block" if n_swaps == 1 else "blocks"
+    return f"{n_swaps:,} {blocks} swapped, {n_revived:,} of them revived"
 
 
 def comparison(dense: dict, pruned: dict) -> str:

@@ -40,16 +40,21 @@ def test_sharded_half_precision_checkpoints_load_the_same(tiny, tmp_path, monkey
     not loading.weights.in_blocks(torch.device("cpu"), torch.bfloat16),
     reason="this CPU multiplies no packed matrices in bfloat16",
 )
-@pytest.mark.parametrize("family", ["llama3-gqa", "qwen2-bias"])
+@pytest.mark.parametrize("family", ["llama3-gqa", "qwen2-bias", "llama3.2-tied"])
 def test_packed_matrices_give_what_stored_ones_give(checkpoints, monkeypatch, family):
     """A packed matrix is another type, and takes another call for its bias and for a sum."""
     folder, _ = checkpoints[family]
     stored = slim.load(folder, "cpu", "bfloat16")
+    stored_bytes = stored.ckpt.weight_bytes
     monkeypatch.setattr(loading.weights, "LEAST_IN_BLOCKS", 1)
     packed = slim.load(folder, "cpu", "bfloat16")
     for layer in packed.model.weights.layers:
         matrices = layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down
         assert all(matrix.is_mkldnn for matrix in matrices)
+    weights = packed.model.weights
+    assert weights.head.is_mkldnn and not weights.embed.is_mkldnn
+    copied = weights.embed.nbytes if packed.config.tied else 0
+    assert packed.ckpt.weight_bytes == stored_bytes + copied
     ids = draw(70)
     wants = stored.prefill(ids[:-8]), stored.extend(ids[-8:-1]), stored.extend(ids[-1:])
     gots = packed.prefill(ids[:-8]), packed.extend(ids[-8:-1]), packed.extend(ids[-1:])

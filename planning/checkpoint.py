@@ -201,7 +201,7 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        return weight_bytes(self.config, self.dtype, self.kept_as, self.exact)
+        return weight_bytes(self.config, self.device, self.dtype, self.kept_as, self.exact)
 
     @property
     def packing(self) -> str:

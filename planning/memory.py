@@ -123,12 +123,12 @@ def temporaries(
             of_held = work.x_bytes if i == 1 and n_lower is not None else 0  # chosen, then joined
             parts.append(("rows at a boundary", work.boundary_bytes(below) + of_held))
             parts.append(("mean keys at a boundary", below.x_bytes + below.mean_key_bytes()))
-        held = work.x_bytes + work.position_bytes()
+        rows = work.x_bytes + work.position_bytes()  # all through the stage
         parts.append(("RoPE", work.x_bytes + work.rope_bytes()))
-        parts.append(("attention", held + work.attention_bytes()))
-        parts.append(("attention weights", held + work.weight_bytes(ranked)))
-        parts.append(("the feed-forward", held + work.ffn_bytes()))
-        parts.append(("moving blocks", held + work.move_bytes()))
+        parts.append(("attention", rows + work.attention_bytes()))
+        parts.append(("attention weights", rows + work.weight_bytes(ranked)))
+        parts.append(("the feed-forward", rows + work.ffn_bytes()))
+        parts.append(("moving blocks", rows + work.move_bytes()))
         below = work
     return parts
 
@@ -144,7 +144,7 @@ def logits_bytes(ckpt: Checkpoint, n_rows: int, n_logits: int) -> int:
     head = 0
     in_float32 = n_logits >= MANY_ROWS and prefers_float32(ckpt.device.type, ckpt.dtype)
     is_packed = ckpt.kept_as != "full" and n_logits > FEW_ROWS[8]
-    if is_packed or in_float32 and not ckpt.config.tied:
+    if is_packed or in_float32 and in_blocks(ckpt.device, ckpt.dtype):
         head = ckpt.config.vocab_size * ckpt.config.dim * item
     if in_float32:
         head += wide_product(n_logits, ckpt.config.vocab_size, ckpt.config.dim)
@@ -202,10 +202,10 @@ class StageWork:
         c = self.config
         heads = c.n_heads + 2 * c.n_kv_heads
         states = self.row + heads * c.head_dim * self.item
-        held = self.plain_bytes("wqkv", "wo") + self.chunk * states
+        lasting = self.plain_bytes("wqkv", "wo") + self.chunk * states
         turned = self.chunk * heads * c.head_dim * 3 * self.wide
         turning = turned + self.product_bytes("wqkv", "wo")
-        return held + max(turning, self.attended_bytes(), self.revived_bytes())
+        return lasting + max(turning, self.attended_bytes(), self.revived_bytes())
 
     def revived_bytes(self) -> int:
         """Of revived rows: keys and values in order; queries, parts of a block, the result."""
@@ -311,17 +311,17 @@ def check_memory(
     keep_last: int = 0,
     homes: int | None = None,
     loaded: int = 0,
-    held: int = 0,
+    pruned: int = 0,
 ) -> Plan:
     """Return the plan; raise NoRoom if it does not fit.
 
     The error names a flag that helps, if one does, and the longest prompt that fits without it.
-    loaded: bytes already on the device; held: bytes already taken by pruned blocks; the other
+    loaded: bytes already on the device; pruned: bytes already taken by pruned blocks; the other
     arguments are those of `plan`.
     """
 
     def has_room(need: Plan) -> bool:
-        return fits(ckpt.device, need.total - loaded, need.host - held)
+        return fits(ckpt.device, need.total - loaded, need.host - pruned)
 
     need = plan(ckpt, n_prompt, n_new, keep_last, homes)
     if has_room(need):

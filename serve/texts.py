@@ -262,12 +262,13 @@ class Texts:
         self.refresh()
         here = self.at_hand()
         covered = any(text.covers(here) for text in self.saved.values())
-        if covered or not self.make_room(self.size(), wanted):
+        if covered or not self.fits(self.size(), wanted):
             return
         name = hashlib.sha256(repr((engine.ckpt.identity, here.ids)).encode()).hexdigest()[:16]
         path = self.folder / f"text-{name}.slim"
         try:
-            engine.finish()  # first: the choice is a part of the map
+            engine.finish()  # first: the choice is a part of the map, and it may find no room
+            self.make_room(self.size(), wanted)
             engine.save(path, self.extra())
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.say(f"slim: {one_line(error)}")
@@ -292,22 +293,24 @@ class Texts:
             extra |= {"opening": here.day.opening, "date": here.day.date.isoformat()}
         return extra
 
-    def make_room(self, size: int, wanted: Path | None) -> bool:
-        """Delete files, the least recently used first, until `size` bytes fit.
+    def fits(self, size: int, wanted: Path | None) -> bool:
+        """Tell whether there can be room for `size` bytes beside the wanted file; else say so."""
+        files = self.files()
+        beside = files[wanted].st_size if wanted in files else 0
+        if size + beside <= self.most:
+            return True
+        most = format_bytes(self.most)
+        self.say(f"slim: a text of {format_bytes(size)} is not kept: --cache-gib allows {most}")
+        return False
 
-        Returns False, and deletes none, if they never will.
-        """
+    def make_room(self, size: int, wanted: Path | None) -> None:
+        """Delete files, the least recently used first, until `size` bytes fit."""
         sizes = {path: stat.st_size for path, stat in self.files().items()}
-        if size + sizes.get(wanted, 0) > self.most:
-            most = format_bytes(self.most)
-            self.say(f"slim: a text of {format_bytes(size)} is not kept: --cache-gib allows {most}")
-            return False
         total = size + sum(sizes.values())
         for path in sizes:
             if total > self.most and path != wanted:
                 self.drop(path)
                 total -= sizes[path]
-        return True
 
     # ---- the folder -------------------------------------------------------------------
 
