@@ -296,7 +296,7 @@ class Engine:
     def finish(self) -> None:
         """Let a text that waits for its question (`read`) choose blocks by its own end.
 
-        Does nothing if none waits. Raises ValueError before any prefill, and if memory is too short.
+        Does nothing if none waits. Raises ValueError before any prefill, or if memory is short.
         """
         if not self.usable:
             raise ValueError("there is no complete conversation to finish; call read first")

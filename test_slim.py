@@ -116,7 +116,7 @@ def test_half_precision_stays_near_float32(checkpoints, dtype, device):
         )
 
 
-@pytest.mark.parametrize("n_rows", [7, 130])  # a CPU attends with 128 rows in float32
+@pytest.mark.parametrize("n_rows", [7, 130])  # a CPU attends with many rows in float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_of_newest_rows_is_the_plain_softmax(dtype, n_rows):
     """Both kernels' paths; flat attention is where a join in half precision was wrong by 0.015."""
@@ -137,9 +137,12 @@ def test_attention_of_newest_rows_is_the_plain_softmax(dtype, n_rows):
         torch.testing.assert_close(out.double(), want, atol=atol, rtol=0)
     row = model.row_attention(q[-1:], k, v)
     torch.testing.assert_close(row.double(), want[-1:], atol=atol, rtol=0)
+    rows = q[-1:].view(2, 1, 3, 64)  # the query heads of a KV head
     for n_parts in (2, 3):  # 4,096 keys are not three equal parts
-        row = model.row_attention_in_parts(q[-1:].view(1, 2, 3, 64), k, v, n_parts)
+        row, lse = model.attend_to_parts(rows, *grouped[1:], n_parts)
         torch.testing.assert_close(row.view(1, -1).double(), want[-1:], atol=atol, rtol=0)
+        want_lse = logits[-1].logsumexp(-1)
+        torch.testing.assert_close(lse.logsumexp(1).double(), want_lse, atol=1e-4, rtol=0)
     torch.testing.assert_close(
         model.attention_weights(q, k).double(), weights.flatten(1, 2), atol=1e-6, rtol=0
     )
@@ -149,19 +152,21 @@ def test_attention_of_newest_rows_is_the_plain_softmax(dtype, n_rows):
     "threads, kv_heads, n_keys, want",
     [(2, 3, 4096, 2), (2, 4, 4096, 1), (16, 2, 4096, 4), (2, 3, 2000, 1)],
 )
-def test_every_thread_gets_as_many_keys_of_one_row(monkeypatch, threads, kv_heads, n_keys, want):
+def test_every_thread_gets_as_many_keys_of_few_rows(monkeypatch, threads, kv_heads, n_keys, want):
     """With two KV heads and sixteen threads, fourteen would wait; short parts cost more."""
     made = []
 
-    def in_parts(q, k, v, n_parts):
+    def to_parts(q, k, v, n_parts):
         made.append(n_parts)
-        return torch.zeros(kv_heads, 2, 8)
+        return torch.zeros_like(q), torch.zeros(q.shape[:3])
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(model, "row_attention_in_parts", in_parts)
-    k = torch.randn(n_keys, kv_heads, 8)
+    monkeypatch.setattr(model, "attend_to_parts", to_parts)
+    k = torch.randn(n_keys + 5, kv_heads, 8)
     model.row_attention(torch.randn(1, 2 * kv_heads, 8), k, k)
-    assert made == ([want] if want > 1 else [])
+    model.causal_attention(torch.randn(5, 2 * kv_heads, 8), k, k)
+    model.causal_attention(torch.randn(50, 2 * kv_heads, 8), k, k)  # enough for all threads
+    assert made == ([want, want] if want > 1 else [])
 
 
 def test_the_gpu_path_gives_the_kernel_grouped_views_and_no_written_mask(monkeypatch):

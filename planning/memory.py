@@ -12,7 +12,7 @@ import torch
 from kvcache import aux_blocks, last_block_len, stage_layout
 from loading.files import format_bytes
 from loading.weights import LEAST_IN_BLOCKS, in_blocks, matrix_shapes
-from model import TILE, rows_at_once
+from model import MANY_QUERIES, TILE, rows_at_once
 from packed import CHUNK, FEW_ROWS, MANY_ROWS, PIECE, prefers_float32
 from planning.checkpoint import Checkpoint
 from planning.schedule import format_schedule
@@ -246,7 +246,7 @@ class StageWork:
         item = 3 * self.item + 3 * self.wide if self.item < self.wide else 5 * self.item
         widened = 0
         share_keys = group * n_rows
-        if share_keys >= MANY_ROWS and prefers_float32(self.ckpt.device.type, self.ckpt.dtype):
+        if share_keys >= MANY_QUERIES and prefers_float32(self.ckpt.device.type, self.ckpt.dtype):
             at_once = min(at_once, max(1, PIECE // (self.keys * c.head_dim)))
             item = 5 * self.wide
             widened = 2 * max(at_once * self.keys, tile_keys) * c.head_dim * self.wide

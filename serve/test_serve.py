@@ -402,6 +402,23 @@ def test_files_leave_before_the_next_is_written(tiny, tmp_path, monkeypatch):
     assert seen == [0] and len(texts.files()) == 1
 
 
+def test_no_file_leaves_for_a_text_that_cannot_choose_its_blocks(tiny, tmp_path, monkeypatch):
+    """There may be no memory for it; then both the file and the text would be lost."""
+    texts, read = started(tiny, tmp_path)
+    read(draw(2000, 1)), texts.put_away()
+    ((path, one),) = texts.files().items()
+    texts.most = int(1.5 * one.st_size)
+    said = []
+    texts.say = said.append
+
+    def finish():
+        raise ValueError("no room")
+
+    monkeypatch.setattr(texts.engine, "finish", finish)
+    read(draw(2000, 2)), texts.put_away()
+    assert list(texts.files()) == [path] and "no room" in said[0]
+
+
 def test_what_stays_unpruned_is_bounded():
     """A preamble shared by two long prompts left half of the second in the tail, in every layer."""
     assert unpruned_end(2000, 0) == 500
