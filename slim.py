@@ -457,7 +457,7 @@ class Engine:
         if not fits(kv.device, need, pruned):
             what = f"{n_rows:,} more tokens need"
             advice = "ask for less, or start again with more room"
-            if n_rows == 0:  # `finish`
+            if waits and not hold:
                 what = "the layers above the boundary need"
                 advice = "read a shorter text"
             raise ValueError(

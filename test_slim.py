@@ -165,7 +165,7 @@ def test_every_thread_gets_as_many_keys_of_few_rows(monkeypatch, threads, kv_hea
     k = torch.randn(n_keys + 5, kv_heads, 8)
     model.row_attention(torch.randn(1, 2 * kv_heads, 8), k, k)
     model.causal_attention(torch.randn(5, 2 * kv_heads, 8), k, k)
-    model.causal_attention(torch.randn(50, 2 * kv_heads, 8), k, k)  # enough for all threads
+    model.causal_attention(torch.randn(1100, 2 * kv_heads, 8), k, k)  # enough for all threads
     assert made == ([want, want] if want > 1 else [])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loading.files import format_bytes, one_line
-from loading.weights import has_head_in_blocks, stored
+from loading.weights import copies_head, stored
 from packed import matrix_bytes
 from planning.checkpoint import Checkpoint
 from planning.memory import plan
@@ -102,8 +102,8 @@ def floor_bytes(ckpt: Checkpoint, n_prompt: int, n_new: int) -> int:
     Of an embedding that is not also the head, a token reads one row.
     """
     unread = 0
-    run = ckpt.config, ckpt.device, ckpt.dtype, ckpt.kept_as, ckpt.exact
-    if not ckpt.config.tied or has_head_in_blocks(*run):
+    has_copy = copies_head(ckpt.config, ckpt.device, ckpt.dtype, ckpt.kept_as)
+    if has_copy or not ckpt.config.tied:
         (n_rows, n_columns), bits, group = next(stored(ckpt.config, ckpt.kept_as, ckpt.exact))
         unread = matrix_bytes((n_rows - 1, n_columns), bits, group, ckpt.dtype)
     return ckpt.weight_bytes - unread + plan(ckpt, n_prompt, n_new).kv

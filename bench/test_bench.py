@@ -10,6 +10,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
+import loading.weights
 import slim
 from bench import common, gpu, memory, reading, shapes, speed
 from planning.checkpoint import Checkpoint
@@ -211,16 +212,20 @@ def test_a_runs_peak_memory_is_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_token_reads_the_head_and_one_row_of_another_embedding(folders, tied):
-    """The floor of a decoded token, against the engine's own tensors."""
-    engine = slim.load(folders[tied], "cpu", "float32", "dense", n_prompt=100, n_new=2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_reads_the_head_and_one_row_of_another_embedding(
+    folders, tied, dtype, monkeypatch
+):
+    """The floor of a decoded token, against the engine's own tensors; a tied head may be a copy."""
+    monkeypatch.setattr(loading.weights, "LEAST_IN_BLOCKS", 1)
+    engine = slim.load(folders[tied], "cpu", dtype, "dense", n_prompt=100, n_new=2)
     engine.prefill([7] * 100, room=2)
     weights = engine.model.weights
     read = [weights.norm, weights.head]
     for layer in weights.layers:
         read += [tensor for tensor in vars(layer).values() if tensor is not None]
     want = sum(tensor.nbytes for tensor in read) + engine.stats["kv_gpu_bytes"]
-    want += 0 if tied else weights.embed[0].nbytes
+    want += 0 if weights.head is weights.embed else weights.embed[0].nbytes
     assert common.floor_bytes(engine.ckpt, 100, 2) == want
 
 

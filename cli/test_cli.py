@@ -978,10 +978,11 @@ def test_a_chats_first_question_chooses_what_to_keep(cli):
     schedule = "--schedule", "2:256,3:128", "--block-len", "32"
     chat = "--prompt", "text.txt", "--chat", "--max-new-tokens", "3", *schedule
     process = popen(cli, *chat, stdin=subprocess.PIPE)
-    _, err = process.communicate("CAB?\nABBA?\n/quit\n", timeout=60)
+    _, err = process.communicate("/stats\nCAB?\nABBA?\n/quit\n", timeout=60)
     read, first, second = err.split("slim: first token ")
-    assert "the first question chooses the blocks" in read and "kept per stage" not in read
-    assert first.count(" > ") == 2 and "kept per stage" in first
+    assert "the first question chooses the blocks" in read and " > " not in read
+    assert "waiting rows" in read and "waiting rows" not in first
+    assert first.count(" > ") == 2 and first.count("swapped") == 1
     assert "kept per stage" not in second
     costs = [
         float(re.search(r"a new prefill took ([\d.]+) s", line)[1]) for line in (first, second)

@@ -177,7 +177,7 @@ def weight_bytes(
 ) -> int:
     """Return the bytes of all weights in a run; kind, exact: as in `packing`."""
     numbers = sum(math.prod(shape) for shape in tensor_shapes(config).values())
-    if has_head_in_blocks(config, device, dtype, kind, exact):
+    if copies_head(config, device, dtype, kind):
         numbers += config.vocab_size * config.dim
     total = numbers * dtype.itemsize
     for shape, bits, group in stored(config, kind, exact):
@@ -326,9 +326,9 @@ def load_weights(
     embed = loader.matrix([EMBED])
     if not config.tied:
         head = loader.matrix([HEAD])
-    elif has_head_in_blocks(config, device, dtype, kind, exact):
+    elif copies_head(config, device, dtype, kind):
         head = to_blocks(embed)
-        loader.count(embed)
+        loader.count(embed)  # the copy has as many bytes
     else:
         head = embed
     inv_freq = [inverse_frequencies(config, long) for long in (False, True)]
@@ -425,18 +425,15 @@ def to_blocks(matrix: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(matrix, 1)
 
 
-def has_head_in_blocks(
-    config: Config, device: torch.device, dtype: torch.dtype, kind: str, exact: dict
-) -> bool:
-    """Return whether a tied head is a copy of the embedding, in blocks; the embedding stays plain.
+def copies_head(config: Config, device: torch.device, dtype: torch.dtype, kind: str) -> bool:
+    """Return whether a tied head is a copy of the embedding, in blocks.
 
-    It is read by rows. The copy takes memory, and saves a token of a small model a twentieth of its
-    time. kind, exact: as in `packing`.
+    The embedding is read by rows, so it cannot be in blocks itself. The copy takes memory, a fifth
+    more for a small model, and saves a token a twentieth of its time. Not of weights that are kept
+    packed, to be small. kind: as in `packing`.
     """
-    shape = config.vocab_size, config.dim
-    bits, _ = packing(kind, exact, [EMBED], shape)
-    large = math.prod(shape) >= LEAST_IN_BLOCKS
-    return config.tied and bits == 0 and large and in_blocks(device, dtype)
+    large = config.vocab_size * config.dim >= LEAST_IN_BLOCKS
+    return config.tied and kind == "full" and large and in_blocks(device, dtype)
 
 
 def in_blocks(device: torch.device, dtype: torch.dtype) -> bool:

@@ -414,8 +414,9 @@ def test_no_file_leaves_for_a_text_that_cannot_choose_its_blocks(tiny, tmp_path,
     def finish():
         raise ValueError("no room")
 
+    texts.engine.read(draw(2000, 2))
     monkeypatch.setattr(texts.engine, "finish", finish)
-    read(draw(2000, 2)), texts.put_away()
+    texts.put_away()
     assert list(texts.files()) == [path] and "no room" in said[0]
 
 

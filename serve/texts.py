@@ -268,6 +268,8 @@ class Texts:
         path = self.folder / f"text-{name}.slim"
         try:
             engine.finish()  # first: the choice is a part of the map, and it may find no room
+            if not self.fits(self.size(), wanted):
+                return
             self.make_room(self.size(), wanted)
             engine.save(path, self.extra())
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
