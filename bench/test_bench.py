@@ -213,9 +213,7 @@ def test_a_runs_peak_memory_is_its_own(monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_token_reads_the_head_and_one_row_of_another_embedding(
-    folders, tied, dtype, monkeypatch
-):
+def test_a_token_reads_the_head_and_one_row_of_another_embedding(folders, tied, dtype, monkeypatch):
     """The floor of a decoded token, against the engine's own tensors; a tied head may be a copy."""
     monkeypatch.setattr(loading.weights, "LEAST_IN_BLOCKS", 1)
     engine = slim.load(folders[tied], "cpu", dtype, "dense", n_prompt=100, n_new=2)
