@@ -458,7 +458,7 @@ class Engine:
             what = f"{n_rows:,} more tokens need"
             advice = "ask for less, or start again with more room"
             if waits and not hold:
-                what = "the layers above the boundary need"
+                what = f"the layers above the boundary, with {n_rows:,} more tokens, need"
                 advice = "read a shorter text"
             raise ValueError(
                 f"{what} {format_bytes(need)} on {kv.device} and "

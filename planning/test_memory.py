@@ -335,7 +335,7 @@ def test_a_first_question_takes_no_more_than_the_prompts_step(score, monkeypatch
     plan = planning.memory.step_bytes(engine.ckpt, slots, n_all, n_all, first=True, n_lower=n_lower)
     set_free(monkeypatch, plan + kv.exchange_bytes() - 1)
     assert kv.exchange_bytes() == kvcache.aux_blocks(slots) * kv.aux_memory.entry_bytes
-    with pytest.raises(ValueError, match="400 more tokens"):
+    with pytest.raises(ValueError, match="above the boundary, with 400 more tokens"):
         engine.extend(ids[n:])
     set_free(monkeypatch, plan + kv.exchange_bytes())
     assert 0.5 < peak(lambda: engine.extend(ids[n:])) / plan <= 1
