@@ -458,7 +458,8 @@ class Engine:
             what = f"{n_rows:,} more tokens need"
             advice = "ask for less, or start again with more room"
             if waits and not hold:
-                what = f"the layers above the boundary, with {n_rows:,} more tokens, need"
+                more = f", with {n_rows:,} more tokens," if n_rows else ""
+                what = f"the layers above the boundary{more} need"
                 advice = "read a shorter text"
             raise ValueError(
                 f"{what} {format_bytes(need)} on {kv.device} and "
